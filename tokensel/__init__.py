@@ -1,0 +1,3 @@
+"""tokensel: keep the visual tokens from which the others can be reconstructed."""
+
+__version__ = "0.1.0"
