@@ -1,0 +1,43 @@
+"""What passes between the rooms: the features of a batch of tiles, and what is known about them."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass
+class Features:
+    """Token features of a batch of tiles, as one frozen encoder hands them over.
+
+    A *tile* is one square picture of the encoder's input size: the whole image squashed, or a part of it.
+
+    Attributes:
+        tokens: the feature tensor F of the paper (Sec. 3.1), one row a tile.
+        valid: True where a token is real; ``None`` when all are. Rows of different length are padded.
+        cls_attention: attention that the CLS token pays to each token, averaged over heads; ``None``
+            where it was not asked for or the encoder has no CLS token.
+        keys: a stable identity of each tile. Seeded randomness hangs on it, so that what is drawn for a
+            tile does not depend on the batch it came in.
+    """
+
+    tokens: Float[Tensor, "tiles tokens channels"]
+    valid: Bool[Tensor, "tiles tokens"] | None = None
+    cls_attention: Float[Tensor, "tiles tokens"] | None = None
+    keys: Int[Tensor, "tiles"] | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> "Features":
+        """The tiles named by a slice, an index tensor or a boolean tensor."""
+        return Features(**{f.name: None if (x := getattr(self, f.name)) is None else x[rows] for f in fields(self)})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Features":
+        """Move every tensor to ``device``; ``dtype`` applies to the floating-point ones only."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, dtype if x.is_floating_point() else None)
+
+        return Features(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
