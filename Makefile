@@ -1,0 +1,49 @@
+# make book: the book in _build/html/index.html      make test: all tests, and the chapters run a second time
+# Both make .venv from requirements.lock first; a second run starts at once.
+# On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves a large download.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := book
+.PHONY: book test unit chapters env lock clean
+
+book: env
+	$(PY) -m tokensel.book build
+
+test: unit chapters
+
+unit: env
+	$(PY) -m pytest
+
+# Runs what is not up to date, then runs it again and compares every printed output.
+chapters: env
+	$(PY) -m tokensel.book run
+	$(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -p no:cacheprovider _build/chapters
+
+env: $(READY)
+
+# Make goes by time; the copy of the lock inside .venv says whether anything in it really changed.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
+	  f"error: {sys.executable} is Python {v}: tokensel needs 3.11 or newer, give one with make PYTHON=python3.12")'
+	@test -x $(PY) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@cmp -s requirements.lock $(VENV)/requirements.lock || { \
+	  echo "installing requirements.lock into $(VENV) (about 2 GB; minutes on a slow line)"; \
+	  $(PY) -m pip install --disable-pip-version-check --no-input --quiet -r requirements.lock && \
+	  cp requirements.lock $(VENV)/requirements.lock; }
+	@$(PY) -m pip install --disable-pip-version-check --no-input --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# A new lock from the ranges in pyproject.toml, in an environment of its own.
+lock:
+	rm -rf _build/lock-env && $(PYTHON) -m venv _build/lock-env
+	_build/lock-env/bin/python -m pip install --quiet '.[book,test]' 'setuptools>=77'
+	{ sed -n '/^#/p' requirements.lock; _build/lock-env/bin/python -m pip freeze --all --exclude tokensel --exclude pip \
+	  | grep -v '^nvidia-\|^triton\|^cuda-' | sed 's/+cpu$$//'; } > _build/requirements.lock
+	mv _build/requirements.lock requirements.lock && rm -rf _build/lock-env
+
+clean:
+	rm -rf _build

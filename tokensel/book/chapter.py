@@ -1,0 +1,111 @@
+"""What every chapter needs in its first cell: the project's root, a place for its results, and checked parameters."""
+
+import ast
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokensel.errors import TokenselError
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """An open chapter.
+
+    Attributes:
+        name: file name without its ending, such as ``03_selector``.
+        root: the project's root, also the working directory from here on.
+        results: where the chapter's table belongs, ``_build/results/<name>.csv``.
+    """
+
+    name: str
+    root: Path
+
+    @property
+    def results(self) -> Path:
+        path = self.root / "_build" / "results" / f"{self.name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def find_root(start: str | Path = ".") -> Path:
+    """The folder above ``start`` (or ``start`` itself) that holds the book's table of contents.
+
+    Raises:
+        TokenselError: there is none.
+    """
+    start = Path(start).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "_toc.yml").is_file() and (folder / "chapters").is_dir():
+            return folder
+    raise TokenselError(f"{start}: no _toc.yml with chapters/ here or above; run this inside a clone of the book")
+
+
+def open_chapter(name: str) -> Chapter:
+    """Go to the project's root, so that ``data/...`` works wherever the kernel was started, and set the plot style.
+
+    Also refuses parameters that the chapter does not know: papermill on its own only prints a remark about
+    them and goes on with the defaults.
+
+    Args:
+        name: the chapter's file name without its ending.
+
+    Raises:
+        TokenselError: outside a clone of the book, or a parameter was injected that the chapter does not have.
+    """
+    refuse_unknown(name, *_parameters_of_kernel())
+    root = find_root()
+    os.chdir(root)
+    _quiet_libraries()
+    from tokensel.figures import style
+
+    style.use()
+    return Chapter(name, root)
+
+
+def refuse_unknown(chapter: str, known: list[str], given: list[str]) -> None:
+    """Raise if a name in ``given`` is not in ``known``.
+
+    Raises:
+        TokenselError: with the nearest name the chapter does know.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(known) or 'none'}"
+            raise TokenselError(f"{chapter} has no parameter '{name}': {hint}")
+
+
+def assigned_names(code: str) -> list[str]:
+    """Names that the top level of ``code`` assigns, in order: what a parameters cell defines."""
+    names = []
+    for node in ast.parse(code).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
+
+
+def _parameters_of_kernel() -> tuple[list[str], list[str]]:
+    # papermill puts its cell right behind the one it overrides and starts it with this comment
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return [], []
+    shell = get_ipython()
+    cells = shell.user_ns.get("In", []) if shell else []
+    for before, cell in zip(cells, cells[1:]):
+        if cell.startswith("# Parameters\n"):
+            return assigned_names(before), assigned_names(cell)
+    return [], []
+
+
+def _quiet_libraries() -> None:
+    # their progress bars are widgets or carriage returns: noise on a printed page
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()

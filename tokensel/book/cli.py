@@ -1,0 +1,50 @@
+"""The `book` command: list, run and build. The heavy imports wait until a command needs them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Run the chapters and build the book from them.")
+
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Override a parameter, such as -p keep=0.3."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Run chapters again that are up to date.")]
+Chapters = Annotated[list[str] | None, typer.Argument(help="Names such as 03 or 03_selector; all when left out.")]
+
+
+@app.command("list")
+def list_command() -> None:
+    """Show the chapters, their state and their parameters."""
+    from tokensel.book import run
+    from tokensel.book.chapter import find_root
+
+    root = find_root()
+    for path in run.chapter_paths(root):
+        state = "up to date" if run.is_current(root, path, {}) else "to run"
+        typer.echo(f"{path.stem}  ({state})")
+        for name, about in run.parameters_of(path).items():
+            typer.echo(f"    {name} = {about['default']}" + (f"   {about['help']}" if about["help"] else ""))
+
+
+@app.command("run")
+def run_command(chapters: Chapters = None, parameter: Parameters = None, force: Force = False) -> None:
+    """Execute chapters that are not up to date; the results lie in _build/chapters and _build/results."""
+    from tokensel.book import run
+    from tokensel.book.chapter import find_root
+
+    run.run_chapters(find_root(), chapters or [], run.parse_parameters(parameter or []), force=force)
+
+
+@app.command("build")
+def build_command(parameter: Parameters = None, force: Force = False) -> None:
+    """Execute what is not up to date, then build the pages in _build/html; any warning is an error."""
+    from tokensel.book import run, site
+    from tokensel.book.chapter import find_root
+
+    root = find_root()
+    run.run_chapters(root, [], run.parse_parameters(parameter or []), force=force)
+    index: Path = site.build(root)
+    typer.echo(f"the book: {index}")

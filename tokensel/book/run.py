@@ -1,0 +1,181 @@
+"""Run chapters headless with papermill: in order, with progress, and only those whose inputs changed."""
+
+import ast
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from tokensel import io
+from tokensel.book.chapter import refuse_unknown
+from tokensel.errors import TokenselError
+
+
+def chapter_paths(root: Path) -> list[Path]:
+    """The chapters' notebooks in the order of the table of contents."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    groups = [toc, *toc.get("parts", [])]
+    files = [entry["file"] for group in groups for entry in group.get("chapters", [])]
+    return [root / f"{file}.ipynb" for file in files if file.startswith("chapters/")]
+
+
+def select_chapters(root: Path, names: list[str]) -> list[Path]:
+    """The chapters that ``names`` mean ("03", "03_selector" or a path), all of them for an empty list.
+
+    Raises:
+        TokenselError: a name fits no chapter.
+    """
+    every = chapter_paths(root)
+    chosen = []
+    for name in names:
+        stem = Path(name).name.removesuffix(".ipynb")
+        fits = [path for path in every if path.stem == stem or path.stem.startswith(f"{stem}_")]
+        if not fits:
+            raise TokenselError(f"no chapter '{name}': there are {', '.join(path.stem for path in every)}")
+        chosen += fits
+    return chosen or every
+
+
+def parse_parameters(pairs: list[str]) -> dict[str, Any]:
+    """``["keep=0.3", "model=some/folder"]`` as a dictionary; what is no Python literal stays text.
+
+    Raises:
+        TokenselError: a pair without ``=``.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise TokenselError(f"parameter '{pair}': write NAME=VALUE, such as keep=0.3")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
+
+
+def parameters_of(path: Path) -> dict[str, dict[str, str]]:
+    """The parameters of a chapter by name: inferred type, default and help, as papermill reads them."""
+    return papermill.inspect_notebook(str(path))
+
+
+def digest(root: Path, path: Path, parameters: dict[str, Any]) -> str:
+    """A hash over all that decides a chapter's outputs: its code, the package, the lock, ``data/``, the parameters.
+
+    Prose is left out: a mended sentence needs no new run.
+    """
+    total = hashlib.sha256()
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    total.update(json.dumps([code, parameters], sort_keys=True, default=str).encode())
+    for file in _inputs(root):
+        total.update(str(file.relative_to(root)).encode() + b"\0" + _file_hash(file))
+    return total.hexdigest()
+
+
+def is_current(root: Path, path: Path, parameters: dict[str, Any]) -> bool:
+    """Whether the executed chapter exists and was made from these inputs."""
+    return executed(root, path).is_file() and stamp(root, path).get("digest") == digest(root, path, parameters)
+
+
+def executed(root: Path, path: Path) -> Path:
+    """Where the executed notebook of the chapter ``path`` belongs."""
+    return root / "_build" / "chapters" / path.name
+
+
+def stamp(root: Path, path: Path) -> dict[str, Any]:
+    """What the last whole run of a chapter left: digest, seconds, finished, parameters. Empty without one."""
+    try:
+        return json.loads(executed(root, path).with_suffix(".json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def run_chapters(root: Path, names: list[str], parameters: dict[str, Any], *, force: bool = False) -> None:
+    """Run the chapters that are not up to date, in order.
+
+    Raises:
+        TokenselError: an unknown chapter or parameter (before anything runs), or a failed cell.
+    """
+    paths = select_chapters(root, names)
+    for path in paths:
+        refuse_unknown(path.stem, list(parameters_of(path)), list(parameters))
+    for number, path in enumerate(paths, 1):
+        label = f"[{number}/{len(paths)}] {path.stem}"
+        if not force and is_current(root, path, parameters):
+            print(f"{label}: up to date", flush=True)
+            continue
+        seconds = run_one(root, path, parameters, label)
+        print(f"{label}: {seconds:.1f} s", flush=True)
+
+
+def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> float:
+    """Execute one chapter and stamp it; returns the seconds it took.
+
+    Raises:
+        TokenselError: naming the chapter and the cell that failed; the executed notebook stays.
+    """
+    inputs = digest(root, path, parameters)
+    target = executed(root, path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.with_suffix(".json").unlink(missing_ok=True)
+    started = time.monotonic()
+    try:
+        papermill.execute_notebook(
+            str(path),
+            str(target),
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=str(root),
+            config=Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}),  # no open port
+            # one line a chapter on a terminal; in a log, a line now and then
+            progress_bar={"desc": label, "leave": False, "mininterval": 0.5 if sys.stderr.isatty() else 20.0},
+        )
+    except PapermillExecutionError as error:
+        raise TokenselError(
+            f"{path.relative_to(root)}, cell {error.cell_index + 1}: {error.ename}: {_first_line(error.evalue)} "
+            f"(the executed notebook is kept at {target.relative_to(root)})"
+        ) from None
+    seconds = time.monotonic() - started
+    io.write_json(
+        target.with_suffix(".json"),
+        {
+            "digest": inputs,
+            "seconds": round(seconds, 1),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "parameters": parameters,
+        },
+    )
+    return seconds
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), "")
+
+
+def _inputs(root: Path) -> Iterable[Path]:
+    yield root / "requirements.lock"
+    for folder, pattern in (("tokensel", "*.py"), ("data", "*")):
+        yield from sorted(file for file in (root / folder).rglob(pattern) if file.is_file())
+
+
+_HASHES: dict[tuple[str, int, int], bytes] = {}
+
+
+def _file_hash(file: Path) -> bytes:
+    # the same checkpoint is asked for once a chapter: read it once a run
+    info = os.stat(file)
+    key = (str(file), info.st_mtime_ns, info.st_size)
+    if key not in _HASHES:
+        _HASHES[key] = hashlib.sha256(file.read_bytes()).digest()
+    return _HASHES[key]

@@ -1,0 +1,57 @@
+"""The status page: with what, on what and for how long the book was made."""
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from tokensel import __version__
+from tokensel.book import run
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "matplotlib", "scikit-image")
+TOOLS = ("jupyter-book", "myst-nb", "papermill", "sphinx")
+
+
+def page(root: Path) -> str:
+    """The status page in MyST Markdown."""
+    rows = [_row(root, path) for path in run.chapter_paths(root)]
+    total = sum(run.stamp(root, path).get("seconds", 0.0) for path in run.chapter_paths(root))
+    lines = [
+        "# Status",
+        "",
+        f"Built {datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {device()}.",
+        "",
+        "## Run time of the chapters",
+        "",
+        "| chapter | seconds | finished (UTC) | parameters changed |",
+        "|---|---:|---|---|",
+        *rows,
+        f"| **together** | {total:.1f} | | |",
+        "",
+        "## Versions",
+        "",
+        "| package | version |",
+        "|---|---|",
+        f"| tokensel | {__version__} |",
+        f"| Python | {platform.python_version()} |",
+        *(f"| {name} | {version(name)} |" for name in PACKAGES + TOOLS),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def device() -> str:
+    """The machine in words: accelerators if there are any, cores, system."""
+    import torch
+
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ", ".join([*cards, f"{cores} CPU cores", f"{platform.system()} {platform.machine()}"])
+
+
+def _row(root: Path, path: Path) -> str:
+    stamp = run.stamp(root, path)
+    changed = ", ".join(f"`{name} = {value}`" for name, value in stamp.get("parameters", {}).items())
+    finished = stamp.get("finished", "").replace("T", " ").removesuffix("+00:00")
+    return f"| [](chapters/{path.name}) | {stamp.get('seconds', 0.0):.1f} | {finished} | {changed} |"

@@ -1,0 +1,81 @@
+"""One plotting style for the whole book: colours that colour-blind readers can tell apart, and one colour a method."""
+
+import matplotlib as mpl
+from cycler import cycler
+
+# Okabe and Ito's palette (2008)
+ORANGE, BLUE, GREEN, RED = "#E69F00", "#0072B2", "#009E73", "#D55E00"
+SKY, PURPLE, YELLOW, BLACK, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#7F7F7F"
+
+# As in the paper's figures: selector orange, random blue, all tokens green and no image red, both dashed.
+COLOURS = {
+    "selector": ORANGE,
+    "random": BLUE,
+    "full": GREEN,
+    "none": RED,
+    "uniform": SKY,
+    "norm": PURPLE,
+    "cls": "#8C6D31",
+    "diversity": BLACK,
+    "downsample": GREY,
+}
+MARKERS = {
+    "selector": "o",
+    "random": "s",
+    "uniform": "^",
+    "norm": "D",
+    "cls": "v",
+    "diversity": "P",
+    "downsample": "X",
+}
+LABELS = {
+    "full": "all tokens",
+    "none": "no image",
+    "uniform": "uniform grid",
+    "norm": "feature norm",
+    "cls": "CLS attention",
+    "downsample": "down-sampling",
+}
+
+
+def colour(method: str) -> str:
+    """The fixed colour of a method; grey for one that has none."""
+    return COLOURS.get(method, GREY)
+
+
+def label(method: str) -> str:
+    """The method's name as a reader should see it."""
+    return LABELS.get(method, method)
+
+
+def use() -> None:
+    """Set matplotlib's defaults to the book's style, whatever they were before."""
+    mpl.rcdefaults()
+    mpl.rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, SKY, PURPLE, BLACK]),
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 9,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#E5E5E5",
+            "grid.linewidth": 0.6,
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "font.family": "DejaVu Sans",
+            "font.size": 9,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+            "lines.markersize": 4,
+            "image.interpolation": "nearest",
+            "image.cmap": "cividis",
+            "savefig.dpi": 110,
+            "svg.hashsalt": "tokensel",
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+        }
+    )
