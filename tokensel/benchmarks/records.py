@@ -1,0 +1,83 @@
+"""Records on disk: JSON lines that only grow, and that survive SIGKILL."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokensel.errors import TokenselError
+from tokensel.io import no_space
+
+Record = dict[str, Any]
+
+
+def read_records(path: str | Path) -> dict[str, Record]:
+    """The whole records of a file by question id; none where there is no file.
+
+    A last line that was cut short, as a kill or a full disk leaves it, is cut off the file.
+
+    Raises:
+        TokenselError: a line in the middle is not a record, so the file was changed by other hands.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return {}
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    records: dict[str, Record] = {}
+    for number, line in enumerate(data[:whole].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records.setdefault(record["question_id"], record)
+        except (ValueError, KeyError, TypeError):
+            raise TokenselError(f"{path}, line {number}: not a record; delete the file to compute it again") from None
+    return records
+
+
+def append_records(path: str | Path, records: Iterable[Record]) -> None:
+    """Add ``records`` at the end of the file and wait until they are on the disk.
+
+    Raises:
+        TokenselError: no space left on the device; what was there before stays readable.
+    """
+    path = Path(path)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise no_space(error, path) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
+
+
+@contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """Hold ``folder`` for this process, so that two evaluations do not write the same records.
+
+    The system lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        TokenselError: another process holds the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TokenselError(f"{folder}: another evaluation is writing here; wait, or give another --out") from None
+        yield
+
+
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

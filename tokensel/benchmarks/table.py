@@ -1,0 +1,65 @@
+"""What is asked: a benchmark is one row of a table, a suite is a module that holds such a table."""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokensel.benchmarks.metrics import METRICS
+from tokensel.errors import TokenselError
+
+GROUPS = ("reading", "general", "long")
+COLUMNS = ("image", "question", "answers", "question_id")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark: where its questions come from, how they are put, how answers are scored.
+
+    Attributes:
+        name: the name under which results are kept.
+        group: ``reading`` and ``general`` are the two groups of the paper (Figs. 4 and 5); ``long`` has long answers.
+        metric: a key of :data:`tokensel.benchmarks.metrics.METRICS`.
+        max_new_tokens: where generation stops at the latest.
+        load: ``load(split, n)`` gives the first ``n`` questions of a split (``None``: all) as a ``datasets.Dataset``
+            with the columns ``image``, ``question``, ``answers`` (list of text), ``question_id`` (text, unique) and,
+            for multiple choice, ``options`` (list of text).
+        prompt: ``prompt(row)`` gives the text put to the model, without chat template or image placeholder.
+    """
+
+    name: str
+    group: str
+    metric: str
+    max_new_tokens: int
+    load: Callable[[str, int | None], Any]
+    prompt: Callable[[Mapping[str, Any]], str]
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise TokenselError(f"benchmark {self.name}: group is {self.group!r}: choose from {', '.join(GROUPS)}")
+        if self.metric not in METRICS:
+            raise TokenselError(f"benchmark {self.name}: metric is {self.metric!r}: choose from {', '.join(METRICS)}")
+        if self.max_new_tokens < 1:
+            raise TokenselError(f"benchmark {self.name}: max_new_tokens is {self.max_new_tokens}: give at least 1")
+
+
+def load_suite(suite: str, names: Iterable[str] = ()) -> dict[str, Benchmark]:
+    """The benchmarks of a suite, in the suite's order.
+
+    Args:
+        suite: dotted name of a module with ``BENCHMARKS: dict[str, Benchmark]``.
+        names: the ones wanted; none means all.
+
+    Raises:
+        TokenselError: no such module, no ``BENCHMARKS`` in it, or an unknown name.
+    """
+    try:
+        table = importlib.import_module(suite).BENCHMARKS
+    except ModuleNotFoundError as error:
+        raise TokenselError(f"suite {suite}: no module named {error.name}; give the dotted name of a module") from None
+    except AttributeError:
+        raise TokenselError(f"suite {suite}: the module has no table BENCHMARKS") from None
+    names = tuple(names)
+    if unknown := [name for name in names if name not in table]:
+        raise TokenselError(f"benchmark {unknown[0]}: not in {suite}, which has {', '.join(table)}")
+    return {name: benchmark for name, benchmark in table.items() if not names or name in names}
