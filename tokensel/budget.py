@@ -1,0 +1,81 @@
+"""From scores to a mask: how many tokens stay, and which (mask True = kept)."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokensel.errors import TokenselError, check_keep
+
+
+def fraction_count(available: Int[Tensor, "rows"], keep: float) -> Int[Tensor, "rows"]:
+    """How many of ``available`` tokens the fraction ``keep`` is: ``max(1, round(keep * n))``, and 0 of 0.
+
+    Halves go to the even number, as Python's ``round`` does.
+
+    Raises:
+        TokenselError: ``keep`` is not in (0, 1].
+    """
+    count = torch.round(available.double() * check_keep(keep)).long().clamp(min=1)
+    return torch.minimum(count, available)
+
+
+def top_count(
+    scores: Float[Tensor, "rows tokens"],
+    count: Int[Tensor, "rows"],
+    valid: Bool[Tensor, "rows tokens"] | None = None,
+) -> Bool[Tensor, "rows tokens"]:
+    """Keep the ``count`` highest-scored valid tokens of each row; of equals the first one wins.
+
+    Args:
+        scores: higher = keep first; what stands at invalid tokens is ignored.
+        count: tokens to keep, one number a row; more than the row has keeps them all.
+        valid: True where a token is real; ``None`` when all are.
+
+    Raises:
+        TokenselError: a valid score is NaN (it has no place in an order).
+    """
+    real = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    if bool((scores.isnan() & real).any()):
+        raise TokenselError("a token score is NaN: check the scorer and the features it was given")
+    # Two stable sorts rather than a fill with -inf: a valid token may itself have the score -inf.
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    real_first = real.gather(1, order).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    order = order.gather(1, real_first)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    return (rank < count[:, None]) & real
+
+
+def top_fraction(
+    scores: Float[Tensor, "rows tokens"], keep: float, valid: Bool[Tensor, "rows tokens"] | None = None
+) -> Bool[Tensor, "rows tokens"]:
+    """Keep the best fraction of each row: exactly ``max(1, round(keep * n_valid))`` tokens.
+
+    This is the fixed budget of the paper's experiments (Sec. 4.1.1: "select a fixed number of the most
+    informative features" by logit). Ties go to the earlier token, so the result is deterministic.
+
+    Args:
+        scores: higher = keep first.
+        keep: fraction of the valid tokens to keep, in (0, 1].
+        valid: True where a token is real; ``None`` when all are. A row without a valid token keeps none.
+
+    Raises:
+        TokenselError: ``keep`` is not in (0, 1], or a valid score is NaN.
+    """
+    if valid is None:
+        available = scores.new_full((scores.shape[0],), scores.shape[1], dtype=torch.long)
+    else:
+        available = valid.sum(1)
+    return top_count(scores, fraction_count(available, keep), valid)
+
+
+def hard(
+    scores: Float[Tensor, "rows tokens"], valid: Bool[Tensor, "rows tokens"] | None = None
+) -> Bool[Tensor, "rows tokens"]:
+    """Keep what scores above zero: the selector's own binary mask (paper Sec. 4.1.1).
+
+    The count is adaptive and may be zero. It means something only for scores that are a difference of
+    two logits, such as the selector's.
+    """
+    mask = scores > 0
+    return mask if valid is None else mask & valid

@@ -1,0 +1,51 @@
+"""The trained selector of the paper behind the scorers' signature."""
+
+import os
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokensel.errors import TokenselError
+from tokensel.features import Features
+from tokensel.selector import TokenSelector
+
+
+class SelectorScorer:
+    """Scores a token by the selector's keep logit minus its drop logit (paper Sec. 4.1.1, last paragraph).
+
+    Each tile is scored as a whole, letterbox included, as in training; the budget then chooses among the
+    tokens that reach the language model. Above zero means that the selector itself would keep the token.
+    """
+
+    name = "selector"
+    needs_cls_attention = False
+    scope = "tile"
+    adaptive = True
+
+    def __init__(self, selector: TokenSelector | str | os.PathLike):
+        """
+        Args:
+            selector: a :class:`TokenSelector`, or the folder or hub id of one.
+
+        Raises:
+            TokenselError: the selector cannot be loaded.
+        """
+        loaded = selector if isinstance(selector, TokenSelector) else TokenSelector.from_pretrained(selector)
+        self.selector = loaded.eval()
+
+    @torch.no_grad()
+    def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]:
+        """Logit differences ``[tiles, tokens]``.
+
+        Raises:
+            TokenselError: the selector was trained for features of another width.
+        """
+        tokens, width = features.tokens, self.selector.config.width
+        if tokens.shape[-1] != width:
+            raise TokenselError(
+                f"the selector was trained for features of width {width}, these have {tokens.shape[-1]}: "
+                "give the selector that belongs to this vision encoder"
+            )
+        self.selector.to(tokens.device)
+        return self.selector.scores(tokens.to(self.selector.dtype), features.valid).float()
