@@ -1,14 +1,14 @@
 """Max-min diversity: each next token is the one least like those already kept (DivPrune, arXiv 2503.02175)."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokensel.features import Features
 
 
 def max_min_order(
-    tokens: Float[Tensor, "rows tokens channels"], valid: Tensor | None = None
+    tokens: Float[Tensor, "rows tokens channels"], valid: Bool[Tensor, "rows tokens"] | None = None
 ) -> Int[Tensor, "rows tokens"]:
     """Greedy max-min order under cosine distance, for all rows at once; invalid tokens come last.
 
@@ -20,12 +20,14 @@ def max_min_order(
     the tokens of an image, sequential by nature, and not free beside the prefill it saves.
     """
     rows, count, _ = tokens.shape
+    if count == 0:
+        return torch.empty(rows, 0, dtype=torch.long, device=tokens.device)
     real = torch.ones(rows, count, dtype=torch.bool, device=tokens.device) if valid is None else valid
     unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
     distance = 1 - unit @ unit.transpose(1, 2)  # [rows, tokens, tokens]
     others = real[:, None, :] & ~torch.eye(count, dtype=torch.bool, device=tokens.device)
     # Distance to the nearest other token; from the second step on, to the nearest taken one.
-    margin = distance.masked_fill(~others, float("inf")).amin(-1) if count > 1 else distance[..., 0]
+    margin = distance.masked_fill(~others, float("inf")).amin(-1)
     # Cosine distances are in [0, 2]; below them wait the invalid tokens (-2) and then the taken ones (-3).
     # A lone valid token has no neighbour and infinite margin, and so comes first as well.
     waiting = torch.zeros_like(margin).masked_fill(~real, -2.0)
