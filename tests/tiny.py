@@ -1,0 +1,125 @@
+"""A tiny LLaVA-NeXT in stock classes, with its processor: random weights, no network, seconds on one core.
+
+The weights are scaled up so that logits depend on what is in the picture and where; with the usual
+initialisation every test of equality would pass by being near zero.
+"""
+
+import string
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+TILE, PATCH, WIDTH = 24, 4, 32  # 6 x 6 tokens a tile
+PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]  # those of LLaVA-NeXT, in units of a tile
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} [/INST]"
+    "{% else %} {{ message['content'][0]['text'] }}{% endif %}{% endfor %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, as the small model that ships with the book."""
+    letters = [c for c in string.printable if c not in "\r\x0b\x0c\t"]
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + letters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+
+
+def tiny_processor(tile: int = TILE, patch: int = PATCH, pinpoints: list[list[int]] = PINPOINTS) -> LlavaNextProcessor:
+    """The stock processor for tiles of ``tile`` pixels cut into patches of ``patch``."""
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile}, image_grid_pinpoints=pinpoints
+    )
+    return LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=tiny_tokenizer(),
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+def tiny_config(
+    text: str = "llama",
+    attn: str = "sdpa",
+    vision: CLIPVisionConfig | None = None,
+    pinpoints: list[list[int]] = PINPOINTS,
+    **text_shape: int,
+) -> LlavaNextConfig:
+    """Three vision layers and two language layers of width 32, unless told otherwise."""
+    vocabulary = 4 + len(SPECIAL) + len(string.printable)
+    shape = dict(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, vocab_size=vocabulary, max_position_embeddings=4096)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlavaNextConfig(
+        vision_config=vision
+        or CLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=TILE,
+            patch_size=PATCH,
+        ),
+        text_config={"llama": LlamaConfig, "mistral": MistralConfig}[text](**(shape | text_shape | special)),
+        image_grid_pinpoints=pinpoints,
+        image_token_index=SPECIAL.index("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        **special,
+    )
+    config._attn_implementation = attn
+    return config
+
+
+def scale_up(model: torch.nn.Module) -> None:
+    """Make every matrix an approximate isometry, so that pictures and places show in the logits."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "embed" not in name:
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        elif "embed" in name or "newline" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+
+
+def tiny_llava(
+    text: str = "llama", attn: str = "sdpa", seed: int = 0
+) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+    """A LLaVA-NeXT with a CLIP tower and a Llama or Mistral, and the processor that belongs to it."""
+    torch.manual_seed(seed)
+    model = LlavaNextForConditionalGeneration(tiny_config(text, attn))
+    scale_up(model)
+    model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return model.eval(), tiny_processor()
+
+
+def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture of coloured noise, different for every seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
