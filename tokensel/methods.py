@@ -1,0 +1,152 @@
+"""Every way to answer that is compared: full image, no image, the scorers, a smaller image. One signature."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jaxtyping import Int
+from PIL.Image import Image
+from torch import Tensor
+
+from tokensel.errors import TokenselError, check_keep
+from tokensel.scorers import SCORERS, Scorer, make_scorer
+from tokensel.vlm.choose import Choices
+from tokensel.vlm.downsample import downsample
+from tokensel.vlm.encode import Encoded, encode
+from tokensel.vlm.load import Vlm
+from tokensel.vlm.reduce import Reduced, reduce
+
+
+class Batch:
+    """Questions about pictures, encoded at most once however many methods and budgets are tried on them."""
+
+    def __init__(
+        self,
+        vlm: Vlm,
+        images: Sequence[Image | Sequence[Image] | None],
+        questions: Sequence[str],
+        keys: Int[Tensor, "rows"] | Sequence[int] | None = None,
+    ):
+        """
+        Args:
+            vlm: the model to ask.
+            images: for each question a picture, several, or ``None``.
+            questions: the users' turns; the chat template is put around them here.
+            keys: a stable number for each row, by which random selection draws; from the pixels by default.
+        """
+        if len(images) != len(questions):
+            raise TokenselError(f"{len(images)} rows of images for {len(questions)} questions: give as many as questions")
+        self.vlm, self.images, self.questions, self.keys = vlm, list(images), list(questions), keys
+
+    @cached_property
+    def seeing(self) -> Encoded:
+        """The questions with their pictures, after the vision tower."""
+        numbers = [0 if i is None else 1 if isinstance(i, Image) else len(i) for i in self.images]
+        prompts = [self.vlm.prompt(q, n) for q, n in zip(self.questions, numbers, strict=True)]
+        return encode(self.vlm.model, self.vlm.inputs(self.images, prompts), self.keys)
+
+    @cached_property
+    def blind(self) -> Encoded:
+        """The questions alone."""
+        return encode(self.vlm.model, self.vlm.inputs(None, [self.vlm.prompt(q, False) for q in self.questions]))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of :data:`METHODS`.
+
+    Attributes:
+        run: from batch, keep, scorer and choices to inputs for ``generate``.
+        uses_keep: False where every budget gives the same result, so that one evaluation serves them all.
+        uses_seed: whether another seed gives another result.
+        scorer: the name of the scorer it ranks tokens with, if any.
+    """
+
+    run: Callable[[Batch, float | None, Scorer | None, Choices], Reduced]
+    uses_keep: bool = True
+    uses_seed: bool = False
+    scorer: str | None = None
+
+
+def _full(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
+    """Everything the model would see without us; the choices apply to what is dropped, and nothing is."""
+    return reduce(batch.seeing)
+
+
+def _none(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
+    """The question without the picture (the red dashed line of the paper's Figs. 4 to 7)."""
+    return reduce(batch.blind)
+
+
+def _scored(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
+    """The tokens a scorer puts first."""
+    return reduce(batch.seeing, scorer, keep, **vars(choices))
+
+
+def _downsample(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
+    """As many tokens from a smaller image."""
+    return downsample(batch.seeing, keep, **vars(choices))
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(_full, uses_keep=False),
+    "none": Method(_none, uses_keep=False),
+    **{name: Method(_scored, uses_seed=name == "random", scorer=name) for name in SCORERS},
+    "downsample": Method(_downsample),
+}
+
+
+def check_method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        TokenselError: there is none; the line lists those there are.
+    """
+    if name not in METHODS:
+        raise TokenselError(f"method '{name}' is unknown: choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def prepare(
+    vlm: Vlm,
+    images: Sequence[Image | Sequence[Image] | None],
+    questions: Sequence[str],
+    method: str,
+    keep: float | None = 1.0,
+    choices: Choices | dict[str, Any] | None = None,
+    keys: Int[Tensor, "rows"] | Sequence[int] | None = None,
+    scorer: Scorer | None = None,
+    batch: Batch | None = None,
+) -> Reduced:
+    """Inputs for ``vlm.generate`` for a batch of questions, under any method.
+
+    >>> batch = Batch(vlm, images, questions, keys)
+    >>> for keep in (0.1, 0.5):
+    ...     answers = vlm.generate(prepare(vlm, images, questions, "norm", keep, batch=batch))
+
+    Args:
+        vlm: the model to ask.
+        images: for each question a picture, several, or ``None``.
+        questions: the users' turns; the chat template is put around them here.
+        method: a key of :data:`METHODS`.
+        keep: fraction of the visual tokens to keep, in (0, 1]; ``None`` lets an adaptive scorer decide. Checked
+            for "full" and "none" too, which do not depend on it.
+        choices: see :class:`~tokensel.vlm.choose.Choices`.
+        keys: a stable number for each row, by which random selection draws; from the pixels by default.
+        scorer: the scorer of the method; made here where it needs neither a selector nor a seed.
+        batch: the same images, questions and keys, encoded already or to be encoded for the next call too.
+
+    Returns:
+        Inputs for generation; ``n_visual`` says how many visual tokens each row has left.
+
+    Raises:
+        TokenselError: an unknown method or choice, ``keep`` outside (0, 1], a scorer that is missing or does not fit.
+    """
+    row = check_method(method)
+    options = Choices.of(choices)
+    if keep is not None or row.scorer is None:
+        check_keep(float("nan") if keep is None else keep)
+    if row.scorer is not None and scorer is None:
+        scorer = make_scorer(row.scorer)
+    return row.run(batch or Batch(vlm, images, questions, keys), keep, scorer, options)

@@ -1,0 +1,140 @@
+"""Which packed tokens stay: the budget per image or per tile, the thumbnail, the newlines."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokensel.budget import fraction_count, top_count
+from tokensel.errors import TokenselError
+from tokensel.vlm.layout import Layout
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the paper leaves open about dropping tokens inside LLaVA.
+
+    Attributes:
+        budget: "image": one contest among all visual cells of an image; "tile": every tile keeps the same
+            share of its own (the two keep equally many in total).
+        thumbnail: "compete": its cells are cells like any other; "keep": they are served first, and the
+            high-resolution cells share what is left; "drop": only high-resolution cells are kept. All three
+            keep the same number, as far as there are enough cells to take.
+        newline: "keep" all, "drop" all, or "row": keep the newline of a row where a cell of the row stays.
+        positions: "compact": kept tokens are numbered anew without gaps; "original": every token keeps the
+            position it has in the full sequence.
+    """
+
+    budget: Literal["image", "tile"] = "image"
+    thumbnail: Literal["compete", "keep", "drop"] = "compete"
+    newline: Literal["keep", "drop", "row"] = "keep"
+    positions: Literal["compact", "original"] = "compact"
+
+    @classmethod
+    def of(cls, values: "dict[str, Any] | Choices | None") -> "Choices":
+        """Choices from a mapping; those not named take their default.
+
+        Raises:
+            TokenselError: an unknown choice, or a value that is not one of its options.
+        """
+        if isinstance(values, cls):
+            return values
+        values = dict(values or {})
+        options = {field.name: get_args(field.type) for field in fields(cls)}
+        for name, value in values.items():
+            if name not in options:
+                raise TokenselError(f"'{name}' is no choice: the choices are {', '.join(options)}")
+            if value not in options[name]:
+                raise TokenselError(f"{name} is '{value}': choose one of {', '.join(options[name])}")
+        return cls(**values)
+
+
+def _quota(
+    cells: Int[Tensor, "tiles"], image: Int[Tensor, "tiles"], amount: Int[Tensor, "images"]
+) -> Int[Tensor, "tiles"]:
+    """Share ``amount`` among the tiles of each image by their number of cells, to the last token.
+
+    Rounding the running sum, rather than every share, makes the shares add up.
+    """
+    total = torch.zeros_like(amount).index_add_(0, image, cells)
+    before_image = (total.cumsum(0) - total)[image]
+    ratio = amount.double() / total.clamp(min=1)
+    upto = cells.cumsum(0) - before_image
+    share = torch.floor(torch.stack([upto, upto - cells]) * ratio[image] + 0.5)
+    return (share[0] - share[1]).long()
+
+
+def choose_cells(
+    layout: Layout, scores: Float[Tensor, "packed"], keep: float, choices: Choices
+) -> Bool[Tensor, "packed"]:
+    """Keep the best cells: ``max(1, round(keep * n))`` of the ``n`` visual cells of each image, newlines apart.
+
+    Args:
+        layout: where the packed tokens come from.
+        scores: one for each packed token; those of newlines are ignored.
+        keep: fraction of the visual cells of an image (after unpadding) to keep, in (0, 1].
+        choices: budget and thumbnail.
+
+    Returns:
+        True for kept cells; False at newlines.
+
+    Raises:
+        TokenselError: ``keep`` is not in (0, 1], or a score is NaN.
+    """
+    cell = layout.cell
+    image, source, thumbnail = layout.image[cell], layout.source[cell], layout.thumbnail[cell]
+    images, tiles = len(layout.tiles), sum(layout.tiles)
+    total = torch.bincount(image, minlength=images)
+    amount = fraction_count(total, keep)
+    if choices.budget == "image":
+        group, slot = image, torch.arange(len(image), device=image.device) - (total.cumsum(0) - total)[image]
+        shape = (images, int(total.max()) if images else 0)
+    else:
+        group, slot, shape = source // layout.tokens, source % layout.tokens, (tiles, layout.tokens)
+
+    def grid(values: Tensor) -> Tensor:
+        return torch.zeros(shape, dtype=values.dtype, device=values.device).index_put_((group, slot), values)
+
+    def best(pool: Bool[Tensor, "cells"], amount: Int[Tensor, "images"]) -> Bool[Tensor, "rows slots"]:
+        """The ``amount`` best of each image's cells in the pool."""
+        members = grid(pool)
+        if choices.budget == "tile":
+            of_tile = torch.repeat_interleave(
+                torch.arange(images, device=image.device), torch.tensor(layout.tiles, device=image.device)
+            )
+            amount = torch.minimum(amount, torch.bincount(image[pool], minlength=images))
+            amount = _quota(members.sum(1), of_tile, amount)
+        return top_count(ranked, amount, members)
+
+    ranked = grid(scores[cell])
+    if choices.thumbnail == "compete":
+        chosen = best(torch.ones_like(thumbnail), amount)
+    elif choices.thumbnail == "drop":
+        chosen = best(~thumbnail, amount)
+    else:
+        first = torch.minimum(amount, torch.bincount(image[thumbnail], minlength=images))
+        chosen = best(thumbnail, first) | best(~thumbnail, amount - first)
+    kept = torch.zeros_like(cell)
+    kept[cell] = chosen[group, slot]
+    return kept
+
+
+def adaptive_cells(layout: Layout, scores: Float[Tensor, "packed"], choices: Choices) -> Bool[Tensor, "packed"]:
+    """Keep every cell that scores above zero, however many that are; the thumbnail as ``choices`` say."""
+    kept = (scores > 0) & layout.cell
+    if choices.thumbnail == "keep":
+        return kept | layout.thumbnail
+    return kept & ~layout.thumbnail if choices.thumbnail == "drop" else kept
+
+
+def add_newlines(layout: Layout, kept: Bool[Tensor, "packed"], newline: str) -> Bool[Tensor, "packed"]:
+    """The kept cells, and the newlines that stay with them: all, none, or those of rows with a kept cell."""
+    ends = ~layout.cell
+    if newline != "row":
+        return kept | ends if newline == "keep" else kept
+    row = ends.cumsum(0) - ends.long()  # rows of the whole batch, counted by the newlines that end them
+    # the thumbnail stands before the first row of its image without being part of it
+    hits = torch.bincount(row[kept & ~layout.thumbnail], minlength=int(ends.sum()) + 1)
+    return kept | (ends & (hits[row] > 0))

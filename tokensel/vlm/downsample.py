@@ -1,0 +1,110 @@
+"""Image down-sampling: the baseline that gets its smaller number of tokens from fewer pixels."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from tokensel.errors import check_keep
+from tokensel.tower import run_tower
+from tokensel.vlm.choose import Choices
+from tokensel.vlm.encode import Encoded
+from tokensel.vlm.reduce import Reduced, assemble
+
+
+def coarse_grid(keep: float, side: int) -> tuple[int, int]:
+    """Rows and columns of the coarser grid whose number of cells is nearest to ``keep * side**2``.
+
+    Square, or with one column more than rows, where that is nearer (text runs along rows).
+    """
+    shapes = [(rows, cols) for rows in range(1, side + 1) for cols in (rows, rows + 1) if cols <= side]
+    return min(shapes, key=lambda shape: (abs(shape[0] * shape[1] - keep * side * side), shape[0] != shape[1]))
+
+
+def _spots(coarse: int, fine: int, device: torch.device) -> Int[Tensor, "coarse"]:
+    """The fine cells in which the centres of ``coarse`` cells of the same extent lie (all different)."""
+    return ((torch.arange(coarse, device=device) * 2 + 1) * fine) // (2 * coarse)
+
+
+def _pack_coarse(
+    encoded: Encoded, image: int, grid: tuple[int, int], side: int
+) -> tuple[Int[Tensor, "coarse"], Int[Tensor, "coarse"]]:
+    """How one image's coarse cells are packed, and which of the full packed tokens each stands in for.
+
+    Returns:
+        Index of the coarse cell within the image's tiles (-1 = newline), and place in the image's full packing.
+    """
+    (rows, cols), device = grid, encoded.input_ids.device
+    config, tiles = encoded.model.config, encoded.layout.tiles[image]
+    base = torch.arange(rows * cols, device=device)
+    base_place = (_spots(rows, side, device)[:, None] * side + _spots(cols, side, device)[None, :]).flatten()
+    mine = encoded.layout.image == image
+    ends = int((~encoded.layout.cell[mine]).sum())  # rows of the full map, each ended by a newline
+    newline = torch.tensor([-1], device=device)
+    if tiles == 1:
+        return torch.cat([base, newline]), torch.cat([base_place, newline * 0 + side * side])
+    size = encoded.image_sizes[image].tolist()
+    high, wide = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    cells = torch.arange(rows * cols, tiles * rows * cols, device=device).view(high, wide, rows, cols)
+    cells = cells.transpose(1, 2).reshape(1, high * rows, wide * cols)
+    # The model's rule for cutting off the letterbox, told the image's shape in cells that may not be square.
+    cells = unpad_image(cells, (size[0] * rows, size[1] * cols))[0]
+    across = (int(mine.sum()) - side * side) // max(ends, 1) - 1  # columns of the full map
+    down = _spots(cells.shape[0], ends, device)[:, None] * (across + 1)
+    place = side * side + torch.cat([down + _spots(cells.shape[1], across, device), down + across], dim=1)
+    cells = torch.cat([cells, newline.expand(len(cells), 1)], dim=1)
+    return torch.cat([base, cells.flatten()]), torch.cat([base_place, place.flatten()])
+
+
+def _shrink(pixels: Float[Tensor, "tiles 3 height width"], height: int, width: int) -> Tensor:
+    return torch.nn.functional.interpolate(pixels.float(), (height, width), mode="bicubic", antialias=True)
+
+
+@torch.no_grad()
+def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
+    """Encode every tile again at a lower resolution, so that about ``keep`` of the visual tokens come out.
+
+    The tower reads the smaller tiles with interpolated position embeddings; thumbnail, letterbox and newlines
+    are treated as at full size. With original positions a coarse token takes the place of the full-size token
+    at its centre. The budget falls on whole grids: ``n_visual`` of the result says how many tokens it came to.
+
+    Args:
+        encoded: the batch.
+        keep: fraction of the tokens of a tile to approach, in (0, 1].
+        choices: newline ("drop" leaves them out) and positions; budget and thumbnail have no meaning here.
+
+    Raises:
+        TokenselError: ``keep`` outside (0, 1], or an unknown choice.
+    """
+    options, keep = Choices.of(choices), check_keep(keep)
+    core, config, layout = encoded.model.base_model, encoded.model.config, encoded.layout
+    patch, side = config.vision_config.patch_size, config.vision_config.image_size // config.vision_config.patch_size
+    grid = coarse_grid(keep, side)
+    tokens = encoded.features.tokens
+    if grid != (side, side) and layout.tiles:
+        pixels = _shrink(encoded.pixel_values, grid[0] * patch, grid[1] * patch)
+        drop_cls = config.vision_feature_select_strategy == "default"
+        tokens, _ = run_tower(core.vision_tower, pixels, config.vision_feature_layer, drop_cls, interpolate=True)
+    kept = torch.zeros_like(layout.cell)
+    sources, tile, packed = [], 0, 0
+    for image, tiles in enumerate(layout.tiles):
+        source, place = _pack_coarse(encoded, image, grid, side)
+        if options.newline == "drop":
+            source, place = source[source >= 0], place[source >= 0]
+        kept[packed + place] = True
+        sources.append(torch.where(source < 0, source, source + tile * grid[0] * grid[1]))
+        tile, packed = tile + tiles, packed + int((layout.image == image).sum())
+    visual = core.image_newline.new_zeros(0, core.image_newline.shape[0])
+    cells = layout.cell & kept
+    if sources:
+        source = torch.cat(sources)
+        projected = core.multi_modal_projector(tokens).flatten(0, 1)
+        visual = torch.where((source < 0)[:, None], core.image_newline.to(projected), projected[source.clamp(min=0)])
+    return Reduced(
+        assemble(encoded, kept, visual, options.positions),
+        n_visual=encoded.per_row(cells),
+        n_visual_full=encoded.n_visual,
+        n_newline=encoded.per_row(kept & ~layout.cell),
+    )

@@ -1,0 +1,133 @@
+"""How a LLaVA lays out its visual tokens: tiles, thumbnail, unpadding, newlines.
+
+An image becomes tiles: first the thumbnail (the whole image squashed into one tile), then a grid of
+high-resolution tiles. The model joins the grid into one large map, cuts off the letterbox ("unpadding"),
+ends every row with a newline token, and puts the thumbnail's cells in front. *Packed* below means that
+sequence, all images of a batch one after the other: the order of the placeholders in ``input_ids``.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from tokensel.errors import TokenselError
+
+NEWLINE = -1
+
+
+@dataclass
+class Layout:
+    """Where each packed visual token of a batch comes from.
+
+    Attributes:
+        source: index into the flattened ``[tiles * tokens]`` of the batch, or ``NEWLINE``.
+        image: number of the image the token belongs to.
+        thumbnail: True for cells of an image's thumbnail. The only tile of a one-tile image is the image
+            itself and no thumbnail.
+        tiles: number of tiles of each image.
+        tokens: cells in one tile.
+    """
+
+    source: Int[Tensor, "packed"]
+    image: Int[Tensor, "packed"]
+    thumbnail: Bool[Tensor, "packed"]
+    tiles: list[int]
+    tokens: int
+
+    @property
+    def cell(self) -> Bool[Tensor, "packed"]:
+        """True for visual cells, False for newlines."""
+        return self.source != NEWLINE
+
+    @property
+    def valid(self) -> Bool[Tensor, "tiles tokens"]:
+        """True for the cells of each tile that survive unpadding."""
+        return self.spread(self.cell)
+
+    def spread(self, packed: Bool[Tensor, "packed"]) -> Bool[Tensor, "tiles tokens"]:
+        """A mask over packed tokens as a mask over the cells of each tile; newlines have no place there."""
+        mask = torch.zeros(sum(self.tiles) * self.tokens, dtype=torch.bool, device=packed.device)
+        mask[self.source[packed & self.cell]] = True
+        return mask.view(-1, self.tokens)
+
+
+def tile_counts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]:
+    """Tiles of each image of a processed batch, thumbnail included, by the model's own rule."""
+    config, sizes = model.config, inputs["image_sizes"]
+    # LLaVA-OneVision leaves the images of a row with several of them uncut; LLaVA-NeXT cuts every image
+    groups = inputs.get("batch_num_images")
+    whole = "batch_num_images" in inspect.signature(model.base_model.get_image_features).parameters
+    uncut = [n > 1 for n in map(int, groups) for _ in range(n)] if whole and groups is not None else [False] * len(sizes)
+    return [
+        1 if one else image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        for size, one in zip(sizes, uncut, strict=True)
+    ]
+
+
+def real_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Float[Tensor, "tiles 3 height width"]:
+    """All tiles of a batch in one tensor, without those that only fill up images with fewer tiles.
+
+    Args:
+        pixel_values: ``[images, most_tiles, 3, height, width]``, or flat ``[tiles, 3, height, width]`` already.
+    """
+    if pixel_values.dim() == 4:
+        return pixel_values
+    return torch.cat([pixels[:count] for pixels, count in zip(pixel_values, counts, strict=True)])
+
+
+def pack(
+    core: Any, features: Sequence[Float[Tensor, "_ tokens channels"]], image_sizes: Tensor, newline: Float[Tensor, "channels"]
+) -> list[Float[Tensor, "_ channels"]]:
+    """Pack the tiles of each image with the model's own ``pack_image_features``, whose options differ by model."""
+    options = {name: getattr(core.config, name, None) for name in ("vision_feature_select_strategy", "vision_aspect_ratio")}
+    known = inspect.signature(core.pack_image_features).parameters
+    options = {name: value for name, value in options.items() if name in known}
+    return list(core.pack_image_features(list(features), image_sizes, image_newline=newline, **options)[0])
+
+
+def read_layout(core: Any, counts: Sequence[int], tokens: int, image_sizes: Tensor) -> Layout:
+    """Find where packed tokens come from, by packing the cells' numbers in place of their features.
+
+    The model's own code moves the numbers as it would move the features, so that the result is exact,
+    unpadding included, and no rule of the model is written down twice.
+
+    Args:
+        core: the model without its language head (``model.base_model``).
+        counts: tiles of each image.
+        tokens: cells in one tile.
+        image_sizes: ``[images, 2]``, height and width in pixels.
+
+    Raises:
+        TokenselError: the model resamples features while packing, so that tokens have no single source.
+    """
+    device = image_sizes.device
+    # float64 holds every index exactly, and packing code may insist on floating point
+    numbers = torch.arange(sum(counts) * tokens, dtype=torch.float64, device=device).view(-1, tokens, 1)
+    newline = torch.full((1,), float(NEWLINE), dtype=torch.float64, device=device)
+    packed = [image[:, 0] for image in pack(core, numbers.split(list(counts)), image_sizes, newline)]
+    if any(not torch.equal(image, image.round()) for image in packed):
+        raise TokenselError(
+            "the model interpolates visual tokens while packing them: turn that off with "
+            "vision_aspect_ratio='anyres_max_1000' in the configurations of model and processor"
+        )
+    source = torch.cat(packed).long()
+    image = torch.repeat_interleave(
+        torch.arange(len(packed), device=device), torch.tensor([len(p) for p in packed], device=device)
+    )
+    per_image = torch.tensor(list(counts), device=device)
+    first = (per_image.cumsum(0) - per_image)[image]  # the first tile of the token's image
+    thumbnail = (source != NEWLINE) & (source // tokens == first) & (per_image[image] > 1)
+    return Layout(source, image, thumbnail, list(counts), tokens)
+
+
+def empty_layout(tokens: int, device: torch.device) -> Layout:
+    """The layout of a batch without any image."""
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    return Layout(none, none, none.bool(), [], tokens)

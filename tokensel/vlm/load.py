@@ -1,0 +1,141 @@
+"""A LLaVA with its processor: load it, ask it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+
+from tokensel.errors import TokenselError
+from tokensel.scorers import Scorer
+from tokensel.vlm.reduce import Reduced, reduce_inputs
+
+
+@dataclass
+class Vlm:
+    """A vision-language model of transformers and what turns pictures and questions into its inputs.
+
+    >>> vlm = load_vlm("llava-hf/llava-v1.6-mistral-7b-hf")
+    >>> selector = make_scorer("selector", selector="folder or hub id")
+    >>> vlm.answer(image, "What is the total?", scorer=selector, keep=0.3)
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    name: str
+
+    def prompt(self, question: str, image: bool | int = True) -> str:
+        """The user's turn in the model's own chat template, with ``image`` pictures before the question.
+
+        Raises:
+            TokenselError: the processor has no chat template.
+        """
+        if not (self.processor.chat_template or self.processor.tokenizer.chat_template):
+            raise TokenselError(f"{self.name} has no chat template: write the prompts yourself and pass them to inputs()")
+        content = [{"type": "image"}] * int(image) + [{"type": "text", "text": question}]
+        turns = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+    def inputs(self, images: Sequence[Image | Sequence[Image] | None] | None, prompts: Sequence[str]) -> BatchFeature:
+        """Process a batch, padded on the left, on the model's device.
+
+        Args:
+            images: for each prompt a picture, several, or ``None``; ``None`` for a batch without any.
+            prompts: as :meth:`prompt` makes them, with a placeholder for every picture.
+
+        Raises:
+            TokenselError: images and prompts differ in number.
+        """
+        rows = [None] * len(prompts) if images is None else list(images)
+        if len(rows) != len(prompts):
+            raise TokenselError(f"{len(rows)} rows of images for {len(prompts)} prompts: give as many as prompts")
+        flat = [i.convert("RGB") for row in rows if row is not None for i in ([row] if isinstance(row, Image) else row)]
+        tokenizer = self.processor.tokenizer
+        # templates may begin with the token that the tokenizer would put there again
+        begun = tokenizer.bos_token is not None and all(prompt.startswith(tokenizer.bos_token) for prompt in prompts)
+        batch = self.processor(
+            images=flat or None,
+            text=list(prompts),
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not begun,
+            return_tensors="pt",
+        )
+        return batch.to(self.model.device, self.model.dtype)
+
+    @torch.no_grad()
+    def generate(self, reduced: Reduced, max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """What the model writes for each row: the new text alone, greedy unless ``options`` say otherwise."""
+        options = {"do_sample": False} | options
+        out = self.model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
+        decode = self.processor.tokenizer.batch_decode
+        return [text.strip() for text in decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)]
+
+    def answer(
+        self,
+        image: Image | None,
+        question: str,
+        scorer: Scorer | None = None,
+        keep: float | None = 1.0,
+        max_new_tokens: int = 64,
+        **choices: Any,
+    ) -> str:
+        """Answer one question about one picture, with only the visual tokens that ``scorer`` puts first.
+
+        Args:
+            image: the picture, or ``None`` to ask blindly.
+            question: the question; the chat template is put around it.
+            scorer: ranks the tokens, see :func:`~tokensel.scorers.make_scorer`; ``None`` keeps all.
+            keep: fraction of the visual tokens to keep, or ``None`` for as many as the selector itself would keep.
+            max_new_tokens: where to stop at the latest.
+            choices: see :class:`~tokensel.vlm.choose.Choices`.
+        """
+        inputs = self.inputs([image], [self.prompt(question, image is not None)])
+        return self.generate(reduce_inputs(self.model, inputs, scorer, keep, **choices), max_new_tokens)[0]
+
+
+def load_vlm(
+    name: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn: str | None = None,
+) -> Vlm:
+    """Load a LLaVA-NeXT and its processor from a local folder or the Hugging Face hub.
+
+    Args:
+        name: folder or hub id, such as ``llava-hf/llava-v1.6-mistral-7b-hf``.
+        device: a GPU if there is one, else the CPU.
+        dtype: by default that of the checkpoint on a GPU and float32 on a CPU.
+        attn: attention implementation of transformers, such as "sdpa" or "eager".
+
+    Raises:
+        TokenselError: nothing there under this name (or the hub is out of reach), weights cut short or
+            missing, or a model that packs no image tiles.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    options = {"attn_implementation": attn} if attn else {}
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **options
+        )
+    except (SafetensorError, EOFError) as error:
+        raise TokenselError(f"{name}: its weights are cut short or damaged ({error}); fetch or save it again") from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = "this folder holds no such model" if Path(name).is_dir() else "it is neither a folder nor in the cache"
+        raise TokenselError(
+            f"cannot load the model '{name}': {where}, or the hub is out of reach; give a local folder that "
+            f"save_pretrained wrote, or run `hf download {name}` while online ({reason})"
+        ) from None
+    if report["missing_keys"]:
+        raise TokenselError(f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again")
+    if not hasattr(model.base_model, "pack_image_features"):
+        raise TokenselError(f"{name} is a {type(model).__name__}, which packs no image tiles: give a LLaVA-NeXT model")
+    return Vlm(model.to(device).eval(), processor, str(name))

@@ -1,0 +1,164 @@
+"""The seam with LLaVA: drop visual tokens from embeddings, mask and positions, and let the stock model generate.
+
+Nothing of the model is replaced. :func:`reduce_inputs` takes what the processor made and returns what
+``model.generate(**...)`` takes: embeddings of the prompt in which only the chosen visual tokens are left.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tokensel.errors import TokenselError
+from tokensel.scorers import Scorer
+from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
+from tokensel.vlm.encode import Encoded, encode
+
+
+class Reduced(dict):
+    """Inputs for ``model.generate(**reduced)``: embeddings, mask and, with original positions, position ids.
+
+    There are no ``input_ids`` among them, so ``generate`` returns new tokens only.
+
+    Attributes:
+        n_visual: visual tokens that reach the language model, row by row; newlines are not counted.
+        n_visual_full: the same when nothing is dropped.
+        n_newline: newlines that reach the language model.
+        kept: True for the cells of each tile that are kept (``None`` where the tiles were encoded anew).
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, Tensor],
+        n_visual: Int[Tensor, "rows"],
+        n_visual_full: Int[Tensor, "rows"],
+        n_newline: Int[Tensor, "rows"],
+        kept: Bool[Tensor, "tiles tokens"] | None = None,
+    ):
+        super().__init__(inputs)
+        self.n_visual = n_visual
+        self.n_visual_full = n_visual_full
+        self.n_newline = n_newline
+        self.kept = kept
+
+
+def assemble(
+    encoded: Encoded, kept: Bool[Tensor, "packed"], visual: Float[Tensor, "kept width"], positions: str
+) -> dict[str, Tensor]:
+    """Build the shortened prompt: text and kept visual tokens in their old order, padded anew on the left.
+
+    Args:
+        encoded: the batch.
+        kept: packed tokens that stay.
+        visual: their embeddings, in packed order.
+        positions: "compact" or "original".
+    """
+    stay = encoded.attention_mask.clone()
+    stay[encoded.places[:, 0], encoded.places[:, 1]] = kept
+    length = int(stay.sum(1).max())
+    # A stable sort by "stays" sends what goes, padding included, to the left and moves nothing past another.
+    order = stay.to(torch.uint8).argsort(dim=1, stable=True)[:, stay.shape[1] - length :]
+    mask = stay.gather(1, order)
+    ids = encoded.input_ids.gather(1, order).masked_fill(~mask, _pad_id(encoded))
+    embeds = encoded.model.get_input_embeddings()(ids)
+    slots = (ids == encoded.model.config.image_token_id) & mask
+    out = {
+        "inputs_embeds": embeds.masked_scatter(slots[..., None], visual.to(embeds.device, embeds.dtype)),
+        # always given: without it, gaps in the positions would be read as several packed sequences
+        "attention_mask": mask.long(),
+    }
+    if positions == "original":
+        place = (encoded.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        out["position_ids"] = place.gather(1, order).masked_fill(~mask, 0)
+    return out
+
+
+def _pad_id(encoded: Encoded) -> int:
+    """What stands at padding: the batch's own choice, so that an untouched batch stays what it was."""
+    padding = encoded.input_ids[~encoded.attention_mask]
+    if len(padding):
+        return int(padding[0])
+    return encoded.model.generation_config.pad_token_id or 0
+
+
+def _visual(encoded: Encoded, kept: Bool[Tensor, "packed"]) -> Float[Tensor, "kept width"]:
+    """Project the kept cells, and put the model's newline embedding where a newline is kept."""
+    core, layout = encoded.model.base_model, encoded.layout
+    cell, source = layout.cell[kept], layout.source[kept]
+    tokens = encoded.features.tokens
+    if len(source) == 0:
+        return core.image_newline.new_zeros(0, core.image_newline.shape[0])
+    if bool((kept | ~layout.cell).all()):
+        # Everything stays: project whole tiles, as the model does, so that not even rounding differs.
+        projected = core.multi_modal_projector(tokens).flatten(0, 1)[source[cell]]
+    else:
+        projected = core.multi_modal_projector(tokens.flatten(0, 1)[source[cell]])
+    visual = core.image_newline.to(projected).expand(len(source), -1).clone()
+    visual[cell] = projected
+    return visual
+
+
+@torch.no_grad()
+def reduce(
+    encoded: Encoded, scorer: Scorer | None = None, keep: float | None = 1.0, **choices: Any
+) -> Reduced:
+    """Keep the best visual tokens of each image of an encoded batch.
+
+    The tower's work is in ``encoded`` and scores are remembered there, so that many scorers and budgets
+    cost one encoding.
+
+    Args:
+        encoded: the batch, from :func:`~tokensel.vlm.encode.encode`.
+        scorer: ranks the tokens; may be ``None`` when everything is kept.
+        keep: fraction of the visual tokens of each image to keep, in (0, 1], newlines not counted; or ``None``
+            for as many as an adaptive scorer itself would keep.
+        choices: see :class:`~tokensel.vlm.choose.Choices`.
+
+    Returns:
+        Inputs for ``model.generate``, with the counts.
+
+    Raises:
+        TokenselError: ``keep`` outside (0, 1], an unknown choice, no scorer where one is needed, or a scorer that
+            does not fit the features.
+    """
+    options = Choices.of(choices)
+    layout = encoded.layout
+    if scorer is None and keep != 1.0:
+        raise TokenselError(f"keep is {keep} but no scorer says which tokens: pass scorer=")
+    scores = encoded.features.tokens.new_zeros(len(layout.source)) if scorer is None else encoded.score(scorer)
+    if keep is None:
+        if not getattr(scorer, "adaptive", False):
+            raise TokenselError(f"scorer '{scorer.name}' has no threshold of its own: give keep, such as 0.3")
+        cells = adaptive_cells(layout, scores, options)
+    else:
+        cells = choose_cells(layout, scores, keep, options)
+    kept = add_newlines(layout, cells, options.newline)
+    return Reduced(
+        assemble(encoded, kept, _visual(encoded, kept), options.positions),
+        n_visual=encoded.per_row(cells),
+        n_visual_full=encoded.n_visual,
+        n_newline=encoded.per_row(kept & ~layout.cell),
+        kept=layout.spread(cells),
+    )
+
+
+def reduce_inputs(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    scorer: Scorer | None = None,
+    keep: float | None = 1.0,
+    *,
+    keys: Int[Tensor, "rows"] | Sequence[int] | None = None,
+    **choices: Any,
+) -> Reduced:
+    """From the processor's output to inputs for ``model.generate`` with only the chosen visual tokens.
+
+    >>> inputs = processor(images=image, text=prompt, return_tensors="pt")
+    >>> model.generate(**reduce_inputs(model, inputs, make_scorer("selector", selector="folder"), keep=0.3))
+
+    :func:`~tokensel.vlm.encode.encode` and :func:`reduce` in one; their docstrings say what the arguments are.
+    """
+    return reduce(encode(model, inputs, keys), scorer, keep, **choices)
