@@ -1,0 +1,116 @@
+"""Training batches: tiles as the processor cuts them, and many questions packed behind one picture."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from tokensel.mini.canvas import CELLS, PATCH, TILE, Page
+from tokensel.mini.model import build_tokenizer
+
+MEAN, STD = (np.array(stat, np.float32)[:, None, None] for stat in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+
+
+def tiles(page: Page) -> Float[Tensor, "tiles 3 height width"]:
+    """Thumbnail and high-resolution tiles, normalised: what LLaVA-NeXT's image processor makes, without its checks."""
+    width, height = page.image.size
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    top, left = (rows * TILE - height) // 2, (columns * TILE - width) // 2
+    padded = np.zeros((rows * TILE, columns * TILE, 3), np.uint8)
+    padded[top : top + height, left : left + width] = np.asarray(page.image)
+    cut = padded.reshape(rows, TILE, columns, TILE, 3).swapaxes(1, 2).reshape(-1, TILE, TILE, 3)
+    if len(cut) > 1:  # a page of a single tile needs no thumbnail
+        thumbnail = np.asarray(page.image.resize((TILE, TILE), Image.Resampling.BICUBIC))
+        cut = np.concatenate([thumbnail[None], cut])
+    pixels = cut.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    return torch.from_numpy((pixels - MEAN) / STD)
+
+
+@lru_cache(maxsize=64)
+def layout(core, size: tuple[int, int]) -> Int[Tensor, "packed"]:
+    """For each visual token of a page of ``size``: tile * 64 + cell, or -1 for a newline.
+
+    The model's own packing is run on the indices, so unpadding and newlines are its, not ours. A page of one
+    tile (the first stage of the curriculum) is its rows with newlines, without a thumbnail.
+    """
+    newline = torch.full((1,), -1.0)
+    if size == (TILE, TILE):
+        cells = torch.arange(CELLS * CELLS).view(CELLS, CELLS)
+        return torch.cat([cells, cells.new_full((CELLS, 1), -1)], 1).flatten()
+    count = 1 + -(-size[0] // TILE) * -(-size[1] // TILE)
+    index = torch.arange(count * CELLS * CELLS, dtype=torch.float32).view(count, CELLS * CELLS, 1)
+    packed, _ = core.pack_image_features([index], torch.tensor([size]), "default", image_newline=newline)
+    return packed[0][:, 0].round().long()
+
+
+@dataclass
+class Packed:
+    """Questions of a batch of pages, laid behind each page's visual tokens.
+
+    Each question sees the picture and itself, never another question, and counts positions as if it stood alone:
+    one row holds what would be ``questions`` rows of a batch.
+    """
+
+    ids: Int[Tensor, "pages text"]
+    labels: Int[Tensor, "pages text"]  # -100 where nothing is to be said
+    positions: Int[Tensor, "pages total"]
+    mask: Bool[Tensor, "pages 1 total total"]
+    head: int  # text tokens before the picture: <s> USER:
+
+
+def pack(pages: list[Page], visual: int, most: int, rng: np.random.Generator) -> Packed:
+    """Choose at most ``most`` questions a page and pack them behind ``visual`` visual tokens.
+
+    A row is: <s> USER: | visual tokens | newline, question, answer, question, answer, ...
+    """
+    tokenizer = build_tokenizer()
+    rows = []
+    for page in pages:
+        chosen = rng.permutation(len(page.questions))[:most]
+        asked = [page.questions[int(place)] for place in chosen]
+        rows.append([_turn(tokenizer, qa.question, qa.answers[0]) for qa in asked])
+    head, prefix = 2, 2 + visual  # positions of the first visual and of the first text token after it
+    longest = max(sum(len(ids) for ids, _ in row) for row in rows)
+    ids = torch.full((len(pages), longest), tokenizer.pad_token_id)
+    labels = torch.full((len(pages), longest), -100)
+    block = torch.full((len(pages), longest), -1)
+    positions = torch.zeros(len(pages), prefix + longest, dtype=torch.long)
+    positions[:, :prefix] = torch.arange(prefix)
+    for row, turns in enumerate(rows):
+        at = 0
+        for number, (turn, answer) in enumerate(turns):
+            end = at + len(turn)
+            ids[row, at:end] = torch.tensor(turn)
+            labels[row, end - answer - 1 : end - 1] = torch.tensor(turn[-answer:])  # predicted one token earlier
+            block[row, at:end] = number
+            positions[row, prefix + at : prefix + end] = prefix + torch.arange(len(turn))
+            at = end
+    total = prefix + longest
+    mask = torch.ones(total, total, dtype=torch.bool).tril().repeat(len(pages), 1, 1)
+    mask[:, prefix:, prefix:] &= (block[:, :, None] == block[:, None, :]) | torch.eye(longest, dtype=torch.bool)
+    return Packed(ids, labels, positions, mask[:, None], head)
+
+
+@lru_cache(maxsize=65536)
+def _ids(tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _turn(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
+    """Token ids of newline, question, answer and end; and how many of them are the answer and its end."""
+    asked = _ids(tokenizer, f"\n{question}ASSISTANT:")
+    said = _ids(tokenizer, f"{answer}</s>")
+    return [*asked, *said], len(said)
+
+
+def patch_pixels(pixels: Float[Tensor, "tiles 3 height width"]) -> Float[Tensor, "tiles cells channels"]:
+    """Each patch at 4x4 pixels: a target that asks the encoder for how a patch looks, not only what it is."""
+    small = torch.nn.functional.avg_pool2d(pixels, 2)
+    step = PATCH // 2
+    cells = small.unfold(2, step, step).unfold(3, step, step)  # [tiles, 3, 8, 8, 4, 4]
+    return cells.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

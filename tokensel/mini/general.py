@@ -1,0 +1,160 @@
+"""Pictures to be looked at: shapes, colours, counts, places, diagrams, backgrounds."""
+
+import numpy as np
+
+from tokensel.mini.canvas import QA, Canvas, Page, paper
+from tokensel.mini.words import COLORS, SHAPES
+
+LETTERS = "ABCD"
+BACKGROUNDS = ("plain", "stripes", "checks", "dots")
+
+
+def _pick(rng: np.random.Generator, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def choice(rng: np.random.Generator, question: str, answer: str, others: list[str], category: str) -> QA:
+    """A multiple-choice question of four options in random order; the answer is its letter."""
+    wrong = [str(other) for other in rng.permutation([other for other in others if other != answer])[:3]]
+    options = [str(option) for option in rng.permutation([answer, *wrong])]
+    listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+    return QA(f"{question} {listed}", [LETTERS[options.index(answer)]], category, options)
+
+
+def _scatter(rng: np.random.Generator, size: tuple[int, int], count: int, low=8.0, high=15.0) -> list[tuple]:
+    """Up to ``count`` places (x, y, radius) whose shapes do not touch, from top to bottom."""
+    spots: list[tuple[float, float, float]] = []
+    for _ in range(60):
+        if len(spots) == count:
+            break
+        radius = rng.uniform(low, high)
+        y, x = (rng.uniform(radius + 2, side - radius - 2) for side in size)
+        if all((x - a) ** 2 + (y - b) ** 2 > (radius + r + 4) ** 2 for a, b, r in spots):
+            spots.append((x, y, radius))
+    return sorted(spots, key=lambda spot: spot[1])
+
+
+def _kinds(rng: np.random.Generator, count: int, unique: bool) -> list[tuple[str, str]]:
+    """Shape and colour of each thing; with ``unique`` no shape and no colour comes twice."""
+    if unique:
+        return list(zip(map(str, rng.permutation(SHAPES)[:count]), map(str, rng.permutation(list(COLORS))[:count])))
+    return [(_pick(rng, SHAPES), _pick(rng, list(COLORS))) for _ in range(count)]
+
+
+def _tint(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
+    return tuple(int(v) for v in np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255))
+
+
+def _sheet(rng: np.random.Generator, size: tuple[int, int], kind: str | None = None) -> Canvas:
+    return Canvas(paper(rng, size, kind or _pick(rng, ("plain", "gradient", "grain", *BACKGROUNDS[1:]))))
+
+
+def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """Things with a colour, a shape and a place (mirrors GQA)."""
+    canvas = _sheet(rng, size)
+    spots = _scatter(rng, size, int(rng.integers(2, 5)))
+    things = _kinds(rng, len(spots), unique=True)
+    questions = []
+    for (shape, color), (x, y, radius) in zip(things, spots):
+        canvas.shape(shape, color, x, y, radius, _tint(rng, color))
+        questions.append(QA(f"what color is the {shape}?", [color], "color"))
+        questions.append(QA(f"which shape is {color}?", [shape], "shape"))
+    for first in range(len(spots)):
+        for second in range(len(spots)):
+            dx, dy = spots[first][0] - spots[second][0], spots[first][1] - spots[second][1]
+            if first != second and max(abs(dx), abs(dy)) > 14 and abs(abs(dx) - abs(dy)) > 8:
+                asked = _pick(rng, ("left of", "right of") if abs(dx) > abs(dy) else ("above", "below"))
+                true = {"left of": dx < 0, "right of": dx > 0, "above": dy < 0, "below": dy > 0}[asked]
+                question = f"is the {things[first][0]} {asked} the {things[second][0]}?"
+                questions.append(QA(question, ["yes" if true else "no"], "relation"))
+    return canvas.page(questions)
+
+
+def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """How many of a kind there are, by multiple choice (mirrors ScienceQA)."""
+    canvas = _sheet(rng, size)
+    shapes = [str(shape) for shape in rng.permutation(SHAPES)[:2]]
+    colors = [str(color) for color in rng.permutation(list(COLORS))[:2]]
+    spots = _scatter(rng, size, int(rng.integers(2, 7)), 7.0, 11.0)
+    things = [(_pick(rng, shapes), _pick(rng, colors)) for _ in spots]
+    for (shape, color), (x, y, radius) in zip(things, spots):
+        canvas.shape(shape, color, x, y, radius, _tint(rng, color))
+    counts = [str(count) for count in range(7)]
+    questions = []
+    for place, names in enumerate((shapes, colors)):
+        for name in names:
+            count = sum(thing[place] == name for thing in things)
+            near = [str(n) for n in range(max(0, count - 3), min(6, count + 3) + 1)] if count else counts[:4]
+            asked = f"how many {name} shapes are there?" if place else f"how many of these are a {name}?"
+            questions.append(choice(rng, asked, str(count), near, "color" if place else "shape"))
+    return canvas.page(questions)
+
+
+def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """A chain of shapes joined by arrows (mirrors AI2D)."""
+    canvas = _sheet(rng, size, _pick(rng, ("plain", "gradient")))
+    across = canvas.width >= canvas.height
+    long, short = (canvas.width, canvas.height) if across else (canvas.height, canvas.width)
+    count = int(rng.integers(2, 4 if long < 128 else 5))
+    things = _kinds(rng, count, unique=True)
+    pitch = long / count
+    radius = min(11.0, pitch / 2 - 7)
+    forward, middle = bool(rng.integers(2)), rng.uniform(radius + 3, short - radius - 3)
+    spots = []
+    for place, (shape, color) in enumerate(things):
+        along, beside = (place + 0.5) * pitch, float(np.clip(middle + rng.uniform(-6, 6), radius + 2, short - radius - 2))
+        spots.append((along, beside) if across else (beside, along))
+        canvas.shape(shape, color, *spots[-1], radius, _tint(rng, color))
+    for before, after in zip(spots, spots[1:]):
+        start, end = (before, after) if forward else (after, before)
+        _arrow(canvas, start, end, radius + 2)
+    order = things if forward else things[::-1]
+    questions = []
+    for (shape, _), (following, _) in zip(order, order[1:]):
+        questions.append(choice(rng, f"what comes after the {shape}?", following, list(SHAPES), "after"))
+        questions.append(choice(rng, f"what comes before the {following}?", shape, list(SHAPES), "before"))
+    questions.append(choice(rng, "what comes first?", order[0][0], list(SHAPES), "first"))
+    questions.append(choice(rng, "what comes last?", order[-1][0], list(SHAPES), "last"))
+    return canvas.page(questions)
+
+
+def _arrow(canvas: Canvas, start, end, gap: float) -> None:
+    """A dark arrow from ``start`` to ``end``, ``gap`` pixels short of either, with a clear head."""
+    start, end = np.array(start), np.array(end)
+    way = (end - start) / np.linalg.norm(end - start)
+    side, tail, tip = np.array([-way[1], way[0]]), start + way * gap, end - way * gap
+    neck = tip - way * 7
+    canvas.pen.line([*tail, *neck], fill=(40, 40, 40), width=3)
+    canvas.pen.polygon([tuple(tip), tuple(neck + side * 6), tuple(neck - side * 6)], fill=(40, 40, 40))
+
+
+def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """Several abilities by multiple choice: background, extremes, total, place (mirrors MMStar)."""
+    background = _pick(rng, BACKGROUNDS)
+    canvas = _sheet(rng, size, background)
+    spots = _scatter(rng, size, int(rng.integers(2, 5)), 7.0, 9.0)
+    big = int(rng.integers(len(spots)))
+    things = _kinds(rng, len(spots), unique=True)
+    for place, ((shape, color), (x, y, radius)) in enumerate(zip(things, spots)):
+        canvas.shape(shape, color, x, y, radius * (1.55 if place == big else 1.0), _tint(rng, color))
+    shapes, colors = list(SHAPES), list(COLORS)
+    questions = [
+        choice(rng, "what is the background?", background, list(BACKGROUNDS), "coarse perception"),
+        choice(rng, "which shape is the largest?", things[big][0], shapes, "fine-grained perception"),
+        choice(rng, "what color is the largest shape?", things[big][1], colors, "fine-grained perception"),
+        choice(rng, "how many shapes are there?", str(len(spots)), list("12345"), "instance reasoning"),
+        choice(rng, "which shape is at the top?", things[0][0], shapes, "spatial reasoning"),
+        choice(rng, "which shape is at the bottom?", things[-1][0], shapes, "spatial reasoning"),
+    ]
+    return canvas.page(questions)
+
+
+def scene(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """A scene to be described whole, from top to bottom."""
+    canvas = _sheet(rng, size)
+    spots = _scatter(rng, size, int(rng.integers(2, 6)), 7.0, 12.0)
+    spots = [spot for place, spot in enumerate(spots) if place == 0 or spot[1] - spots[place - 1][1] > 6]
+    things = _kinds(rng, len(spots), unique=False)
+    for (shape, color), (x, y, radius) in zip(things, spots):
+        canvas.shape(shape, color, x, y, radius, _tint(rng, color))
+    return canvas.page([QA("describe the scene.", [", ".join(f"{c} {s}" for s, c in things)], "scene")])

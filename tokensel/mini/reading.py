@@ -1,0 +1,173 @@
+"""Pictures to be read: forms, charts, posters, words in a scene, and pages of text."""
+
+import numpy as np
+
+from tokensel.mini.canvas import FONTS, QA, SIZES, Canvas, Page, ink, paper
+from tokensel.mini.words import COLORS, FIELDS, TITLES, distinct, number, word
+
+
+def _pick(rng: np.random.Generator, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def _value(rng: np.random.Generator, split: str, room: int) -> str:
+    """A word or a number of at most ``room`` characters."""
+    if rng.random() < 0.5:
+        return word(rng, split, 3, min(room, 5))
+    return number(rng, split, 2, min(room, 4))
+
+
+def _lines(rng: np.random.Generator, height: int, step: int, most: int, start: int | None = None) -> list[int]:
+    """The tops of up to ``most`` lines of text, ``step`` pixels apart, some left blank."""
+    first = int(rng.integers(3, 9)) if start is None else start
+    rows = list(range(first, height - step + 3, step))
+    count = min(len(rows), int(rng.integers(2, most + 1)))
+    return sorted(int(row) for row in rng.choice(rows, count, replace=False))
+
+
+def _clutter(rng: np.random.Generator, canvas: Canvas, most: int = 3) -> None:
+    """Rules, specks and frames, faint enough to leave the text legible."""
+    for _ in range(int(rng.integers(most + 1))):
+        shade = tuple(int(value) for value in rng.integers(150, 200, 3))
+        x, y = int(rng.integers(canvas.width)), int(rng.integers(canvas.height))
+        kind = rng.integers(3)
+        if kind == 0:
+            canvas.pen.line((0, y, canvas.width, y), fill=shade)
+        elif kind == 1:
+            canvas.pen.line((x, 0, x, canvas.height), fill=shade)
+        else:
+            canvas.pen.rectangle((x, y, x + int(rng.integers(10, 60)), y + int(rng.integers(10, 60))), outline=shade)
+
+
+def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """A form: field names with their values beside or below them (mirrors DocVQA)."""
+    canvas = Canvas(paper(rng, size))
+    _clutter(rng, canvas)
+    font, value_font, (advance, points) = _pick(rng, FONTS), _pick(rng, FONTS), _pick(rng, SIZES)
+    stacked = canvas.width < 100 or rng.random() < 0.2
+    margin, dark = int(rng.integers(2, 7)), ink(rng)
+    step = (2 * points + 6 if stacked else points + int(rng.integers(3, 8)))
+    tops = _lines(rng, canvas.height, step, 3 if stacked else 6)
+    keys = [str(key) for key in rng.choice(FIELDS, len(tops), replace=False)]
+    column = margin + advance * (max(map(len, keys)) + 1) + int(rng.integers(0, 12))
+    questions, floor = [], -1
+    for key, top in zip(keys, tops):
+        top = canvas.snap_y(max(top, floor), points)
+        if top + points > canvas.height:
+            break
+        if not stacked:
+            room = (canvas.width - column - 2) // advance
+            value = _value(rng, split, room)
+            canvas.text(margin, top, key, font, (advance, points), dark)
+            canvas.text(column, top, value, value_font, (advance, points), ink(rng))
+            floor = top + points + 1
+        else:
+            value = _value(rng, split, min(5, (canvas.width - margin - 6) // advance))
+            below = canvas.snap_y(top + points + 1, points)
+            if below + points > canvas.height:
+                break
+            canvas.text(margin, top, key, font, (advance, points), dark)
+            canvas.text(margin + int(rng.integers(0, 5)), below, value, value_font, (advance, points), ink(rng))
+            floor = below + points + 2
+        questions.append(QA(f"what is the {key}?", [value], "stacked" if stacked else "inline"))
+    return canvas.page(questions)
+
+
+def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """A bar chart: labels, coloured bars and their values in figures (mirrors ChartQA)."""
+    canvas = Canvas(paper(rng, size, "plain"))
+    font, (advance, points) = _pick(rng, FONTS), _pick(rng, SIZES[:4])
+    step = points + int(rng.integers(3, 9))
+    tops = _lines(rng, canvas.height, step, 5)
+    labels = distinct(rng, len(tops), lambda r: word(r, split, 2, 3))
+    colors = [str(color) for color in rng.permutation(list(COLORS))[: len(tops)]]
+    left = int(rng.integers(2, 5)) + 3 * advance + 3
+    reach = canvas.width - left - 3 * advance - 4
+    values = [number(rng, split, 1, 3) for _ in tops]
+    most = max(int(value) for value in values)
+    canvas.pen.line((left, 0, left, canvas.height), fill=(90, 90, 90))
+    questions, floor = [], -1
+    for label, color, value, top in zip(labels, colors, values, tops):
+        top = canvas.snap_y(max(top, floor), points)
+        if top + points > canvas.height:
+            break
+        floor = top + points + 1
+        length = max(3, round(reach * int(value) / most))
+        canvas.text(left - 3 - len(label) * advance, top, label, font, (advance, points), (30, 30, 30))
+        canvas.panel((left + 1, top + 2, left + length, top + points - 2), color)
+        canvas.text(left + length + 3, top, value, font, (advance, points), (30, 30, 30))
+        questions.append(QA(f"what is the value of {label}?", [value], "label"))
+        questions.append(QA(f"what is the value of the {color} bar?", [value], "color"))
+    return canvas.page(questions)
+
+
+def poster(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """A poster of several blocks, each a coloured heading over a line of text (mirrors InfoVQA)."""
+    canvas = Canvas(paper(rng, size))
+    font, body, (advance, points) = _pick(rng, FONTS), _pick(rng, FONTS), _pick(rng, SIZES[:5])
+    rows, columns = max(1, canvas.height // 48), max(1, canvas.width // 56)
+    spots = [(row, column) for row in range(rows) for column in range(columns)]
+    rng.shuffle(spots)
+    spots = sorted(map(tuple, spots[: max(1, int(rng.integers(len(spots) // 2, len(spots) + 1)))]))
+    titles = [str(title) for title in rng.choice(TITLES, len(spots), replace=False)]
+    colors = [str(color) for color in rng.permutation(list(COLORS))[: len(spots)]]
+    questions, cell = [], (canvas.height // rows, canvas.width // columns)
+    for (row, column), title, color in zip(spots, titles, colors):
+        y = canvas.snap_y(row * cell[0] + int(rng.integers(1, 5)), points + 3)
+        below = canvas.snap_y(y + points + 4, points)
+        if below + points > canvas.height:
+            continue
+        x = column * cell[1] + int(rng.integers(1, 4))
+        end = min(x + advance * 5 + 4, canvas.width)
+        canvas.panel((x, y, end, y + points + 1), color)
+        light = color in ("yellow", "orange")
+        canvas.text(x + 2, y + 1, title, font, (advance, points), (20, 20, 20) if light else (250, 250, 250))
+        value = _value(rng, split, 5)
+        canvas.text(x + 2, below, value, body, (advance, points), ink(rng))
+        questions.append(QA(f"what is under {title}?", [value], "title"))
+        questions.append(QA(f"what is under the {color} heading?", [value], "color"))
+    return canvas.page(questions)
+
+
+def scene_text(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """Words on coloured signs over a texture (mirrors TextVQA)."""
+    canvas = Canvas(paper(rng, size, _pick(rng, ("stripes", "checks", "dots", "grain"))) * rng.uniform(0.75, 1.0))
+    count = int(rng.integers(1, 4))
+    colors = [str(color) for color in rng.permutation(list(COLORS))[:count]]
+    questions, floor = [], int(rng.integers(2, 20))
+    for color in colors:
+        font, (advance, points) = _pick(rng, FONTS), _pick(rng, SIZES)
+        value = _value(rng, split, 5)
+        y = canvas.snap_y(floor + 3, points)
+        if y + points + 3 > canvas.height:
+            break
+        width = advance * len(value)
+        x = int(rng.integers(3, canvas.width - width - 5))
+        canvas.panel((x - 3, y - 2, x + width + 3, y + points + 1), color)
+        light = color in ("yellow", "orange")
+        canvas.text(x, y, value, font, (advance, points), (20, 20, 20) if light else (250, 250, 250))
+        floor = y + points + int(rng.integers(4, 24))
+        questions.append(QA(f"what does the {color} sign say?", [value], "color"))
+    if len(questions) == 1:
+        questions.append(QA("what does the sign say?", questions[0].answers, "single"))
+    return canvas.page(questions)
+
+
+def text_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """A page of short lines to be transcribed whole."""
+    canvas = Canvas(paper(rng, size))
+    _clutter(rng, canvas, 1)
+    font, (advance, points), dark = _pick(rng, FONTS), _pick(rng, SIZES), ink(rng)
+    tops, said, floor = _lines(rng, canvas.height, points + int(rng.integers(3, 8)), 4), [], -1
+    for top in tops:
+        top = canvas.snap_y(max(top, floor), points)
+        x = int(rng.integers(2, 12))
+        while top + points <= canvas.height and x + 3 * advance + 2 <= canvas.width:
+            value = _value(rng, split, min(5, (canvas.width - x - 2) // advance))
+            x, _ = canvas.text(x, top, value, font, (advance, points), dark)
+            said.append(value)
+            x += advance + int(rng.integers(0, 16))
+            if rng.random() < 0.4:
+                break
+        floor = top + points + 1
+    return canvas.page([QA("transcribe the page.", [" ".join(said)], "page")])
