@@ -1,0 +1,116 @@
+"""Figures: what is veiled, how masks join, the Principia page, the curves and their labels."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tokensel.errors import TokenselError
+from tokensel.figures import curves, overlays, principia, style
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    style.use()
+    yield
+    plt.close("all")
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_page_mask_puts_each_token_where_its_tile_was_cut(rows, columns, height, width, seed):
+    page = torch.rand(rows * height, columns * width, generator=torch.Generator().manual_seed(seed)) < 0.5
+    tiles = [
+        page[r * height : (r + 1) * height, c * width : (c + 1) * width].flatten()
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    assert torch.equal(overlays.page_mask(torch.stack(tiles), rows, columns, (height, width)), page)
+
+
+def test_page_mask_refuses_another_shape():
+    with pytest.raises(TokenselError, match="2 x 2 tiles"):
+        overlays.page_mask(torch.ones(3, 4, dtype=torch.bool), 2, 2, (2, 2))
+
+
+def test_cut_tiles_gives_back_the_picture():
+    image = principia.principia_page(128, 192)
+    tiles = overlays.cut_tiles(image, 3, 2, 64)
+    assert len(tiles) == 6 and all(tile.size == (64, 64) for tile in tiles)
+    assert np.array_equal(np.asarray(tiles[3]), np.asarray(image)[64:128, 64:128])
+
+
+def test_veil_leaves_kept_cells_alone_and_covers_dropped_ones():
+    image = Image.new("RGB", (20, 10), (255, 255, 255))
+    kept = torch.tensor([[True, False]])
+    pixels = overlays.veiled(image, kept)
+    assert (pixels[:, :10] == 255).all()
+    assert (pixels[:, 10:] < 200).all()
+    assert (np.asarray(image) == 255).all()
+    assert np.array_equal(overlays.veiled(image, None), np.asarray(image))
+
+
+@pytest.mark.parametrize("size", [(512, 704), (336, 336), (672, 336), (128, 128)])
+def test_principia_stands_whole_on_its_page(size):
+    page = np.asarray(principia.principia_page(*size)).astype(int)
+    assert page.shape == (size[1], size[0], 3)
+    ink = np.abs(page - np.array(principia.PAPER)).sum(-1) > 40
+    rows, columns = np.nonzero(ink.any(1))[0], np.nonzero(ink.any(0))[0]
+    assert rows[0] > 0.04 * size[1] and rows[-1] < 0.97 * size[1]
+    assert columns[0] > 0.05 * size[0] and columns[-1] < 0.95 * size[0]
+    assert rows[-1] - rows[0] > 0.6 * size[1]
+    assert 0.02 < ink.mean() < 0.5
+
+
+def test_principia_is_the_same_each_time_and_refuses_a_stamp():
+    assert principia.principia_page(200, 300).tobytes() == principia.principia_page(200, 300).tobytes()
+    with pytest.raises(TokenselError, match="64 x 300"):
+        principia.principia_page(64, 300)
+
+
+def table(methods=("full", "none", "random", "selector"), benchmarks=("forms", "charts", "scene")):
+    rows = []
+    for benchmark in benchmarks:
+        for number, method in enumerate(methods):
+            for keep in (1.0,) if method == "full" else (0.0,) if method == "none" else (0.1, 0.5, 0.9):
+                score = 0.2 + 0.1 * number + 0.3 * keep
+                rows.append(("m", benchmark, "reading", method, keep, "anls", score, score - 0.05, score + 0.05, 9, 0))
+    return pd.DataFrame(rows, columns=curves.COLUMNS)
+
+
+def test_curves_have_a_panel_a_benchmark_and_name_every_method():
+    figure = curves.score_curves(table(), live=table().query("keep == 0.5"), columns=2)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert [ax.get_title(loc="left") for ax in shown] == ["forms", "charts", "scene"]
+    names = {text.get_text() for text in shown[1].texts}
+    assert names == {"all tokens", "no image", "random", "selector"}
+    orange = [line for line in shown[0].lines if line.get_color() == style.ORANGE and len(line.get_xdata()) == 3]
+    assert list(orange[0].get_ydata()) == pytest.approx([53.0, 65.0, 77.0])
+
+
+def test_curves_refuse_a_table_that_is_not_long():
+    with pytest.raises(TokenselError, match="ci_low"):
+        curves.score_curves(table().drop(columns="ci_low"))
+    with pytest.raises(TokenselError, match="empty"):
+        curves.score_curves(table().iloc[:0])
+
+
+def test_labels_keep_their_distance_and_stay_in_order():
+    _, ax = plt.subplots()
+    ax.set_ylim(0, 100)
+    curves.label_ends(ax, {"a": (50.0, "k"), "b": (50.1, "k"), "c": (99.0, "k"), "d": (99.5, "k")})
+    places = [text.xy[1] for text in sorted(ax.texts, key=lambda text: text.get_text())]
+    assert places == sorted(places)
+    assert min(np.diff(places)) > 2
+
+
+def test_every_method_of_the_library_has_its_own_colour():
+    from tokensel.scorers import SCORERS
+
+    known = {*SCORERS, "full", "none", "downsample"}
+    assert known <= set(style.COLOURS)
+    assert len({style.colour(name) for name in known}) == len(known)

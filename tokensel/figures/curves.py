@@ -1,0 +1,147 @@
+"""Score against the fraction of tokens kept, one small panel a benchmark: the paper's Figs. 4 and 5."""
+
+from collections.abc import Sequence
+from math import ceil
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tokensel.errors import TokenselError
+from tokensel.figures import style
+
+COLUMNS = ("model", "benchmark", "group", "method", "keep", "metric", "score", "ci_low", "ci_high", "n", "seed")
+FLAT = ("full", "none")  # methods that do not depend on keep: dashed lines
+LOUD = ("selector", "random")  # the paper's contrast, drawn over the rest
+
+
+def score_curves(
+    table: pd.DataFrame,
+    *,
+    live: pd.DataFrame | None = None,
+    methods: Sequence[str] | None = None,
+    columns: int = 4,
+    panel: tuple[float, float] = (1.9, 1.8),
+) -> Figure:
+    """Small multiples of score (0..100) over keep with 95 % intervals; lines are named at their right end.
+
+    Args:
+        table: the long table of results, scores 0..1; several seeds of a method are averaged.
+        live: a second, smaller table in the same format, drawn as open points with their intervals over the lines.
+        methods: which methods, in the order of the labels; all that are in ``table`` when left out.
+        columns: panels beside each other.
+        panel: width and height of a panel in inches.
+
+    Raises:
+        TokenselError: the table lacks a column or is empty.
+    """
+    for name, frame in (("table", table), ("live table", live)):
+        missing = [] if frame is None else [column for column in COLUMNS if column not in frame.columns]
+        if missing:
+            raise TokenselError(f"the {name} has no column {', '.join(missing)}: give a long table of results")
+    if table.empty:
+        raise TokenselError("the table of results is empty: evaluate something first")
+    methods = list(methods) if methods is not None else list(dict.fromkeys(table["method"]))
+    benchmarks = list(dict.fromkeys(table["benchmark"]))
+    columns = min(columns, len(benchmarks))
+    rows = ceil(len(benchmarks) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * panel[0] + 1.1, rows * panel[1] + 0.2), sharex=True, squeeze=False
+    )
+    for ax, benchmark in zip(axes.flat, benchmarks):
+        ends = {method: _draw(ax, _of(table, benchmark, method), method) for method in methods}
+        if live is not None:
+            for method in methods:
+                _draw_live(ax, _of(live, benchmark, method), method)
+        low, high = ax.get_ylim()
+        ax.set(title=benchmark, ylim=(max(0.0, low), min(102.0, high)), xlim=(0.05, 1.0))
+        last = ax in axes[:, -1] or benchmark == benchmarks[-1]
+        if last:
+            label_ends(ax, {style.label(m): (y, style.colour(m)) for m, y in ends.items() if y is not None})
+    for ax in axes.flat[len(benchmarks) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("score")
+    for column in range(columns):
+        lowest = [axes[row, column] for row in range(rows) if row * columns + column < len(benchmarks)][-1]
+        lowest.set_xlabel("fraction of tokens kept")
+        lowest.tick_params(labelbottom=True)
+    return figure
+
+
+def label_ends(ax: Axes, ends: dict[str, tuple[float, str]], size: float = 7.5) -> None:
+    """Name lines at the right border of ``ax`` at their last value, moved apart where they would overlap.
+
+    Args:
+        ends: for each name the value where its line ends and its colour.
+        size: of the type in points.
+    """
+    low, high = ax.get_ylim()
+    step = (high - low) * 1.35 * size / 72 / (ax.get_figure().get_figheight() / ax.get_gridspec().nrows * 0.7)
+    names = sorted(ends, key=lambda name: ends[name][0])
+    places = [min(max(ends[name][0], low), high) for name in names]
+    for k in range(1, len(places)):
+        places[k] = max(places[k], places[k - 1] + step)
+    # the stack may have grown past the top: push it down again from there
+    for k in range(len(places) - 1, -1, -1):
+        ceiling = high + step / 2 if k == len(places) - 1 else places[k + 1] - step
+        places[k] = min(places[k], ceiling)
+    for name, place in zip(names, places):
+        ax.annotate(
+            name,
+            (1.0, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=ends[name][1],
+            fontsize=size,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _of(table: pd.DataFrame, benchmark: str, method: str) -> pd.DataFrame:
+    rows = table[(table["benchmark"] == benchmark) & (table["method"] == method)]
+    return 100 * rows.groupby("keep", as_index=True)[["score", "ci_low", "ci_high"]].mean().sort_index()
+
+
+def _draw(ax: Axes, rows: pd.DataFrame, method: str) -> float | None:
+    """One method's line; returns the value at its right end, None where there is nothing to draw."""
+    if rows.empty:
+        return None
+    colour, loud = style.colour(method), method in LOUD
+    if method in FLAT:
+        ax.axhline(rows["score"].iloc[-1], color=colour, linestyle=(0, (4, 2)), linewidth=1.2, zorder=2)
+        return float(rows["score"].iloc[-1])
+    ax.plot(
+        rows.index,
+        rows["score"],
+        color=colour,
+        marker=style.MARKERS.get(method, "o"),
+        markersize=3.2 if loud else 2.4,
+        linewidth=1.8 if loud else 0.9,
+        zorder=4 if loud else 3,
+    )
+    if loud:
+        ax.fill_between(rows.index, rows["ci_low"], rows["ci_high"], color=colour, alpha=0.18, linewidth=0, zorder=1)
+    return float(rows["score"].iloc[-1])
+
+
+def _draw_live(ax: Axes, rows: pd.DataFrame, method: str) -> None:
+    if rows.empty or method in FLAT:
+        return
+    reach = [(rows["score"] - rows["ci_low"]).clip(lower=0), (rows["ci_high"] - rows["score"]).clip(lower=0)]
+    ax.errorbar(
+        rows.index,
+        rows["score"],
+        yerr=reach,
+        fmt=style.MARKERS.get(method, "o"),
+        markersize=5,
+        markerfacecolor="white",
+        markeredgecolor=style.colour(method),
+        ecolor=style.colour(method),
+        elinewidth=0.8,
+        capsize=1.5,
+        zorder=5,
+    )
