@@ -11,13 +11,15 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.utils import cached_file
 
 from tokensel.errors import TokenselError
 from tokensel.features import Features
+from tokensel.hub import quiet
+from tokensel.tower import run_tower
 
 Tiles = Literal["whole", "anyres"]
 
@@ -37,14 +39,14 @@ class VisionEncoder:
     Attributes:
         tower: the stock transformers model, in evaluation mode, without gradients.
         feature_layer: which hidden state is the feature tensor F; -2 for CLIP, -1 for SigLIP, or what the
-            LLaVA checkpoint says. Hidden states come before the tower's last norm.
+            LLaVA checkpoint says (of several, the channels are joined). They come before the tower's last norm.
         drop_cls: whether the first token is the CLS token and is left out.
         name: where it came from.
         width: channels of a token. tokens: tokens of a tile. grid: their rows and columns. size: pixels a side.
     """
 
     def __init__(
-        self, tower: PreTrainedModel, processor: object = None, feature_layer: int | None = None,
+        self, tower: PreTrainedModel, processor: object = None, feature_layer: int | list[int] | None = None,
         drop_cls: bool | None = None, name: str = "",
     ):
         kind = tower.config.model_type
@@ -54,11 +56,10 @@ class VisionEncoder:
         self.tower = tower.eval().requires_grad_(False)
         self.processor = processor
         self.feature_layer = layer if feature_layer is None else feature_layer
-        if not isinstance(self.feature_layer, int):
-            raise TokenselError(f"{name}: its features join the layers {feature_layer}; give a checkpoint that uses one")
         self.drop_cls = cls if drop_cls is None else drop_cls
         self.name = name or kind
-        self.width = tower.config.hidden_size
+        layers = 1 if isinstance(self.feature_layer, int) else len(self.feature_layer)
+        self.width = tower.config.hidden_size * layers
         self.size = tower.config.image_size
         side = self.size // tower.config.patch_size
         self.grid = (side, side)
@@ -70,7 +71,7 @@ class VisionEncoder:
     @classmethod
     def from_pretrained(
         cls, name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-        feature_layer: int | None = None, drop_cls: bool | None = None,
+        feature_layer: int | list[int] | None = None, drop_cls: bool | None = None,
     ) -> Self:
         """Load the tower of a hub id or folder: a vision tower, a CLIP or SigLIP model, or a LLaVA checkpoint.
 
@@ -91,7 +92,8 @@ class VisionEncoder:
                 vision = getattr(config, "vision_config", config)
                 if vision.model_type not in TOWERS:
                     raise TokenselError(f"{name}: a {vision.model_type} has no CLIP or SigLIP vision tower; give one that has")
-                tower = TOWERS[vision.model_type][0].from_pretrained(name, config=vision, dtype=dtype)
+                with quiet():
+                    tower = TOWERS[vision.model_type][0].from_pretrained(name, config=vision, dtype=dtype)
             processor = _processor(name)
         except TokenselError:
             raise
@@ -149,11 +151,9 @@ class VisionEncoder:
         """
         if cls_attention and not (self.has_cls and self.drop_cls):
             raise TokenselError(f"{self.name}: no CLS token apart from the features; choose a scorer that needs none")
-        with torch.no_grad(), _Listen(self._layer().self_attn, cls_attention) as heard:
-            pixels = pixel_values.to(self.device, self.tower.dtype)
-            hidden = self.tower(pixels, output_hidden_states=True).hidden_states[self.feature_layer]
-        tokens = hidden[:, 1:] if self.drop_cls else hidden
-        return Features(tokens, cls_attention=heard.attention[:, 1:] if cls_attention else None)
+        pixels = pixel_values.to(self.device, self.tower.dtype)
+        tokens, attention = run_tower(self.tower, pixels, self.feature_layer, self.drop_cls)
+        return Features(tokens, cls_attention=attention if cls_attention else None)
 
     def encode(
         self, images: Sequence[Image.Image], tiles: Tiles = "whole", batch_size: int = 32, cls_attention: bool = False
@@ -175,41 +175,12 @@ class VisionEncoder:
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _layer(self) -> nn.Module:
-        """The layer whose output is F: hidden state 0 is the embedding, so state k comes from layer k-1."""
-        layers = getattr(self.tower, "vision_model", self.tower).encoder.layers
-        return layers[self.feature_layer if self.feature_layer < 0 else self.feature_layer - 1]
-
     def _squash(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         resample = getattr(self.processor, "resample", None)
         resized = image.convert("RGB").resize((self.size, self.size), Image.BICUBIC if resample is None else resample)
         pixels = np.asarray(resized, dtype=np.float32) * np.float32(1 / 255)
         pixels = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-class _Listen:
-    """Hears the input of an attention module and works out its first query's attention, averaged over heads."""
-
-    def __init__(self, attention: nn.Module, active: bool):
-        self.module, self.active = attention, active
-        self.attention: Tensor | None = None
-
-    def __enter__(self) -> Self:
-        self.hook = self.module.register_forward_pre_hook(self._hear, with_kwargs=True) if self.active else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.hook is not None:
-            self.hook.remove()
-
-    def _hear(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        heads = module.num_heads
-        query = module.q_proj(x[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)  # [tiles, heads, 1, channels]
-        keys = module.k_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2)  # [tiles, heads, 1+tokens, channels]
-        weights = (query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5).float().softmax(dim=-1)
-        self.attention = weights.mean(dim=1)[:, 0]
 
 
 def _processor(name: str) -> object | None:

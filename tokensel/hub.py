@@ -2,15 +2,32 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from tokensel.errors import TokenselError
 from tokensel.io import no_space, write_text
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers: for files this small they say nothing of use."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 class CoreConfig(PretrainedConfig):
@@ -64,7 +81,8 @@ class CoreModel(PreTrainedModel):
         push = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", None)
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            with quiet():
+                super().save_pretrained(save_directory, *args, **kwargs)
             write_text(Path(save_directory) / "README.md", self.model_card())
         except (OSError, SafetensorError) as error:
             if "No space left" in str(error):
@@ -100,7 +118,8 @@ class CoreModel(PreTrainedModel):
             found = cls.config_class.get_config_dict(name)[0].get("model_type")
             if found != wanted:
                 raise TokenselError(f"{name}: its config.json says {found}, not {wanted}; give a {cls.__name__}")
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            with quiet():
+                model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, EOFError) as error:
             raise TokenselError(f"{name}: its weights are cut short or damaged ({error}); fetch or save it again") from None
         except TokenselError:

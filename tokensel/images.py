@@ -1,8 +1,7 @@
 """Where training pictures come from: a folder, a ``datasets`` dataset, a hub id, a parquet file, a list."""
 
 import io
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,3 @@ def _load(*names: str | None, **options: Any) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TokenselError(f"{names[0]}: cannot be loaded ({reason}); give a local folder or parquet file") from None
 
-
-def take(source: ImageSource, count: int) -> Iterator[tuple[str, Any]]:
-    """Name and content of the first ``count`` rows."""
-    return itertools.islice(source.stream(), count)

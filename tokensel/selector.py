@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from tokensel.budget import top_fraction
 from tokensel.hub import CoreConfig, CoreModel
 from tokensel.layers import Trunk
 
@@ -55,6 +56,12 @@ class MaskedEmbedding(nn.Module):
         """``features`` where the mask is 1, the embedding where it is 0; gradients flow to both and to the mask."""
         embedding = (self.center + self.spread * self.vector).to(features.dtype)
         return torch.lerp(embedding.expand_as(features), features, mask[..., None].to(features.dtype))
+
+    @torch.no_grad()
+    def standardise(self, center: Float[Tensor, "width"], spread: Float[Tensor, "width"]) -> None:
+        """Fix mean and standard deviation of each channel, measured on the training features."""
+        self.center.copy_(center)
+        self.spread.copy_(spread)
 
 
 class TokenSelector(CoreModel):
@@ -142,15 +149,12 @@ class TokenSelector(CoreModel):
         """
         if keep is None:
             return self.hard_mask(features, valid)
-        from tokensel.budget import top_fraction  # the budget imports nothing from here; only the name is shared
-
         return top_fraction(self.scores(features, valid), keep, valid)
 
     def standardise(self, center: Float[Tensor, "width"], spread: Float[Tensor, "width"]) -> None:
         """Fix mean and standard deviation of each channel, measured on the training features."""
         self.trunk.standardise(center, spread)
-        self.masked.center.copy_(self.trunk.center)
-        self.masked.spread.copy_(self.trunk.spread)
+        self.masked.standardise(center, spread)
 
 
 def gumbel_mask(

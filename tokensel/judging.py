@@ -1,0 +1,103 @@
+"""Which of two subsets is better? The one from which the rest can be reconstructed more closely (Eq. 1).
+
+R in Eq. (1) is the optimal reconstruction for the subset, so each policy and each budget gets a reconstructor
+of its own: one that was trained on other masks would judge their likeness to its own, not their content.
+"""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+
+from tokensel.autoencoder import MaskedAutoencoder, Statistics
+from tokensel.budget import top_fraction
+from tokensel.errors import check_keep
+from tokensel.features import Features
+from tokensel.feed import rows_of_step
+from tokensel.objective import distance
+from tokensel.optimisation import adamw, autocast, descend, seeded
+from tokensel.train_config import TrainConfig
+
+Scorer = Callable[[Features], Tensor]
+
+
+@torch.no_grad()
+def policy_masks(
+    features: Features, scorer: Scorer, keep: float, batch_size: int = 256
+) -> Bool[Tensor, "tiles tokens"]:
+    """What a policy keeps of each tile: the best fraction ``keep`` by its scores.
+
+    Raises:
+        TokenselError: ``keep`` outside (0, 1], or features that the scorer cannot read.
+    """
+    parts = [features[slice(start, start + batch_size)] for start in range(0, len(features), batch_size)]
+    return torch.cat([top_fraction(scorer(part), keep, part.valid) for part in parts])
+
+
+def train_reconstructor(
+    features: Features,
+    scorer: Scorer,
+    keep: float,
+    config: TrainConfig | None = None,
+    initial: MaskedAutoencoder | None = None,
+) -> MaskedAutoencoder:
+    """Train only a reconstructor, and the masked embedding it reads, for one policy at one budget.
+
+    Args:
+        features: training tiles, in memory. Each tile has one mask, the same in every epoch.
+        scorer: the policy; nothing of it is trained.
+        keep: fraction of the tokens kept.
+        config: of its fields those on model, optimisation and running count; 300 steps at a rate of 1e-3 if
+            not given, ten times the rate of the joint training, which no sampling disturbs here.
+        initial: start from a copy of this one's weights instead of from new ones, which saves steps.
+
+    Raises:
+        TokenselError: ``keep`` outside (0, 1], or features that the scorer cannot read.
+    """
+    check_keep(keep)
+    config = config or TrainConfig(steps=300, lr=1e-3, progress=False)
+    accelerator = Accelerator(cpu=features.tokens.device.type == "cpu")
+    masks = policy_masks(features, scorer, keep)
+    model = seeded(lambda: MaskedAutoencoder.new(features.tokens.shape[-1], config), config.seed)
+    statistics = Statistics.of([features[: config.statistics_tiles]])
+    if initial is None:
+        model.standardise(statistics.center, statistics.spread)
+    else:
+        model.load_state_dict(initial.state_dict())
+    model.to(features.tokens.device)
+    optimizer = adamw(model, config)
+    name = getattr(scorer, "name", "policy")
+    for step in tqdm(range(config.steps), desc=f"{name} {keep:g}", unit="step", disable=not config.progress):
+        rows = rows_of_step(step, config.batch_size, len(features), config.seed).to(features.tokens.device)
+        batch = features[rows]
+        with autocast(accelerator, config):
+            reconstructed = model(batch.tokens, masks[rows], batch.valid)
+        loss = distance(reconstructed, batch.tokens, batch.valid).mean() / statistics.scale
+        descend(accelerator, model, optimizer, loss, step, config)
+    return model.eval()
+
+
+@torch.no_grad()
+def reconstruction_error(
+    model: MaskedAutoencoder, features: Features, scorer: Scorer, keep: float, batch_size: int = 256
+) -> Float[Tensor, "tiles"]:
+    """||R(F^pr) - F||_2 / ||F||_2 of each tile, all tokens counted: the dist of Eq. (1), relative.
+
+    Args:
+        model: from :func:`train_reconstructor` for this policy and budget.
+        features: tiles it was not trained on.
+
+    Raises:
+        TokenselError: ``keep`` outside (0, 1], features of another width.
+    """
+    masks = policy_masks(features, scorer, keep, batch_size)
+    errors = []
+    for start in range(0, len(features), batch_size):
+        part = features[slice(start, start + batch_size)]
+        reconstructed = model(part.tokens, masks[start : start + batch_size], part.valid)
+        norm = distance(torch.zeros_like(part.tokens), part.tokens, part.valid)
+        errors.append(distance(reconstructed, part.tokens, part.valid) / norm.clamp(min=1e-12))
+    return torch.cat(errors)
