@@ -3,7 +3,7 @@
 import numpy as np
 
 from tokensel.mini.canvas import FONTS, QA, SIZES, Canvas, Page, ink, paper
-from tokensel.mini.words import COLORS, FIELDS, TITLES, distinct, number, word
+from tokensel.mini.words import ALPHABET, COLORS, FIELDS, TITLES, distinct, number, word
 
 
 def _pick(rng: np.random.Generator, items):
@@ -171,3 +171,25 @@ def text_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Pa
                 break
         floor = top + points + 1
     return canvas.page([QA("transcribe the page.", [" ".join(said)], "page")])
+
+
+def print_page(rng: np.random.Generator, size: tuple[int, int]) -> Page:
+    """A page full of random print, each line in its own font, size and colours: to learn letters from, not a task."""
+    canvas = Canvas(paper(rng, size, _pick(rng, ("plain", "gradient", "grain", "stripes", "checks", "dots"))))
+    y = int(rng.integers(0, 5))
+    while True:
+        font, (advance, points) = _pick(rng, FONTS), _pick(rng, SIZES)
+        y = canvas.snap_y(y, points)
+        if y + points > canvas.height:
+            return canvas.page([])
+        x, pen = int(rng.integers(0, 8)), ink(rng)
+        while (room := (canvas.width - x) // advance) >= 2:
+            length = min(room, int(rng.integers(2, 7)))
+            text = "".join(ALPHABET[int(place)] for place in rng.integers(len(ALPHABET), size=length))
+            if rng.random() < 0.3:
+                color = _pick(rng, list(COLORS))
+                canvas.panel((x, y - 1, min(x + advance * (length + 1), canvas.width) - 3, y + points), color)
+                pen = (20, 20, 20) if color in ("yellow", "orange") else (250, 250, 250)
+            x, _ = canvas.text(x, y, text, font, (advance, points), pen)
+            x, pen = x + advance + int(rng.integers(0, 8)), ink(rng)
+        y += points + int(rng.integers(1, 7))

@@ -50,7 +50,11 @@ def word(rng: np.random.Generator, split: str, low: int = 3, high: int = 5) -> s
 
 
 def number(rng: np.random.Generator, split: str, low: int = 2, high: int = 4) -> str:
-    """A number of ``low`` to ``high`` digits, no leading zero, that belongs to ``split``."""
+    """A number of ``low`` to ``high`` digits, no leading zero, that belongs to ``split``.
+
+    Held-out numbers have two digits at least: a tenth of nine one-digit numbers would be one answer for all.
+    """
+    low = low if split == "train" else max(low, 2)
     while True:
         digits = int(rng.integers(low, high + 1))
         text = str(int(rng.integers(10 ** (digits - 1), 10**digits)))

@@ -1,0 +1,134 @@
+"""The small world is what its docstrings say; its training batches are what the stock model sees."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tokensel.errors import TokenselError
+from tokensel.io import load_tensors
+from tokensel.mini import recipe as recipes
+from tokensel.mini.batches import layout, pack, tiles
+from tokensel.mini.model import build_model, build_processor, build_tokenizer
+from tokensel.mini.suite import BENCHMARKS
+from tokensel.mini.world import DRAW, SIZES, draw
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model().eval()
+
+
+@pytest.mark.parametrize("task", DRAW)
+def test_a_page_is_a_function_of_task_split_and_index(task):
+    first, again, other = draw(task, "test", 3), draw(task, "test", 3), draw(task, "test", 4)
+    assert np.array_equal(first.image, again.image)
+    assert first.questions == again.questions
+    assert first.image.size != other.image.size or not np.array_equal(first.image, other.image)
+
+
+@pytest.mark.parametrize("task", ["forms", "posters", "scene_text", "transcribe"])
+def test_no_answer_of_the_test_split_is_drawn_in_training(task):
+    def answers(split):
+        pages = (draw(task, split, index) for index in range(150))
+        return {word for page in pages for qa in page.questions for word in qa.answers[0].split()}
+
+    assert answers("test").isdisjoint(answers("train"))
+
+
+def test_an_unknown_task_or_split_is_named():
+    with pytest.raises(TokenselError, match="formz"):
+        draw("formz", "test", 0)
+    with pytest.raises(TokenselError, match="dev"):
+        draw("forms", "dev", 0)
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_a_benchmark_row_has_the_columns_of_the_real_ones(task):
+    rows = BENCHMARKS[task].load("test", 8)
+    assert {"image", "question", "answers", "question_id", "options"} <= set(rows.column_names)
+    assert len(set(rows["question_id"])) == 8
+    for row in rows:
+        assert row["answers"][0] and (not row["options"] or row["answers"][0] in "ABCD")
+        assert "<unk>" not in build_tokenizer().convert_ids_to_tokens(
+            build_tokenizer()(row["question"] + row["answers"][0]).input_ids
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_model(model, size):
+    page = draw("forms", "train", 1, size)
+    inputs = build_processor()(images=page.image, text="USER:<image>\nASSISTANT:", return_tensors="pt")
+    ours = tiles(page)
+    assert ours.shape == inputs["pixel_values"][0].shape
+    assert torch.allclose(ours, inputs["pixel_values"][0], atol=0.02)  # the processor rounds the thumbnail otherwise
+    assert len(layout(model.model, size)) == (inputs["input_ids"] == model.config.image_token_id).sum()
+
+
+def test_packed_questions_see_what_they_would_see_alone(model):
+    """Logits behind a page with many questions equal those of the stock forward with each question alone."""
+    page = draw("charts", "train", 5, (64, 128))
+    run = recipes._Run("unused", recipes.Recipe(), model, recipes.Heads(128), 100, bf16=False)
+    with torch.no_grad():
+        hidden, packed, _ = run.forward([page], (64, 128), 3, np.random.default_rng(0))
+        ours = model.lm_head(hidden)[0][packed.labels[0] >= 0]
+        processor, rows = build_processor(), []
+        for place in np.random.default_rng(0).permutation(len(page.questions))[:3]:
+            qa = page.questions[int(place)]
+            prompt = f"USER:<image>\n{qa.question}ASSISTANT:"
+            inputs = processor(images=page.image, text=prompt + f"{qa.answers[0]}</s>", return_tensors="pt")
+            inputs["pixel_values"] = tiles(page)[None]
+            said = len(build_tokenizer()(f"{qa.answers[0]}</s>", add_special_tokens=False).input_ids)
+            rows.append(model(**inputs).logits[0, -said - 1 : -1])
+    assert torch.allclose(ours, torch.cat(rows), atol=1e-4)
+
+
+def test_questions_of_a_page_do_not_see_each_other():
+    pages = [draw("attributes", "train", index, (64, 128)) for index in range(2)]
+    packed = pack(pages, 10, 3, np.random.default_rng(0))
+    prefix = packed.head + 10
+    for row in range(2):
+        starts = (packed.positions[row, prefix:] == prefix).nonzero().flatten().tolist()
+        assert len(starts) == 3
+        assert not packed.mask[row, 0, prefix + starts[1] :, prefix + starts[0] : prefix + starts[1]].any()
+
+
+TINY = recipes.Recipe(
+    encoder_steps=2,
+    encoder_pages=2,
+    print_steps=2,
+    stages=(recipes.Stage("tile", 2, 2, ((64, 64),)), recipes.Stage("page", 2, 2, SIZES)),
+    cooldown=2,
+)
+
+
+def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
+    whole = recipes.train(tmp_path / "whole", TINY, save_every=1, bf16=False)
+    calls = {"left": 5}  # stops in the middle of the third phase
+
+    def stop(self, step, real=recipes._Run._answer):
+        calls["left"] -= 1
+        if calls["left"] == 2:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    monkeypatch.setattr(recipes._Run, "_answer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.train(tmp_path / "cut", TINY, save_every=1, bf16=False)
+    monkeypatch.undo()
+    cut = recipes.train(tmp_path / "cut", TINY, save_every=1, bf16=False)
+    one, _ = load_tensors(whole / "model.safetensors")
+    two, _ = load_tensors(cut / "model.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_finished_folder_loads_as_any_llava_next(tmp_path):
+    folder = recipes.train(tmp_path, TINY, save_every=10, bf16=False)
+    loaded, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    pages = [draw("forms", "test", index, size).image for index, size in enumerate(SIZES[:2])]
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is the NAME?"}]}]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+    inputs = processor(images=pages, text=[prompt] * 2, padding=True, return_tensors="pt")
+    assert loaded.generate(**inputs, max_new_tokens=3, do_sample=False).shape[0] == 2
+    assert type(loaded).__name__ == "LlavaNextForConditionalGeneration"
