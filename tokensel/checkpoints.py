@@ -82,6 +82,12 @@ def load_checkpoint(
     return Progress(step, float(header["scale"]), header["identity"], json.loads(header["feed"]))
 
 
+def sweep(out: Path) -> None:
+    """Remove what a kill in the middle of a write left behind; the files themselves are whole or absent."""
+    for part in out.glob(".*.part"):
+        part.unlink()
+
+
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}/"): value for name, value in tensors.items() if name.startswith(f"{prefix}/")}
 

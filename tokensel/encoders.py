@@ -178,7 +178,7 @@ class VisionEncoder:
     def _squash(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         resample = getattr(self.processor, "resample", None)
         resized = image.convert("RGB").resize((self.size, self.size), Image.BICUBIC if resample is None else resample)
-        pixels = np.asarray(resized, dtype=np.float32) * np.float32(1 / 255)
+        pixels = (np.asarray(resized).astype(np.float64) / 255).astype(np.float32)
         pixels = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 

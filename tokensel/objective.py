@@ -46,7 +46,26 @@ def objective(
     valid: Bool[Tensor, "batch tokens"] | None = None,
     mean: Callable[[Tensor], Tensor] = torch.mean,
 ) -> Objective:
-    """Eq. (7): ||F^rec - F||_2 + max(L_pr, p)."""
+    """Eq. (7): ||F^rec - F||_2 + max(L_pr, p), averaged over the images of a batch.
+
+    The norm is the true l2 norm of one image's whole tensor, neither squared nor averaged over its elements.
+    The weight of L_pr is 1, as in the paper; what the paper does not say is the unit of the norm, and it
+    decides everything. The norm is concave in the share of tokens kept, so the sum has its minima at the
+    ends: in the encoder's own units (hundreds, for 576 x 1024 values) L_pr <= 1 is nothing beside it and all
+    tokens are kept; in units that make both terms comparable and without the hinge, the selector gives up
+    all tokens before the reconstructor has learned to use any, which is the collapse of Sec. 4.3.
+
+    Args:
+        reconstructed: F^rec.
+        features: F, in the encoder's own units; it is not standardised.
+        mask: M, 1 = kept; its gradient reaches the selector.
+        p: keeping costs nothing below this fraction (Eq. 3); 0 switches the hinge off.
+        scale: the distance that counts as 1. Training takes the typical ||F - mean||_2 of a tile, so that
+            L_rec = 1 says "no better than the mean token everywhere", whatever the encoder or the tile's size.
+        valid: True where a token is real; ``None`` when all are.
+        mean: the average over images; under several processes, one over all of them. The hinge is on the
+            average, so that one image may keep more than p and another less: the adaptive count of the title.
+    """
     l_rec = mean(distance(reconstructed, features, valid) / scale)
     l_pr = mean(retained_fraction(mask, valid))
     return Objective(l_rec + l_pr.clamp(min=p), l_rec, l_pr)

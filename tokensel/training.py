@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tokensel.autoencoder import Autoencoder, MaskedAutoencoder, Statistics
 from tokensel.cache import build_cache
-from tokensel.checkpoints import History, Progress, load_checkpoint, save_checkpoint
+from tokensel.checkpoints import History, Progress, load_checkpoint, save_checkpoint, sweep
 from tokensel.encoders import VisionEncoder
 from tokensel.errors import TokenselError
 from tokensel.features import Features
@@ -78,6 +78,7 @@ def train(
     accelerator.wait_for_everyone()  # all have read the checkpoint before the first writes the next
     history = History(out if main else None, progress.step)
     if out and main:
+        sweep(out)
         write_json(out / "train.json", config.to_dict())
 
     whole = accelerator.prepare(model)
