@@ -76,7 +76,9 @@ def _full(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choi
 
 def _none(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
     """The question without the picture (the red dashed line of the paper's Figs. 4 to 7)."""
-    return reduce(batch.blind)
+    blind = reduce(batch.blind)
+    blind.n_visual_full = batch.seeing.n_visual
+    return blind
 
 
 def _scored(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:

@@ -101,11 +101,8 @@ def choose_cells(
         """The ``amount`` best of each image's cells in the pool."""
         members = grid(pool)
         if choices.budget == "tile":
-            of_tile = torch.repeat_interleave(
-                torch.arange(images, device=image.device), torch.tensor(layout.tiles, device=image.device)
-            )
             amount = torch.minimum(amount, torch.bincount(image[pool], minlength=images))
-            amount = _quota(members.sum(1), of_tile, amount)
+            amount = _quota(members.sum(1), layout.image_of_tile, amount)
         return top_count(ranked, amount, members)
 
     ranked = grid(scores[cell])

@@ -25,7 +25,7 @@ def coarse_grid(keep: float, side: int) -> tuple[int, int]:
 
 def _spots(coarse: int, fine: int, device: torch.device) -> Int[Tensor, "coarse"]:
     """The fine cells in which the centres of ``coarse`` cells of the same extent lie (all different)."""
-    return ((torch.arange(coarse, device=device) * 2 + 1) * fine) // (2 * coarse)
+    return ((torch.arange(coarse, device=device) * 2 + 1) * fine) // max(2 * coarse, 1)
 
 
 def _pack_coarse(
@@ -44,7 +44,7 @@ def _pack_coarse(
     ends = int((~encoded.layout.cell[mine]).sum())  # rows of the full map, each ended by a newline
     newline = torch.tensor([-1], device=device)
     if tiles == 1:
-        return torch.cat([base, newline]), torch.cat([base_place, newline * 0 + side * side])
+        return torch.cat([base, newline]), torch.cat([base_place, newline + 1 + side * side])
     size = encoded.image_sizes[image].tolist()
     high, wide = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
     cells = torch.arange(rows * cols, tiles * rows * cols, device=device).view(high, wide, rows, cols)
@@ -52,6 +52,8 @@ def _pack_coarse(
     # The model's rule for cutting off the letterbox, told the image's shape in cells that may not be square.
     cells = unpad_image(cells, (size[0] * rows, size[1] * cols))[0]
     across = (int(mine.sum()) - side * side) // max(ends, 1) - 1  # columns of the full map
+    # rounding may leave the coarse map one row or column of letterbox more than the full one
+    cells = cells[:ends, : max(across, 0)]
     down = _spots(cells.shape[0], ends, device)[:, None] * (across + 1)
     place = side * side + torch.cat([down + _spots(cells.shape[1], across, device), down + across], dim=1)
     cells = torch.cat([cells, newline.expand(len(cells), 1)], dim=1)

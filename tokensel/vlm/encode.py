@@ -85,12 +85,12 @@ class Encoded:
             return out
 
         tokens, attention, keys = self.features.tokens, self.features.cls_attention, self.features.keys
-        firsts = [sum(self.layout.tiles[:i]) for i in range(len(self.layout.tiles))]
+        first = torch.searchsorted(self.layout.image_of_tile, torch.arange(shape[0], device=rows.device))
         return rows, slot, Features(
             tokens=regroup(tokens.flatten(0, 1)),
             valid=regroup(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device).flatten()),
             cls_attention=None if attention is None else regroup(attention.flatten()),
-            keys=None if keys is None else keys[firsts],
+            keys=None if keys is None else keys[first],
         )
 
 
@@ -108,16 +108,16 @@ def _tile_keys(
     keys: Int[Tensor, "rows"] | Sequence[int] | None,
 ) -> Int[Tensor, "tiles"]:
     """Key of every tile: from its row's key, the number of the image in the row and of the tile in the image."""
-    counts = torch.tensor(layout.tiles, device=pixels.device)
-    first = counts.cumsum(0) - counts
-    tile = torch.arange(len(pixels), device=pixels.device) - torch.repeat_interleave(first, counts)
+    of_tile = layout.image_of_tile
+    first = torch.searchsorted(of_tile, torch.arange(len(layout.tiles), device=of_tile.device))
+    tile = torch.arange(len(pixels), device=of_tile.device) - first[of_tile]
     if keys is None:
         images = content_keys(pixels)[first]
     else:
         of_row = torch.as_tensor(keys, dtype=torch.long, device=pixels.device)[row_of_image]
         nth = torch.arange(len(of_row), device=pixels.device) - torch.searchsorted(row_of_image, row_of_image)
         images = mix(of_row, nth)
-    return mix(torch.repeat_interleave(images, counts), tile)
+    return mix(images[of_tile], tile)
 
 
 @torch.no_grad()

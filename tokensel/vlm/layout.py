@@ -47,6 +47,12 @@ class Layout:
         return self.source != NEWLINE
 
     @property
+    def image_of_tile(self) -> Int[Tensor, "tiles"]:
+        """Number of the image each tile belongs to."""
+        counts = torch.tensor(self.tiles, dtype=torch.long, device=self.source.device)
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+    @property
     def valid(self) -> Bool[Tensor, "tiles tokens"]:
         """True for the cells of each tile that survive unpadding."""
         return self.spread(self.cell)
