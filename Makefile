@@ -11,7 +11,7 @@ READY  := $(VENV)/.ready
 .PHONY: book test unit chapters env lock clean
 
 book: env
-	$(PY) -m tokensel.book build
+	$(PY) -m tokensel book build
 
 test: unit chapters
 
@@ -20,7 +20,7 @@ unit: env
 
 # Runs what is not up to date, then runs it again and compares every printed output.
 chapters: env
-	$(PY) -m tokensel.book run
+	$(PY) -m tokensel book run
 	$(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -p no:cacheprovider _build/chapters
 
 env: $(READY)

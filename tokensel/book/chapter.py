@@ -17,6 +17,7 @@ class Chapter:
         name: file name without its ending, such as ``03_selector``.
         root: the project's root, also the working directory from here on.
         results: where the chapter's table belongs, ``_build/results/<name>.csv``.
+        figures: folder for pictures that pages outside the chapter show, ``_build/figures``.
     """
 
     name: str
@@ -24,9 +25,16 @@ class Chapter:
 
     @property
     def results(self) -> Path:
-        path = self.root / "_build" / "results" / f"{self.name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return _folder(self.root / "_build" / "results") / f"{self.name}.csv"
+
+    @property
+    def figures(self) -> Path:
+        return _folder(self.root / "_build" / "figures")
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def find_root(start: str | Path = ".") -> Path:
@@ -54,7 +62,7 @@ def open_chapter(name: str) -> Chapter:
     Raises:
         TokenselError: outside a clone of the book, or a parameter was injected that the chapter does not have.
     """
-    refuse_unknown(name, *_parameters_of_kernel())
+    refuse_unknown(name, *given_parameters(_cells_of_kernel()))
     root = find_root()
     os.chdir(root)
     _quiet_libraries()
@@ -86,26 +94,34 @@ def assigned_names(code: str) -> list[str]:
     return names
 
 
-def _parameters_of_kernel() -> tuple[list[str], list[str]]:
-    # papermill puts its cell right behind the one it overrides and starts it with this comment
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return [], []
-    shell = get_ipython()
-    cells = shell.user_ns.get("In", []) if shell else []
+def given_parameters(cells: list[str]) -> tuple[list[str], list[str]]:
+    """The parameters a notebook knows and those it was given, from the cells that its kernel has run so far.
+
+    papermill puts its cell right behind the one it overrides and starts it with the comment ``# Parameters``.
+    Without such a cell nothing was given.
+    """
     for before, cell in zip(cells, cells[1:]):
         if cell.startswith("# Parameters\n"):
             return assigned_names(before), assigned_names(cell)
     return [], []
 
 
+def _cells_of_kernel() -> list[str]:
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return []
+    shell = get_ipython()
+    return list(shell.user_ns.get("In", [])) if shell else []
+
+
 def _quiet_libraries() -> None:
-    # their progress bars are widgets or carriage returns: noise on a printed page
+    # their progress bars and remarks are noise on a printed page
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
     from transformers.utils import logging
 
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

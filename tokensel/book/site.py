@@ -8,18 +8,18 @@ from pathlib import Path
 import nbformat
 
 from tokensel import io
-from tokensel.book import run, status
+from tokensel.book import api, offline, run, status
 from tokensel.errors import TokenselError
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
-PAGES = ("_config.yml", "_toc.yml", "index.md", "api.md", "references.md", "references.bib", "_vendor")
+PAGES = ("_config.yml", "_toc.yml", "index.md", "references.md", "references.bib", "_vendor")
 
 
 def build(root: Path) -> Path:
     """Build ``_build/html`` from the executed chapters; returns the front page.
 
     Raises:
-        TokenselError: a chapter has not been run, or Sphinx warned.
+        TokenselError: a chapter has not been run, Sphinx warned, or a page would ask a network for something.
     """
     source = stage(root)
     build_folder = root / "_build"
@@ -31,6 +31,7 @@ def build(root: Path) -> Path:
     index = build_folder / "html" / "index.html"
     if done.returncode != 0 or not index.is_file():
         raise TokenselError("jupyter-book warned or failed (see above): no book was built")
+    offline.check(index.parent)
     return index
 
 
@@ -54,7 +55,10 @@ def stage(root: Path) -> Path:
         target = site / path.relative_to(root)
         target.parent.mkdir(exist_ok=True)
         nbformat.write(page, target)
+    if (root / "_build" / "figures").is_dir():
+        shutil.copytree(root / "_build" / "figures", site / "figures")
     io.write_text(site / "status.md", status.page(root))
+    io.write_text(site / "api.md", api.page(root / "tokensel"))
     return site
 
 

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from tokensel.errors import TokenselError
+from tokensel.figures import style
+from tokensel.vlm.encode import Encoded
 
 VEIL = (96, 104, 122)  # a cool grey: neither paper, nor ink, nor a colour of the mini world's words
 STRENGTH = 0.86  # how much of a dropped cell the veil hides
@@ -39,28 +43,40 @@ def page_mask(
     return kept.view(rows, columns, height, width).transpose(1, 2).reshape(rows * height, columns * width)
 
 
-def veiled(image: Image.Image, kept: Bool[Tensor, "height width"] | None) -> UInt8[np.ndarray, "y x 3"]:
+def veiled(
+    image: Image.Image,
+    kept: Bool[Tensor, "height width"] | None,
+    real: Bool[Tensor, "height width"] | None = None,
+) -> UInt8[np.ndarray, "y x 3"]:
     """The picture with the cells of dropped tokens veiled.
 
     Args:
         image: any size; each token covers an equal cell of it, to the nearest pixel.
         kept: True = kept; ``None`` leaves the picture as it is.
+        real: False for cells that never become tokens, such as letterbox bars; they are left blank.
     """
     pixels = np.asarray(image.convert("RGB")).copy()
     if kept is None:
         return pixels
-    cells = kept.cpu().numpy()
-    y = np.arange(pixels.shape[0]) * cells.shape[0] // pixels.shape[0]
-    x = np.arange(pixels.shape[1]) * cells.shape[1] // pixels.shape[1]
-    dropped = ~cells[y[:, None], x[None, :]]
+    y = np.arange(pixels.shape[0]) * kept.shape[0] // pixels.shape[0]
+    x = np.arange(pixels.shape[1]) * kept.shape[1] // pixels.shape[1]
+    dropped = ~kept.cpu().numpy()[y[:, None], x[None, :]]
     mixed = (1 - STRENGTH) * pixels[dropped] + STRENGTH * np.array(VEIL)
     pixels[dropped] = mixed.round().astype(np.uint8)
+    if real is not None:
+        pixels[~real.cpu().numpy()[y[:, None], x[None, :]]] = 255
     return pixels
 
 
-def show(ax: Axes, image: Image.Image, kept: Bool[Tensor, "height width"] | None = None, title: str = "") -> None:
-    """Draw the picture with its veil into ``ax``, without ticks."""
-    ax.imshow(veiled(image, kept), interpolation="nearest" if max(image.size) < 200 else "antialiased")
+def show(
+    ax: Axes,
+    image: Image.Image,
+    kept: Bool[Tensor, "height width"] | None = None,
+    title: str = "",
+    real: Bool[Tensor, "height width"] | None = None,
+) -> None:
+    """Draw the picture with its veil into ``ax``, without ticks; the arguments are those of :func:`veiled`."""
+    ax.imshow(veiled(image, kept, real), interpolation="nearest" if max(image.size) < 200 else "antialiased")
     ax.set(xticks=[], yticks=[], title=title)
     ax.grid(False)
     for spine in ax.spines.values():
@@ -93,44 +109,57 @@ def gallery(
 
 
 def anyres(
-    thumbnail: Image.Image,
-    page: Image.Image,
-    thumbnail_kept: Bool[Tensor, "rows columns"],
-    page_kept: Bool[Tensor, "height width"],
-    tiles: tuple[int, int],
-    width: float = 7.5,
+    encoded: Encoded,
+    kept: Bool[Tensor, "tiles tokens"] | None = None,
+    image: int = 0,
+    statistics: tuple[Sequence[float], Sequence[float]] = ((0.0,) * 3, (1.0,) * 3),
+    width: float = 6.0,
+    title: str = "",
 ) -> Figure:
-    """What a LLaVA-NeXT reads of one image: its thumbnail and its high-resolution tiles, dropped tokens veiled.
+    """What a LLaVA-NeXT is shown of one image: its thumbnail and its high-resolution tiles, dropped tokens veiled.
+
+    Cells of letterbox bars, which the model cuts off, are left blank.
 
     Args:
-        thumbnail: the whole image as the encoder's first tile shows it.
-        page: the image on its canvas of tiles, letterbox bars included.
-        thumbnail_kept: True = kept, one value a token of the thumbnail.
-        page_kept: True = kept, one value a token of all tiles joined, see :func:`page_mask`.
-        tiles: rows and columns of tiles; their borders are drawn.
+        encoded: a batch after the vision tower, from :func:`tokensel.vlm.encode`.
+        kept: True = kept, as :class:`tokensel.vlm.Reduced` has it; ``None`` for all.
+        image: its number in the batch.
+        statistics: mean and standard deviation of the pixels by channel, as the image processor has them.
         width: of the figure in inches.
+        title: over the high-resolution tiles.
     """
-    ratio = page.width / page.height
-    height = width / (1.25 * ratio + 0.5)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(width, height), width_ratios=[0.5, 1.25 * ratio])
-    show(left, thumbnail, thumbnail_kept, "thumbnail")
-    show(right, page, page_kept, f"{tiles[0]} x {tiles[1]} tiles")
-    for k in range(1, tiles[0]):
-        right.axhline(k * page.height / tiles[0] - 0.5, color="white", linewidth=0.8)
-    for k in range(1, tiles[1]):
-        right.axvline(k * page.width / tiles[1] - 0.5, color="white", linewidth=0.8)
+    config = encoded.model.config
+    side = config.vision_config.image_size
+    cells = side // config.vision_config.patch_size
+    size = encoded.image_sizes[image].tolist()
+    rows, columns = map(int, get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side))
+    first = sum(encoded.layout.tiles[:image])
+    mine = slice(first, first + encoded.layout.tiles[image])
+    tiles = pictures(encoded.pixel_values[mine], *statistics)
+    real = encoded.layout.valid[mine]
+    stay = real if kept is None else kept[mine] & real
+    page, thumbnail = join(tiles[1:], rows, columns), tiles[0]
+    ratio = columns / rows
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(width, width / (ratio + 0.62) + 0.25), width_ratios=[0.6, ratio], squeeze=True
+    )
+    show(left, thumbnail, stay[0].view(cells, cells), "thumbnail")
+    grid = (cells, cells)
+    show(right, page, page_mask(stay[1:], rows, columns, grid), title, page_mask(real[1:], rows, columns, grid))
+    for k in range(1, rows):
+        right.axhline(k * side - 0.5, color="white", linewidth=1.0)
+    for k in range(1, columns):
+        right.axvline(k * side - 0.5, color="white", linewidth=1.0)
     return figure
 
 
-def heat(ax: Axes, image: Image.Image, scores: Tensor, title: str = "") -> None:
-    """Scores as a transparent map over a grey picture, each cell one token [height, width]; bright = high."""
-    grey = np.asarray(image.convert("L"))
-    extent = (0, image.width, image.height, 0)
-    ax.imshow(grey, cmap="gray", extent=extent, vmin=0, vmax=255)
-    rank = scores.flatten().argsort().argsort().view(scores.shape).to(torch.float32) / max(1, scores.numel() - 1)
-    ax.imshow(rank.cpu().numpy(), cmap="cividis", alpha=0.65, extent=extent, interpolation="nearest")
-    ax.set(xticks=[], yticks=[], title=title)
-    ax.grid(False)
+def pictures(
+    pixels: Float[Tensor, "tiles 3 height width"], mean: Sequence[float], std: Sequence[float]
+) -> list[Image.Image]:
+    """Tiles as pictures again: what the encoder's preparation did to the pixels, undone."""
+    scale, shift = torch.tensor(std).view(1, 3, 1, 1), torch.tensor(mean).view(1, 3, 1, 1)
+    values = (pixels.cpu().float() * scale + shift).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()) for tile in values]
 
 
 def cut_tiles(image: Image.Image, rows: int, columns: int, side: int) -> list[Image.Image]:
@@ -138,3 +167,24 @@ def cut_tiles(image: Image.Image, rows: int, columns: int, side: int) -> list[Im
     page = image.convert("RGB").resize((columns * side, rows * side), Image.Resampling.BICUBIC)
     corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
     return [page.crop((x, y, x + side, y + side)) for x, y in corners]
+
+
+def join(tiles: Sequence[Image.Image], rows: int, columns: int) -> Image.Image:
+    """Put tiles together again, row by row: the inverse of :func:`cut_tiles`."""
+    side = tiles[0].width
+    page = Image.new("RGB", (columns * side, rows * side))
+    for number, tile in enumerate(tiles):
+        page.paste(tile, (number % columns * side, number // columns * side))
+    return page
+
+
+def heat(ax: Axes, image: Image.Image, values: Float[Tensor, "height width"], title: str = "") -> None:
+    """Ranks of ``values`` over a grey picture, each cell one token: the higher the value, the more orange."""
+    extent = (0, image.width, image.height, 0)
+    ax.imshow(np.asarray(image.convert("L")), cmap="gray", extent=extent, vmin=0, vmax=255)
+    rank = values.flatten().argsort().argsort().view(values.shape).cpu().numpy() / max(1, values.numel() - 1)
+    colour = np.broadcast_to(to_rgb(style.ORANGE), (*rank.shape, 3))
+    ax.imshow(np.dstack([colour, 0.85 * rank**1.5]), extent=extent, interpolation="nearest")
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.grid(False)
+
