@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from tokensel.mini.canvas import CELLS, PATCH, TILE, Page
+from tokensel.mini.canvas import CELLS, PATCH, QA, TILE, Page
+from tokensel.mini.general import LETTERS
 from tokensel.mini.model import build_tokenizer
 
 MEAN, STD = (np.array(stat, np.float32)[:, None, None] for stat in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
@@ -58,26 +59,29 @@ class Packed:
 
     ids: Int[Tensor, "pages text"]
     labels: Int[Tensor, "pages text"]  # -100 where nothing is to be said
+    weights: Float[Tensor, "pages text"]  # of each label, so that a question's sum to 1
     positions: Int[Tensor, "pages total"]
     mask: Bool[Tensor, "pages 1 total total"]
     head: int  # text tokens before the picture: <s> USER:
 
 
-def pack(pages: list[Page], visual: int, most: int, rng: np.random.Generator) -> Packed:
+def pack(pages: list[Page], visual: int, most: int, rng: np.random.Generator, free: float = 0.0) -> Packed:
     """Choose at most ``most`` questions a page and pack them behind ``visual`` visual tokens.
 
     A row is: <s> USER: | visual tokens | newline, question, answer, question, answer, ...
+    A share ``free`` of the multiple-choice questions is put without options, to be answered in words.
     """
     tokenizer = build_tokenizer()
     rows = []
     for page in pages:
         chosen = rng.permutation(len(page.questions))[:most]
         asked = [page.questions[int(place)] for place in chosen]
-        rows.append([_turn(tokenizer, qa.question, qa.answers[0]) for qa in asked])
+        rows.append([_turn(tokenizer, *(_in_words(qa) if free and rng.random() < free else _as_asked(qa))) for qa in asked])
     head, prefix = 2, 2 + visual  # positions of the first visual and of the first text token after it
     longest = max(sum(len(ids) for ids, _ in row) for row in rows)
     ids = torch.full((len(pages), longest), tokenizer.pad_token_id)
     labels = torch.full((len(pages), longest), -100)
+    weights = torch.zeros(len(pages), longest)
     block = torch.full((len(pages), longest), -1)
     positions = torch.zeros(len(pages), prefix + longest, dtype=torch.long)
     positions[:, :prefix] = torch.arange(prefix)
@@ -87,13 +91,25 @@ def pack(pages: list[Page], visual: int, most: int, rng: np.random.Generator) ->
             end = at + len(turn)
             ids[row, at:end] = torch.tensor(turn)
             labels[row, end - answer - 1 : end - 1] = torch.tensor(turn[-answer:])  # predicted one token earlier
+            weights[row, end - answer - 1 : end - 1] = 1 / answer
             block[row, at:end] = number
             positions[row, prefix + at : prefix + end] = prefix + torch.arange(len(turn))
             at = end
     total = prefix + longest
     mask = torch.ones(total, total, dtype=torch.bool).tril().repeat(len(pages), 1, 1)
     mask[:, prefix:, prefix:] &= (block[:, :, None] == block[:, None, :]) | torch.eye(longest, dtype=torch.bool)
-    return Packed(ids, labels, positions, mask[:, None], head)
+    return Packed(ids, labels, weights, positions, mask[:, None], head)
+
+
+def _as_asked(qa: QA) -> tuple[str, str]:
+    return qa.question, qa.answers[0]
+
+
+def _in_words(qa: QA) -> tuple[str, str]:
+    """A multiple-choice question without its options, and the right option in words; others as they are."""
+    if not qa.options:
+        return _as_asked(qa)
+    return qa.question.split(" A. ")[0], qa.options[LETTERS.index(qa.answers[0])]
 
 
 @lru_cache(maxsize=65536)

@@ -3,7 +3,7 @@
 1. The vision tower alone learns from dense labels what each patch shows, and its CLS token what the tile holds.
 2. The same on pages full of random print, from which letters are learnt ten times as fast as from the world's pages.
 3. Projector and language model join it and learn to answer, from single tiles to full pages; the tower goes on
-   with its labels. A model that starts on full pages learns nothing for a long time: finding and copying first
+   with its labels, on the same pages and a few of print. A model that starts on full pages learns nothing for a long time: finding and copying first
    appear in short contexts.
 
 No visual token is ever dropped here: the paper's claim is about models that have never seen a reduced image.
@@ -32,13 +32,19 @@ from tokensel.mini.world import DRAW, SIZES, draw
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the curriculum: ``steps`` batches of ``pages`` pages of one of ``sizes`` each."""
+    """One step of the curriculum: ``steps`` batches of ``pages`` pages of one of ``sizes`` each.
+
+    In ``balanced`` stages every question weighs the same in the loss, however long its answer, general tasks and
+    charts are drawn twice as often, and two in five multiple-choice questions are put without their options. Before,
+    every token of an answer weighs the same, which favours reading: it is what can be learnt first.
+    """
 
     name: str
     steps: int
     pages: int
     sizes: tuple[tuple[int, int], ...]
     questions: int = 6  # at most, a page
+    balanced: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,20 @@ class Recipe:
     print_rate: float = 3e-3  # of Muon, in the second phase
     print_share: float = 0.75  # of the pages in the second phase that are full of random print
     stages: tuple[Stage, ...] = (
-        Stage("tile", 700, 32, ((64, 64),), 4),
-        Stage("strip", 600, 20, ((64, 128), (128, 64))),
-        Stage("page", 1900, 16, SIZES),
+        Stage("tile", 350, 32, ((64, 64),), 4),
+        Stage("strip", 350, 20, ((64, 128), (128, 64))),
+        Stage("page", 1300, 16, SIZES, balanced=True),
     )
-    rate: float = 1.2e-3
-    tower_rate: float = 1e-3  # of the tower, once the language model has joined it
+    rate: float = 3e-3  # of Muon, in the language model; half of it for AdamW beside it
+    tower_rate: float = 5e-4  # of the tower, once the language model has joined it
     warmup: int = 60
-    cooldown: int = 900  # the last steps, over which the rate falls to zero
-    weights: dict[str, float] = field(default_factory=lambda: {task: 1.0 for task in DRAW} | {"transcribe": 1.5})
+    print_pages: int = 4  # of print beside the pages of each language step
+    cooldown: int = 600  # the last steps, over which the rate falls to zero
+    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DRAW, 1.0) | {"transcribe": 1.5})
+    balanced: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(DRAW, 2.0)
+        | dict.fromkeys(("forms", "posters", "scene_text", "transcribe", "describe"), 1.0)
+    )
 
     @property
     def steps(self) -> int:
@@ -137,7 +148,7 @@ class _Run:
         if self.phase == "print":
             return _muon([tower, self.heads], recipe.print_rate, recipe.encoder_rate, 0.05)
         rest = [self.core.multi_modal_projector, self.model.lm_head, self.core.language_model]
-        optimizers = _muon(rest, recipe.rate, recipe.rate, 0.0, extra=[self.core.image_newline])
+        optimizers = _muon(rest, recipe.rate, recipe.rate / 2, 0.0, extra=[self.core.image_newline])
         return optimizers + _muon([tower, self.heads], recipe.tower_rate, recipe.tower_rate, 0.05)
 
     # --- what a killed run leaves behind -------------------------------------------------------------------
@@ -209,16 +220,17 @@ class _Run:
             if (step + 1) % self.save_every == 0 and step + 1 < total:
                 self.save(step + 1)
 
-    def _pages(self, step: int, phase: int, count: int, size: tuple[int, int] | None) -> tuple[list[str], list]:
+    def _pages(self, step: int, phase: int, count: int, size=None, balanced: bool = False) -> tuple[list[str], list]:
         rng = np.random.default_rng([self.recipe.seed, phase, step])
-        weights = np.array(list(self.recipe.weights.values()))
-        names = rng.choice(list(self.recipe.weights), count, p=weights / weights.sum())
+        tasks = self.recipe.balanced if balanced else self.recipe.weights
+        weights = np.array(list(tasks.values()))
+        names = rng.choice(list(tasks), count, p=weights / weights.sum())
         first = step * count + 10**9 * phase  # the phases see different pages
         return list(names), [draw(str(task), "train", first + place, size) for place, task in enumerate(names)]
 
     def _look(self, step: int):
         """Loss of the tower on the labels of a batch of tiles, and how well it reads."""
-        _, pages = self._pages(step, 0 if self.phase == "encoder" else 2, self.recipe.encoder_pages, None)
+        _, pages = self._pages(step, 0 if self.phase == "encoder" else 2, self.recipe.encoder_pages)
         if self.phase == "print":
             rng = np.random.default_rng([self.recipe.seed, 3, step])
             pages = [
@@ -265,12 +277,14 @@ class _Run:
         stage = self.recipe.stage(step)
         rng = np.random.default_rng([self.recipe.seed, 2, step])
         size = stage.sizes[int(rng.integers(len(stage.sizes)))]
-        names, pages = self._pages(step, 1, stage.pages, size)
-        hidden, packed, (looking, facts) = self.forward(pages, size, stage.questions, rng)
+        names, pages = self._pages(step, 1, stage.pages, size, stage.balanced)
+        hidden, packed, (looking, facts) = self.forward(pages, size, stage.questions, rng, 0.4 if stage.balanced else 0.0)
         spoken = packed.labels >= 0
         logits = self.model.lm_head(hidden[spoken]).float()
         target = packed.labels[spoken]
-        loss = functional.cross_entropy(logits, target) + looking
+        worth = packed.weights[spoken] if stage.balanced else torch.ones(len(target))
+        losses = functional.cross_entropy(logits, target, reduction="none")
+        loss = (losses * worth).sum() / worth.sum() + looking
         hit = logits.argmax(-1) == target
         row = spoken.nonzero()[:, 0]
         tasks: dict[str, list[float]] = {}
@@ -279,15 +293,18 @@ class _Run:
             tasks[str(name)] = [int(mine.sum()), mine.numel()]
         return loss, {"right": round(hit.float().mean().item(), 4), **facts, "tasks": tasks}
 
-    def forward(self, pages, size, questions, rng):
+    def forward(self, pages, size, questions, rng, free=0.0):
         """Hidden states ``[pages, text, width]`` over the packed questions, their packing, the tower's loss."""
         core = self.core
         index = layout(core, size)
-        packed = pack(pages, len(index), questions, rng)
-        pixels = torch.cat([tiles(page) for page in pages])
+        packed = pack(pages, len(index), questions, rng, free)
+        cut = [tiles(page) for page in pages]
+        print_pages = [print_page(rng, (128, 128)) for _ in range(self.recipe.print_pages)]
+        pixels = torch.cat(cut + [tiles(page) for page in print_pages])
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             seen = core.vision_tower(pixels, output_hidden_states=True)
-            cells = seen.hidden_states[-2][:, 1:].reshape(len(pages), -1, core.config.vision_config.hidden_size)
+            cells = seen.hidden_states[-2][: sum(map(len, cut)), 1:]
+            cells = cells.reshape(len(pages), -1, core.config.vision_config.hidden_size)
             projected = core.multi_modal_projector(cells[:, index.clamp(min=0)]).float()
             visual = torch.where((index < 0)[:, None], core.image_newline, projected)
             embed = core.language_model.embed_tokens
@@ -296,7 +313,7 @@ class _Run:
             hidden = core.language_model(
                 inputs_embeds=inputs, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
             ).last_hidden_state[:, packed.head + len(index) :]
-            return hidden, packed, self._labels(pages, pixels, seen)
+            return hidden, packed, self._labels(pages + print_pages, pixels, seen)
 
 
 def _muon(modules: list[nn.Module], rate: float, rest_rate: float, decay: float, extra=()) -> list[torch.optim.Optimizer]:
