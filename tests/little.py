@@ -1,7 +1,6 @@
 """Small things to train on: pictures, a tower, features, a configuration."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -12,7 +11,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from tokensel.features import Features
 from tokensel.train_config import TrainConfig
 
-VISION = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=24, patch_size=6)
+VISION = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    image_size=24,
+    patch_size=6,
+)
 
 
 def pictures(count=3):
@@ -32,7 +38,9 @@ def cut(path: Path) -> None:
 
 
 def dataset(count=5):
-    return Dataset.from_dict({"image": pictures(count), "question": ["?"] * count}).cast_column("image", ImageFeature())
+    return Dataset.from_dict({"image": pictures(count), "question": ["?"] * count}).cast_column(
+        "image", ImageFeature()
+    )
 
 
 def clip_tower(path, seed=0):
@@ -44,7 +52,9 @@ def clip_tower(path, seed=0):
 
 
 def small(**options):
-    return TrainConfig(**(dict(steps=6, batch_size=4, layers=1, statistics_tiles=8, progress=False) | options))
+    return TrainConfig(
+        **(dict(steps=6, batch_size=4, layers=1, statistics_tiles=8, progress=False) | options)
+    )
 
 
 def random_features(tiles=40, tokens=9, width=16, seed=0):
@@ -53,7 +63,9 @@ def random_features(tiles=40, tokens=9, width=16, seed=0):
 
 
 def weights(trained):
-    return trained.selector.state_dict() | {f"r.{k}": v for k, v in trained.reconstructor.state_dict().items()}
+    return trained.selector.state_dict() | {
+        f"r.{k}": v for k, v in trained.reconstructor.state_dict().items()
+    }
 
 
 def same(one, two):

@@ -1,4 +1,4 @@
-"""Vision encoders: the very features a LLaVA model uses, from whatever holds a tower; and where pictures come from."""
+"""Vision encoders: the very features a LLaVA model uses; where pictures come from; features on disk."""
 
 import shutil
 
@@ -16,7 +16,6 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
-    CLIPVisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -25,6 +24,7 @@ from tokensel.cache import FeatureCache, build_cache
 from tokensel.encoders import VisionEncoder
 from tokensel.errors import TokenselError
 from tokensel.images import open_images
+
 
 @pytest.fixture(scope="module")
 def llava():
@@ -59,7 +59,9 @@ def test_features_are_those_the_language_model_sees(llava, encoder):
 
 
 def test_a_whole_image_is_squashed_as_the_thumbnail_is(llava, encoder):
-    stock = torch.cat([llava[1].image_processor(images=[p], return_tensors="pt")["pixel_values"][0, :1] for p in pictures()])
+    stock = torch.cat(
+        [llava[1].image_processor(images=[p], return_tensors="pt")["pixel_values"][0, :1] for p in pictures()]
+    )
     assert torch.equal(encoder.preprocess(pictures()), stock)
 
 
@@ -94,19 +96,29 @@ def test_the_tower_is_read_from_the_shards_that_hold_it(llava, encoder, tmp_path
 
 
 def test_encoding_does_not_depend_on_the_batch(encoder):
-    one, many = encoder.encode(pictures(), batch_size=1), encoder.encode(pictures(), tiles="whole", batch_size=8)
+    one, many = (
+        encoder.encode(pictures(), batch_size=1),
+        encoder.encode(pictures(), tiles="whole", batch_size=8),
+    )
     torch.testing.assert_close(one.tokens, many.tokens, atol=1e-5, rtol=1e-5)
     assert many.keys.tolist() == [0, 1, 2] and not many.tokens.requires_grad
 
 
 def test_towers_alone_and_inside_clip_and_siglip(tmp_path):
     tower = clip_tower(tmp_path / "tower")
-    text = CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
-    clip = CLIPModel(CLIPConfig(vision_config=CLIPVisionConfig(**VISION).to_dict(), text_config=text.to_dict()))
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    clip = CLIPModel(
+        CLIPConfig(vision_config=CLIPVisionConfig(**VISION).to_dict(), text_config=text.to_dict())
+    )
     clip.vision_model.load_state_dict(tower.state_dict())
     clip.save_pretrained(tmp_path / "clip")
     CLIPImageProcessorPil(size={"shortest_edge": 24}).save_pretrained(tmp_path / "clip")
-    alone, inside = VisionEncoder.from_pretrained(tmp_path / "tower"), VisionEncoder.from_pretrained(tmp_path / "clip")
+    alone, inside = (
+        VisionEncoder.from_pretrained(tmp_path / "tower"),
+        VisionEncoder.from_pretrained(tmp_path / "clip"),
+    )
     assert alone.feature_layer == -2 and alone.drop_cls and alone.fingerprint() == inside.fingerprint()
     pixels = alone.preprocess(pictures())
     with torch.no_grad():
@@ -146,7 +158,7 @@ def test_what_is_no_encoder_says_so_in_one_line(folder, tmp_path):
     refused(tmp_path / "hollow", "its vision tower lacks")
 
 
-# --- where pictures come from -----------------------------------------------------------------------------------
+# --- where pictures come from -----------------------------------------------------------------------------
 
 
 def test_a_folder_is_searched_to_the_bottom_and_a_cut_file_is_named(tmp_path):
@@ -216,7 +228,7 @@ def test_wrong_columns_splits_and_limits_are_refused():
         open_images(dataset(), limit=0)
 
 
-# --- features on disk -------------------------------------------------------------------------------------------
+# --- features on disk -------------------------------------------------------------------------------------
 
 
 def test_the_cache_holds_every_tile_and_goes_on_where_it_was_stopped(encoder, tmp_path, monkeypatch):

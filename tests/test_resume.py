@@ -1,4 +1,4 @@
-"""Killed with SIGKILL, then the same command again: the same weights, and nothing computed twice but the last steps."""
+"""Killed with SIGKILL, then the same command again: the same weights, and only the last steps done twice."""
 
 import json
 import os
@@ -42,7 +42,8 @@ def save_file(tensors, path, metadata, real=tokensel.io.save_file):
         os.kill(os.getpid(), signal.SIGKILL)
 
 tokensel.training.descend, tokensel.io.save_file = descend, save_file
-tokensel.training.train(small(steps=20, batch_size=8, save_every=6, log_every=4, out=out), features=random_features())
+config = small(steps=20, batch_size=8, save_every=6, log_every=4, out=out)
+tokensel.training.train(config, features=random_features())
 print(steps[0] if steps else None, len(steps))
 """
 
@@ -57,7 +58,9 @@ def run(out, kill_at=-1, where="step"):
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     torch.set_num_threads(1)
-    return out, train(small(steps=20, batch_size=8, save_every=6, log_every=4, out=str(out)), features=random_features())
+    return out, train(
+        small(steps=20, batch_size=8, save_every=6, log_every=4, out=str(out)), features=random_features()
+    )
 
 
 @pytest.mark.parametrize(("kill_at", "where", "saved"), [(15, "step", 12), (3, "save", 12)])
@@ -118,7 +121,9 @@ def test_pictures_go_on_where_they_were(kind, tmp_path, monkeypatch):
 def test_a_finished_training_is_not_done_again(undisturbed, monkeypatch):
     out, trained = undisturbed
     interrupted(monkeypatch, at=0)
-    again = train(small(steps=20, batch_size=8, save_every=6, log_every=1, out=str(out)), features=random_features())
+    again = train(
+        small(steps=20, batch_size=8, save_every=6, log_every=1, out=str(out)), features=random_features()
+    )
     assert same(weights(trained), weights(again)) and again.history == trained.history
 
 

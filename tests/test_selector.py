@@ -39,7 +39,10 @@ def reconstructor(width=32):
 
 
 def test_the_mask_is_binary_forward_and_relaxed_backward():
-    logits, noise = random(3, 7, 2).requires_grad_(), gumbel_noise(3, 7, 2, generator=torch.Generator().manual_seed(1))
+    logits, noise = (
+        random(3, 7, 2).requires_grad_(),
+        gumbel_noise(3, 7, 2, generator=torch.Generator().manual_seed(1)),
+    )
     weight = random(3, 7, seed=2)
     mask = gumbel_mask(logits, 0.7, noise)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
@@ -99,7 +102,11 @@ def test_any_width_and_any_number_of_tokens(width, tokens, batch):
 
 
 @quick
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.sampled_from([0.0, 1e4, float("nan")]), st.integers(0, 9))
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    st.sampled_from([0.0, 1e4, float("nan")]),
+    st.integers(0, 9),
+)
 def test_a_padded_row_equals_the_row_alone(lengths, rubbish, seed):
     padded = max(lengths) + 3
     features = torch.full((len(lengths), padded, 32), rubbish)
@@ -159,7 +166,9 @@ def test_the_order_of_tokens_matters_only_through_their_places():
         turned = model.scores(features.flip(1)).flip(1)
         assert not torch.allclose(turned, model.scores(features), atol=1e-2)
         model.trunk.position_scale.zero_()
-        torch.testing.assert_close(model.scores(features.flip(1)).flip(1), model.scores(features), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.scores(features.flip(1)).flip(1), model.scores(features), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_units_of_the_features_do_not_matter_once_they_are_standardised():
@@ -169,9 +178,13 @@ def test_units_of_the_features_do_not_matter_once_they_are_standardised():
     other, other_back = selector(), reconstructor()
     other.standardise(shift, factor)
     other_back.standardise(shift, factor)
-    torch.testing.assert_close(other.scores(features * factor + shift), model.scores(features), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        other.scores(features * factor + shift), model.scores(features), atol=1e-3, rtol=1e-3
+    )
     restored = other_back(other(features * factor + shift).selected)
-    torch.testing.assert_close((restored - shift) / factor, back(model(features).selected), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        (restored - shift) / factor, back(model(features).selected), atol=1e-2, rtol=1e-2
+    )
 
 
 def test_features_of_another_width_are_refused():
@@ -195,7 +208,16 @@ def test_saving_and_loading_keeps_every_bit_and_writes_a_card(kind, tmp_path):
     assert torch.equal(again.trunk(features), model.trunk(features)) and not again.training
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     card = (tmp_path / "m" / "README.md").read_text()
-    for fact in (kind.__name__, "`some/clip`", "-2, without the CLS token", "0.3", "coco", "1234", "0.3333", "0.2999"):
+    for fact in (
+        kind.__name__,
+        "`some/clip`",
+        "-2, without the CLS token",
+        "0.3",
+        "coco",
+        "1234",
+        "0.3333",
+        "0.2999",
+    ):
         assert fact in card
     assert again.config.keep == 0.3 and again.config.feature_layer == -2
 
@@ -211,12 +233,20 @@ def test_push_to_hub_uploads_our_card(monkeypatch):
             return type("Repo", (), {"repo_id": f"me/{repo_id}"})
 
         def upload_folder(self, *, folder_path, repo_id, commit_message):
-            seen.update(repo=repo_id, files=sorted(os.listdir(folder_path)), card=open(f"{folder_path}/README.md").read())
+            seen.update(
+                repo=repo_id,
+                files=sorted(os.listdir(folder_path)),
+                card=open(f"{folder_path}/README.md").read(),
+            )
             return "https://hub/commit/1"
 
     monkeypatch.setattr("tokensel.hub.HfApi", Api)
     assert selector().push_to_hub("my-selector") == "https://hub/commit/1"
-    assert seen["repo"] == "me/my-selector" and seen["files"] == ["README.md", "config.json", "model.safetensors"]
+    assert seen["repo"] == "me/my-selector" and seen["files"] == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     assert "TokenSelector" in seen["card"]
 
 

@@ -38,7 +38,7 @@ def encoder(tmp_path_factory):
     return VisionEncoder.from_pretrained(path)
 
 
-# --- configuration ----------------------------------------------------------------------------------------------
+# --- configuration ----------------------------------------------------------------------------------------
 
 
 def test_unknown_options_are_refused_with_the_nearest_name():
@@ -49,8 +49,8 @@ def test_unknown_options_are_refused_with_the_nearest_name():
 
 @pytest.mark.parametrize(
     "option",
-    [{"p": 1.5}, {"p": -0.1}, {"p": float("nan")}, {"steps": 0}, {"tiles": "some"}, {"lr": 0.0}, {"tau_end": -1.0},
-     {"precision": "fp8"}, {"batch_size": 0}, {"warmup": 2.0}],
+    [{"p": 1.5}, {"p": -0.1}, {"p": float("nan")}, {"steps": 0}, {"tiles": "some"}, {"lr": 0.0},
+     {"tau_end": -1.0}, {"precision": "fp8"}, {"batch_size": 0}, {"warmup": 2.0}],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(option):
     (name,) = option
@@ -61,12 +61,16 @@ def test_values_out_of_range_are_refused(option):
 def test_schedules():
     config = TrainConfig(steps=100, lr=1.0, warmup=0.05, tau_start=1.0, tau_end=0.25)
     rates = [learning_rate(step, config) for step in range(100)]
-    assert rates.index(max(rates)) == 5 and rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:])[::-1]
+    assert (
+        rates.index(max(rates)) == 5
+        and rates[:6] == sorted(rates[:6])
+        and rates[5:] == sorted(rates[5:])[::-1]
+    )
     assert max(rates) == 1.0 and rates[99] < 0.01 and min(rates) > 0
     assert temperature(0, config) == 1.0 and temperature(99, config) == pytest.approx(0.25)
 
 
-# --- which data at which step -----------------------------------------------------------------------------------
+# --- which data at which step -----------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,7 +86,9 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(length, batch, s
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 5))
 def test_slices_of_all_processes_make_the_batch(processes, size):
-    parts = [list(range(processes * size))[slice_of(processes * size, i, processes)] for i in range(processes)]
+    parts = [
+        list(range(processes * size))[slice_of(processes * size, i, processes)] for i in range(processes)
+    ]
     assert sum(parts, []) == list(range(processes * size)) and {len(part) for part in parts} == {size}
 
 
@@ -143,7 +149,7 @@ def test_statistics_are_mean_spread_and_typical_distance():
     assert found.scale == pytest.approx(typical.item(), rel=1e-5)
 
 
-# --- training ---------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------
 
 
 def test_a_cut_jpeg_is_skipped_named_and_counted(encoder, tmp_path, capsys):
@@ -244,7 +250,9 @@ def test_two_processes_end_where_one_does(tmp_path):
     script.write_text(CHILD)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, script, tmp_path / "two"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, script, tmp_path / "two"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     exec(compile(CHILD.replace("sys.argv[1]", repr(str(tmp_path / "one"))), "child", "exec"), {})
     assert len((tmp_path / "two" / "history.jsonl").read_text().splitlines()) == 12
@@ -256,7 +264,7 @@ def test_two_processes_end_where_one_does(tmp_path):
     assert start.scale > 0 and max((one[name] - two[name]).abs().max() for name in one) < 2e-5
 
 
-# --- Eq. (1) ----------------------------------------------------------------------------------------------------
+# --- Eq. (1) ----------------------------------------------------------------------------------------------
 
 
 class Places:
@@ -312,7 +320,9 @@ def test_the_selector_is_a_policy_and_is_not_trained():
     joint = MaskedAutoencoder.of(trained.selector, trained.reconstructor)
     for model in (judge, joint):
         error = reconstruction_error(model, features, policy, 0.3, batch_size=7)
-        torch.testing.assert_close(error, reconstruction_error(model, features, policy, 0.3), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            error, reconstruction_error(model, features, policy, 0.3), atol=1e-5, rtol=1e-5
+        )
     assert policy_masks(features, policy, 0.3).sum(1).unique().tolist() == [3]
     for keep in (0.0, float("nan")):
         with pytest.raises(TokenselError, match="keep is"):
@@ -326,5 +336,7 @@ def test_padding_is_not_judged():
     policy = make_scorer("norm")
     judge = train_reconstructor(features, policy, 0.5, small())
     error = reconstruction_error(judge, features, policy, 0.5)
-    changed = Features(features.tokens.masked_fill(~features.valid[..., None], 99.0), features.valid, keys=features.keys)
+    changed = Features(
+        features.tokens.masked_fill(~features.valid[..., None], 99.0), features.valid, keys=features.keys
+    )
     assert torch.equal(error, reconstruction_error(judge, changed, policy, 0.5))

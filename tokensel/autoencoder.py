@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,12 +43,12 @@ class MaskedAutoencoder(nn.Module):
         self.masked, self.reconstructor = masked, reconstructor
 
     @classmethod
-    def new(cls, width: int, config: TrainConfig) -> Self:
+    def new(cls, width: int, config: TrainConfig) -> "MaskedAutoencoder":
         """An untrained one."""
         return cls(MaskedEmbedding(width), TokenReconstructor(ReconstructorConfig(**shape(width, config))))
 
     @classmethod
-    def of(cls, selector: TokenSelector, reconstructor: TokenReconstructor) -> Self:
+    def of(cls, selector: TokenSelector, reconstructor: TokenReconstructor) -> "MaskedAutoencoder":
         """A selector's embedding with the reconstructor trained beside it; shared, not copied."""
         return cls(selector.masked, reconstructor)
 
@@ -82,7 +82,7 @@ class Statistics:
     scale: float
 
     @classmethod
-    def of(cls, batches: Iterable[Features]) -> Self:
+    def of(cls, batches: Iterable[Features]) -> "Statistics":
         """Measure over some batches: ``scale`` is the root mean square over the tiles of ||F - mean||_2.
 
         Raises:
@@ -91,12 +91,18 @@ class Statistics:
         total = squares = torch.zeros((), dtype=torch.float64)
         tokens = tiles = 0
         for batch in batches:
-            valid = batch.tokens.new_ones(batch.tokens.shape[:2], dtype=torch.bool) if batch.valid is None else batch.valid
+            valid = (
+                batch.tokens.new_ones(batch.tokens.shape[:2], dtype=torch.bool)
+                if batch.valid is None
+                else batch.valid
+            )
             rows = batch.tokens[valid].double().cpu()
             total, squares = total + rows.sum(dim=0), squares + rows.square().sum(dim=0)
             tokens, tiles = tokens + len(rows), tiles + int(valid.any(dim=1).sum())
         if not tiles:
-            raise TokenselError("none of the first pictures can be read: give a folder or dataset with whole images")
+            raise TokenselError(
+                "none of the first pictures can be read: give a folder or dataset with whole images"
+            )
         center = total / tokens
         variance = (squares / tokens - center.square()).clamp(min=0)
         scale = float((variance.sum() * tokens / tiles).sqrt()) or 1.0

@@ -43,7 +43,9 @@ class FeatureCache:
             try:
                 self.shards.append(safe_open(folder / shard["file"], framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise TokenselError(f"{folder / shard['file']}: cut short or gone ({error}); delete the cache {folder}") from None
+                raise TokenselError(
+                    f"{folder / shard['file']}: cut short or gone ({error}); delete the cache {folder}"
+                ) from None
             self.ends.append((self.ends[-1] if self.ends else 0) + shard["tiles"])
 
     def __len__(self) -> int:
@@ -109,10 +111,16 @@ def build_cache(
 
 
 def _write_shard(
-    path: Path, content: list[tuple[str, Any]], first: int, source: ImageSource, encoder: VisionEncoder,
-    tiles: Tiles, batch_size: int, identity: str,
+    path: Path,
+    content: list[tuple[str, Any]],
+    first: int,
+    source: ImageSource,
+    encoder: VisionEncoder,
+    tiles: Tiles,
+    batch_size: int,
+    identity: str,
 ) -> dict[str, str]:
-    """Encode the pictures of one shard, of which the first is picture ``first``; returns the file's header."""
+    """Encode the pictures of one shard, the first of them picture ``first``; returns the file's header."""
     tokens, keys, skipped = [], [], []
     for start in range(0, len(content), batch_size):
         pixels = []
@@ -145,4 +153,6 @@ def _header(path: Path) -> dict[str, str] | None:
 
 def _same(path: Path, found: str | None, wanted: str) -> None:
     if found != wanted:
-        raise TokenselError(f"{path}: holds features of [{found}], not of [{wanted}]; give another cache folder or delete it")
+        raise TokenselError(
+            f"{path}: holds features of [{found}], not of [{wanted}]; give another cache folder or delete it"
+        )

@@ -1,4 +1,4 @@
-"""What a training leaves on disk while it runs: one checkpoint file, moved into place whole, and a history."""
+"""What a training leaves on disk while it runs: a checkpoint, moved into place whole, and a history."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ FILE = "checkpoint.safetensors"
 
 @dataclass
 class Progress:
-    """How far a training has come: steps done, the scale of its distances, its data, and the feed's own state."""
+    """How far a training has come: steps done, scale of its distances, its data, the feed's own state."""
 
     step: int
     scale: float
@@ -64,11 +64,13 @@ def load_checkpoint(
     for name, value in config.items():
         if name not in FREE and before.get(name) != value:
             raise TokenselError(
-                f"{path}: was trained with {name} {before.get(name)}, not {value}; give another out folder or delete it"
+                f"{path}: was trained with {name} {before.get(name)}, not {value}; "
+                "give another out folder or delete it"
             )
     if header["identity"] != identity:
         raise TokenselError(
-            f"{path}: was trained on [{header['identity']}], not on [{identity}]; give another out folder or delete it"
+            f"{path}: was trained on [{header['identity']}], not on [{identity}]; "
+            "give another out folder or delete it"
         )
     step = int(header["step"])
     model.load_state_dict(_part(tensors, "model"))
@@ -89,7 +91,11 @@ def sweep(out: Path) -> None:
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): value for name, value in tensors.items() if name.startswith(f"{prefix}/")}
+    return {
+        name.removeprefix(f"{prefix}/"): value
+        for name, value in tensors.items()
+        if name.startswith(f"{prefix}/")
+    }
 
 
 class History:
@@ -100,7 +106,9 @@ class History:
         self.path = out / "history.jsonl" if out else None
         self.records: list[dict[str, float]] = []
         if self.path and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without an end was cut by the kill
+            *lines, _cut = self.path.read_text(encoding="utf-8").split("\n")  # an unended line was cut
+                :-1
+            ]  # the last line may be cut
             self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
         if self.path:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))

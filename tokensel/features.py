@@ -32,7 +32,9 @@ class Features:
 
     def __getitem__(self, rows: slice | Tensor) -> "Features":
         """The tiles named by a slice, an index tensor or a boolean tensor."""
-        return Features(**{f.name: None if (x := getattr(self, f.name)) is None else x[rows] for f in fields(self)})
+        return Features(
+            **{f.name: None if (x := getattr(self, f.name)) is None else x[rows] for f in fields(self)}
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Features":
         """Move every tensor to ``device``; ``dtype`` applies to the floating-point ones only."""

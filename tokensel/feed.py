@@ -1,9 +1,9 @@
 """Which features come at which step: the same on one process or many, at the first start or after a kill.
 
 Step ``s`` trains on the samples ``s*batch .. (s+1)*batch - 1``. Sample ``g`` is row ``g`` of an endless walk:
-the rows of epoch 0 in an order drawn from (seed, 0), then those of epoch 1, and so on; a stream is walked in its
-own order. A process takes its slice of each batch, so nothing depends on how many there are, and any step can be
-entered without replaying those before it.
+the rows of epoch 0 in an order drawn from (seed, 0), then those of epoch 1, and so on; a stream is walked in
+its own order. A process takes its slice of each batch, so nothing depends on how many there are, and any step
+can be entered without replaying those before it.
 """
 
 import hashlib
@@ -85,7 +85,9 @@ class StoredFeed:
             raise TokenselError(f"{name}: holds no tiles; give at least one")
         self.features, self.name = features, name
         self.width = features.tokens.shape[-1] if isinstance(features, Features) else features.width
-        self.identity = identity or (memory_identity(features) if isinstance(features, Features) else features.identity)
+        self.identity = identity or (
+            memory_identity(features) if isinstance(features, Features) else features.identity
+        )
         self.skipped = list(getattr(features, "skipped", []))
 
     def batches(self, start: int, batch_size: int, mine: slice, seed: int) -> Iterator[Features]:
@@ -105,7 +107,7 @@ class StoredFeed:
 class ImageFeed:
     """Pictures that the frozen encoder turns into features as they come.
 
-    One picture is one sample is one tile: with ``tiles="anyres"`` one of its tiles, drawn from (seed, sample).
+    One picture is one sample is one tile; with ``tiles="anyres"`` one of its tiles, drawn from the seed.
     A picture that cannot be read takes part as a row without valid tokens, which no loss counts.
     """
 
@@ -118,7 +120,11 @@ class ImageFeed:
     def batches(self, start: int, batch_size: int, mine: slice, seed: int) -> Iterator[Features]:
         for pixels, real, keys in ahead(lambda: self._pixels(start, batch_size, mine, seed)):
             features = self.encoder.features(pixels)
-            valid = None if real.all() else real.to(features.tokens.device)[:, None].expand(features.tokens.shape[:2])
+            valid = (
+                None
+                if real.all()
+                else real.to(features.tokens.device)[:, None].expand(features.tokens.shape[:2])
+            )
             yield Features(features.tokens.float(), valid, keys=keys)
 
     def state(self) -> dict[str, Any]:
@@ -128,7 +134,9 @@ class ImageFeed:
         self.stream_length = state["stream_length"]
         self.skipped[:] = state["skipped"]
 
-    def _pixels(self, start: int, batch_size: int, mine: slice, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _pixels(
+        self, start: int, batch_size: int, mine: slice, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         size = self.encoder.size
         stream = self._endless(start * batch_size) if self.source.length is None else None
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
@@ -144,7 +152,11 @@ class ImageFeed:
                 tiles = list(pool.map(self._tile, content, picks))
                 real = torch.tensor([tile is not None for tile in tiles])
                 blank = torch.zeros(3, size, size)
-                yield torch.stack([blank if tile is None else tile for tile in tiles]), real, torch.tensor(rows)
+                yield (
+                    torch.stack([blank if tile is None else tile for tile in tiles]),
+                    real,
+                    torch.tensor(rows),
+                )
 
     def _tile(self, row: tuple[str, Any], pick: int) -> Tensor | None:
         image = self.source.open(*row)

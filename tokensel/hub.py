@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
@@ -91,8 +91,15 @@ class CoreModel(PreTrainedModel):
         if push:
             self.push_to_hub(repo_id or Path(save_directory).name)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None,
-                    commit_message: str | None = None, **upload: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        **upload: Any,
+    ) -> str:
         """Upload what ``save_pretrained`` writes, the card included; returns the address of the commit.
 
         The stock method would put a blank card in the place of ours.
@@ -102,10 +109,12 @@ class CoreModel(PreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             message = commit_message or f"Upload {type(self).__name__}"
-            return str(api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message, **upload))
+            return str(
+                api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message, **upload)
+            )
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **kwargs: Any) -> "CoreModel":
         """Load from a folder or a hub id, in evaluation mode.
 
         Raises:
@@ -117,18 +126,26 @@ class CoreModel(PreTrainedModel):
         try:
             found = cls.config_class.get_config_dict(name)[0].get("model_type")
             if found != wanted:
-                raise TokenselError(f"{name}: its config.json says {found}, not {wanted}; give a {cls.__name__}")
+                raise TokenselError(
+                    f"{name}: its config.json says {found}, not {wanted}; give a {cls.__name__}"
+                )
             with quiet():
                 model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, EOFError) as error:
-            raise TokenselError(f"{name}: its weights are cut short or damaged ({error}); fetch or save it again") from None
+            raise TokenselError(
+                f"{name}: its weights are cut short or damaged ({error}); fetch or save it again"
+            ) from None
         except TokenselError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise TokenselError(f"{name}: cannot load a {cls.__name__} ({reason}); give a hub id or a local folder") from None
+            raise TokenselError(
+                f"{name}: cannot load a {cls.__name__} ({reason}); give a hub id or a local folder"
+            ) from None
         if info["missing_keys"]:
-            raise TokenselError(f"{name}: lacks the weights {sorted(info['missing_keys'])[:3]}; save it again")
+            raise TokenselError(
+                f"{name}: lacks the weights {sorted(info['missing_keys'])[:3]}; save it again"
+            )
         return (model, info) if report else model
 
     def model_card(self) -> str:
@@ -136,8 +153,9 @@ class CoreModel(PreTrainedModel):
         c = self.config
         facts = {
             "encoder": c.encoder and f"`{c.encoder}`",
-            "feature layer": c.feature_layer if c.feature_layer is None else f"{c.feature_layer}"
-            + (", without the CLS token" if c.drop_cls else ""),
+            "feature layer": c.feature_layer
+            if c.feature_layer is None
+            else f"{c.feature_layer}" + (", without the CLS token" if c.drop_cls else ""),
             "width": c.width,
             "p of Eq. (3)": c.keep,
             "training data": c.training_data,

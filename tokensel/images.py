@@ -58,7 +58,13 @@ class ImageSource:
 
     def _unpack(self, index: int, row: Any) -> tuple[str, Any]:
         content = row[self.column] if self.column else row
-        path = content.get("path") if isinstance(content, dict) else content if isinstance(content, Path) else None
+        path = (
+            content.get("path")
+            if isinstance(content, dict)
+            else content
+            if isinstance(content, Path)
+            else None
+        )
         return str(path or f"row {index}"), content
 
 
@@ -77,12 +83,14 @@ def as_image(content: Any) -> Image.Image:
     return Image.fromarray(content).convert("RGB")
 
 
-def open_images(images: Any, column: str = "image", streaming: bool = False, limit: int | None = None) -> ImageSource:
+def open_images(
+    images: Any, column: str = "image", streaming: bool = False, limit: int | None = None
+) -> ImageSource:
     """Find pictures.
 
     Args:
         images: a folder (searched to the bottom), a parquet file, a folder written by ``save_to_disk``, a hub
-            id as ``name``, ``name:split`` or ``name:config:split``, a ``datasets`` dataset, or a list of pictures.
+            id as ``name``, ``name:split`` or ``name:config:split``, a dataset, or a list of pictures.
         column: where a dataset keeps the picture.
         streaming: read a hub or parquet dataset row by row, without fetching all of it first.
         limit: take only the first so many rows.
@@ -101,7 +109,9 @@ def open_images(images: Any, column: str = "image", streaming: bool = False, lim
     if isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
         columns = rows.column_names
         if columns is not None and column not in columns:
-            raise TokenselError(f"{name}: no column {column!r} among {columns}; name the one that holds the pictures")
+            raise TokenselError(
+                f"{name}: no column {column!r} among {columns}; name the one that holds the pictures"
+            )
         if rows.features is not None and isinstance(rows.features[column], ImageFeature):
             # undecoded rows: what another process trains on is passed over unread, and a cut JPEG fails
             # where we can name it and not inside the dataset
@@ -126,7 +136,9 @@ def _find(name: str, streaming: bool) -> Any:
             return found
         parquet = sorted(str(p) for p in path.rglob("*.parquet"))
         if not parquet:
-            raise TokenselError(f"{name}: a folder without images (looked for {', '.join(sorted(SUFFIXES))} and parquet)")
+            raise TokenselError(
+                f"{name}: a folder without images (looked for {', '.join(sorted(SUFFIXES))} and parquet)"
+            )
         return _load("parquet", split="train", data_files=parquet, streaming=streaming)
     if path.suffix == ".parquet" and path.exists():
         return _load("parquet", split="train", data_files=[name], streaming=streaming)
@@ -144,5 +156,6 @@ def _load(*names: str | None, **options: Any) -> Any:
         return datasets.load_dataset(*names, **options)
     except Exception as error:  # the hub client, its HTTP library and datasets each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TokenselError(f"{names[0]}: cannot be loaded ({reason}); give a local folder or parquet file") from None
-
+        raise TokenselError(
+            f"{names[0]}: cannot be loaded ({reason}); give a local folder or parquet file"
+        ) from None

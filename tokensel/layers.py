@@ -36,7 +36,7 @@ class TransformerLayer(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Standardised features plus learned-scale position codes, through ``layers`` Transformer layers and a norm.
+    """Standardised features plus position codes of learned scale, through Transformer layers and a norm.
 
     ``center`` and ``spread`` are the mean and the standard deviation of each channel over the training
     features (the paper is silent on scaling). CLIP's features have a few channels tens of times larger than
@@ -65,7 +65,9 @@ class Trunk(nn.Module):
         self.spread.copy_(torch.where(spread > 0, spread, 1.0))
 
     def forward(
-        self, features: Float[Tensor, "batch tokens channels"], valid: Bool[Tensor, "batch tokens"] | None = None
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
         """Context of every token, about unit scale. Padding (``valid`` False) is neither read nor meaningful.
 
@@ -92,6 +94,6 @@ class Trunk(nn.Module):
 
 
 def default_heads(width: int) -> int:
-    """Heads of 64 channels, of 32 below a width of 256; fewer where that does not divide (the paper is silent)."""
+    """Heads of 64 channels, of 32 below width 256, or wider ones if that does not divide (paper silent)."""
     heads = max(1, width // (64 if width >= 256 else 32))
     return next(n for n in range(heads, 0, -1) if width % n == 0)

@@ -61,7 +61,7 @@ def objective(
         mask: M, 1 = kept; its gradient reaches the selector.
         p: keeping costs nothing below this fraction (Eq. 3); 0 switches the hinge off.
         scale: the distance that counts as 1. Training takes the typical ||F - mean||_2 of a tile, so that
-            L_rec = 1 says "no better than the mean token everywhere", whatever the encoder or the tile's size.
+            L_rec = 1 says "no better than the mean token everywhere", whatever the encoder or the tile size.
         valid: True where a token is real; ``None`` when all are.
         mean: the average over images; under several processes, one over all of them. The hinge is on the
             average, so that one image may keep more than p and another less: the adaptive count of the title.

@@ -18,7 +18,7 @@ Made = TypeVar("Made")
 
 
 def seeded(make: Callable[[], Made], seed: int) -> Made:
-    """What ``make`` returns when every weight it draws comes from ``seed``; the global generator stays as it was."""
+    """What ``make`` returns when all it draws comes from ``seed``; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "init"))
         return make()
@@ -42,7 +42,11 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def descend(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, step: int,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    step: int,
     config: TrainConfig,
 ) -> None:
     """One clipped AdamW step at the learning rate of ``step``."""

@@ -1,8 +1,8 @@
 """Where a token stands: fixed sine and cosine codes, in two dimensions when the tokens form a square grid.
 
-The paper does not mention position codes in its selector or reconstructor. Some are needed: all removed tokens
-are replaced by one shared embedding (Sec. 4.1.1), which carries no place of its own, so without codes the
-reconstructor could only return the same vector for every one of them.
+The paper does not mention position codes in its selector or reconstructor. Some are needed: all removed
+tokens are replaced by one shared embedding (Sec. 4.1.1), which carries no place of its own, so without codes
+the reconstructor could only return the same vector for every one of them.
 """
 
 from functools import lru_cache
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def sincos(tokens: int, channels: int) -> Float[Tensor, "tokens channels"]:
-    """Codes for a row of ``tokens``: a square number of them is read as a grid, row by row; any other as a line.
+    """Codes for a row of ``tokens``: a square number is read as a grid, row by row; any other as a line.
 
     The first half of the channels of a grid tells the row and the second half the column. Frequencies fall
     geometrically from 1 to 1/10000 radians a step, as in "Attention is all you need", Sec. 3.5.

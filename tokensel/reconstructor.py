@@ -1,6 +1,5 @@
-"""The feature reconstructor R of Sec. 4.2: three Transformer layers that give back what was dropped (Fig. 3)."""
+"""The feature reconstructor R of Sec. 4.2: three Transformer layers give back what was dropped (Fig. 3)."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 

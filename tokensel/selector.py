@@ -53,7 +53,7 @@ class MaskedEmbedding(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch tokens channels"], mask: Float[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch tokens channels"]:
-        """``features`` where the mask is 1, the embedding where it is 0; gradients flow to both and to the mask."""
+        """``features`` where the mask is 1, the embedding where it is 0; gradients reach all three."""
         embedding = (self.center + self.spread * self.vector).to(features.dtype)
         return torch.lerp(embedding.expand_as(features), features, mask[..., None].to(features.dtype))
 
@@ -75,8 +75,8 @@ class TokenSelector(CoreModel):
     config_class = SelectorConfig
     main_input_name = "features"
     role = (
-        "Scores the visual tokens of one frozen encoder by how much the others can be reconstructed from them, "
-        "so that the least useful can be dropped before a language model reads the image."
+        "Scores the visual tokens of one frozen encoder by how well the others can be reconstructed from "
+        "them, so that the least useful can be dropped before a language model reads the image."
     )
     usage = (
         "from tokensel.selector import TokenSelector\n\n"
@@ -117,13 +117,17 @@ class TokenSelector(CoreModel):
         return SelectorOutput(selected=self.masked(features, mask), mask=mask, logits=logits)
 
     def logits(
-        self, features: Float[Tensor, "batch tokens channels"], valid: Bool[Tensor, "batch tokens"] | None = None
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens 2"]:
         """The drop and the keep logit of every token."""
         return self.head(self.trunk(features, valid)).float()
 
     def scores(
-        self, features: Float[Tensor, "batch tokens channels"], valid: Bool[Tensor, "batch tokens"] | None = None
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens"]:
         """Keep logit minus drop logit: the more, the more useful (end of Sec. 4.1.1). -inf on padding."""
         logits = self.logits(features, valid)
@@ -131,9 +135,11 @@ class TokenSelector(CoreModel):
         return scores if valid is None else scores.masked_fill(~valid, -torch.inf)
 
     def hard_mask(
-        self, features: Float[Tensor, "batch tokens channels"], valid: Bool[Tensor, "batch tokens"] | None = None
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Bool[Tensor, "batch tokens"]:
-        """The mask of inference: True where the keep logit wins, so that the count differs from image to image."""
+        """The mask of inference: True where the keep logit wins; the count differs from image to image."""
         return self.scores(features, valid) > 0
 
     def keep_mask(
@@ -158,9 +164,11 @@ class TokenSelector(CoreModel):
 
 
 def gumbel_mask(
-    logits: Float[Tensor, "batch tokens 2"], tau: float = 1.0, noise: Float[Tensor, "batch tokens 2"] | None = None
+    logits: Float[Tensor, "batch tokens 2"],
+    tau: float = 1.0,
+    noise: Float[Tensor, "batch tokens 2"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
-    """Straight-through two-way Gumbel-Softmax (Jang et al. 2017): 0 or 1 forward, the relaxed gradient backward.
+    """Straight-through two-way Gumbel-Softmax (Jang et al. 2017): 0 or 1 forward, relaxed backward.
 
     Two logits a token, because a softmax over a single one is always 1.
     """

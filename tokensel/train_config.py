@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from tokensel.errors import TokenselError
 
@@ -15,27 +15,31 @@ class TrainConfig:
         TokenselError: a value out of its range; one line with the field, the value and what to give.
     """
 
-    # --- data -------------------------------------------------------------------------------------------------
-    images: str = ""  # a folder, a parquet file, a hub dataset as name[:config]:split; the paper takes 100K of COCO
+    # --- data ---------------------------------------------------------------------------------------------
+    images: str = (
+        ""  # a folder, a parquet file, a hub dataset as name[:config]:split; the paper takes 100K of COCO
+    )
     encoder: str = ""  # hub id or folder: a CLIP or SigLIP tower, or a LLaVA checkpoint that holds one
     out: str = ""  # folder of checkpoint, history, selector and reconstructor; "" writes nothing
     column: str = "image"  # where a dataset keeps the picture
     streaming: bool = False  # read a hub dataset row by row, in its own order, without fetching it first
     limit: int | None = None  # only the first so many pictures
-    tiles: Literal["whole", "anyres"] = "whole"  # Sec. 4.5 speaks of images, not tiles: each squashed to one tile
+    tiles: Literal["whole", "anyres"] = (
+        "whole"  # Sec. 4.5 speaks of images, not tiles: each squashed to one tile
+    )
     cache: str = ""  # folder for the features, to encode each picture once; "" encodes on the fly
 
-    # --- model ------------------------------------------------------------------------------------------------
+    # --- model --------------------------------------------------------------------------------------------
     layers: int = 3  # Secs. 4.1.1 and 4.2, for both models
     heads: int | None = None  # not in the paper: None is 64 channels a head (32 below width 256), as CLIP has
     mlp_ratio: float = 4.0  # not in the paper: the usual Transformer
 
-    # --- objective --------------------------------------------------------------------------------------------
+    # --- objective ----------------------------------------------------------------------------------------
     p: float = 0.3  # Eq. (3); the p of training is not in the paper. 0 switches the hinge off
     tau_start: float = 1.0  # temperature is not in the paper: Jang et al. 2017 start at 1 ...
     tau_end: float = 0.5  # ... and anneal to 0.5; lower makes the straight-through gradient noisier
 
-    # --- optimisation (none of it in the paper) ---------------------------------------------------------------
+    # --- optimisation (none of it in the paper) -----------------------------------------------------------
     steps: int = 10_000  # with 64 images a step: six times through 100K images
     batch_size: int = 64  # of all processes together, so that their number changes nothing
     lr: float = 3e-4  # what the paper's group used for a later feature reconstructor
@@ -44,7 +48,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # the l2 norm has a kink at 0 and the hinge at p: single steps can be steep
     statistics_tiles: int = 512  # from which mean, spread and scale of the features are measured, once
 
-    # --- running ----------------------------------------------------------------------------------------------
+    # --- running ------------------------------------------------------------------------------------------
     seed: int = 0
     save_every: int = 500  # steps between checkpoints
     log_every: int = 10  # steps between updates of the progress bar and of history.jsonl
@@ -66,10 +70,12 @@ class TrainConfig:
                 raise TokenselError(f"{name} is {getattr(self, name)}: give a number above 0")
         for name in ("p", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
-                raise TokenselError(f"{name} is {getattr(self, name)}: give a fraction between 0 and 1, such as 0.3")
+                raise TokenselError(
+                    f"{name} is {getattr(self, name)}: give a fraction between 0 and 1, such as 0.3"
+                )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
         """Make a configuration from names and values.
 
         Raises:
@@ -87,4 +93,6 @@ class TrainConfig:
 
 
 # these may differ between a run and its continuation: none of them changes the result
-FREE = frozenset({"out", "save_every", "log_every", "workers", "device", "progress", "images", "encoder", "cache"})
+FREE = frozenset(
+    {"out", "save_every", "log_every", "workers", "device", "progress", "images", "encoder", "cache"}
+)

@@ -26,13 +26,28 @@ from tokensel.io import write_json
 from tokensel.judging import reconstruction_error, train_reconstructor
 from tokensel.objective import objective
 from tokensel.optimisation import (
-    adamw, autocast, descend, learning_rate, mean_over_processes, seeded, slice_of, temperature, use_bf16,
+    adamw,
+    autocast,
+    descend,
+    learning_rate,
+    mean_over_processes,
+    seeded,
+    slice_of,
+    temperature,
+    use_bf16,
 )  # fmt: skip
 from tokensel.reconstructor import TokenReconstructor
 from tokensel.selector import TokenSelector, gumbel_noise
 from tokensel.train_config import TrainConfig
 
-__all__ = ["MaskedAutoencoder", "TrainConfig", "Trained", "reconstruction_error", "train", "train_reconstructor"]
+__all__ = [
+    "MaskedAutoencoder",
+    "TrainConfig",
+    "Trained",
+    "reconstruction_error",
+    "train",
+    "train_reconstructor",
+]
 
 
 @dataclass
@@ -46,7 +61,10 @@ class Trained:
 
 
 def train(
-    config: TrainConfig, images: Any = None, features: Features | None = None, encoder: VisionEncoder | None = None
+    config: TrainConfig,
+    images: Any = None,
+    features: Features | None = None,
+    encoder: VisionEncoder | None = None,
 ) -> Trained:
     """Train a selector and its reconstructor by Eq. (7).
 
@@ -61,7 +79,7 @@ def train(
         encoder: instead of ``config.encoder``, one in memory.
 
     Raises:
-        TokenselError: no pictures, no encoder, a checkpoint that is cut short or another training's, a full disk.
+        TokenselError: no pictures, no encoder, a checkpoint cut short or of another training, a full disk.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
     mine = slice_of(config.batch_size, accelerator.process_index, accelerator.num_processes)
@@ -111,7 +129,9 @@ def train(
                 history.extend(records(recent, rate, config))
                 newest = history.records[-1]
                 bar.update(step + 1 - bar.n)
-                bar.set_postfix(L_rec=f"{newest['l_rec']:.3f}", L_pr=f"{newest['l_pr']:.3f}", images_s=f"{rate:.0f}")
+                bar.set_postfix(
+                    L_rec=f"{newest['l_rec']:.3f}", L_pr=f"{newest['l_pr']:.3f}", images_s=f"{rate:.0f}"
+                )
                 recent, clock = [], time.monotonic()
             if saving and main:
                 now = replace(progress, step=step + 1, feed=feed.state())
@@ -131,7 +151,11 @@ def train(
 
 
 def open_feed(
-    config: TrainConfig, accelerator: Accelerator, images: Any, features: Features | None, encoder: VisionEncoder | None
+    config: TrainConfig,
+    accelerator: Accelerator,
+    images: Any,
+    features: Features | None,
+    encoder: VisionEncoder | None,
 ) -> Feed:
     """Where the features come from: memory, the cache on disk, or pictures encoded as they come.
 
@@ -143,8 +167,12 @@ def open_feed(
     if images is None and not config.images:
         raise TokenselError("images is empty: give a folder of images, a parquet file or a hub dataset")
     if encoder is None and not config.encoder:
-        raise TokenselError("encoder is empty: give the hub id or folder of a vision tower or of a LLaVA checkpoint")
-    source = open_images(config.images if images is None else images, config.column, config.streaming, config.limit)
+        raise TokenselError(
+            "encoder is empty: give the hub id or folder of a vision tower or of a LLaVA checkpoint"
+        )
+    source = open_images(
+        config.images if images is None else images, config.column, config.streaming, config.limit
+    )
     if encoder is None:
         dtype = torch.bfloat16 if use_bf16(accelerator, config) else torch.float32
         encoder = VisionEncoder.from_pretrained(config.encoder, accelerator.device, dtype)
@@ -169,18 +197,25 @@ def begin(model: Autoencoder, feed: Feed, config: TrainConfig) -> Progress:
     return Progress(0, statistics.scale, feed.identity, feed.state())
 
 
-def records(recent: list[tuple[int, float, Tensor]], rate: float, config: TrainConfig) -> list[dict[str, float]]:
+def records(
+    recent: list[tuple[int, float, Tensor]], rate: float, config: TrainConfig
+) -> list[dict[str, float]]:
     """History records of some steps; their values leave the device together, not one by one."""
     values = torch.stack([value for _, _, value in recent]).cpu().tolist()
     return [
-        {"step": step, "loss": loss, "l_rec": l_rec, "l_pr": l_pr, "tau": tau, "lr": learning_rate(step - 1, config),
-         "images_per_second": round(rate, 2)}
+        {"step": step, "loss": loss, "l_rec": l_rec, "l_pr": l_pr, "tau": tau,
+         "lr": learning_rate(step - 1, config), "images_per_second": round(rate, 2)}
         for (step, tau, _), (loss, l_rec, l_pr) in zip(recent, values, strict=True)
     ]  # fmt: skip
 
 
 def describe(
-    model: Autoencoder, config: TrainConfig, feed: Feed, encoder: VisionEncoder | None, scale: float, history: History
+    model: Autoencoder,
+    config: TrainConfig,
+    feed: Feed,
+    encoder: VisionEncoder | None,
+    scale: float,
+    history: History,
 ) -> None:
     """Tell both models' configurations, and so their cards, how they were trained and how well it went."""
     last = [record for record in history.records if record["step"] > 0.9 * config.steps]
