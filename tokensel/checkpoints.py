@@ -102,13 +102,11 @@ class History:
     """One record a step; appended to ``history.jsonl`` in the out folder, if there is one."""
 
     def __init__(self, out: Path | None, step: int = 0):
-        """Take over the records of steps up to ``step``; later ones belong to work that was lost with a kill."""
+        """Take over the records of steps up to ``step``; later ones belong to work lost with a kill."""
         self.path = out / "history.jsonl" if out else None
         self.records: list[dict[str, float]] = []
         if self.path and self.path.exists():
             *lines, _cut = self.path.read_text(encoding="utf-8").split("\n")  # an unended line was cut
-                :-1
-            ]  # the last line may be cut
             self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
         if self.path:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
