@@ -77,6 +77,10 @@ def show(
 ) -> None:
     """Draw the picture with its veil into ``ax``, without ticks; the arguments are those of :func:`veiled`."""
     ax.imshow(veiled(image, kept, real), interpolation="nearest" if max(image.size) < 200 else "antialiased")
+    _bare(ax, title)
+
+
+def _bare(ax: Axes, title: str) -> None:
     ax.set(xticks=[], yticks=[], title=title)
     ax.grid(False)
     for spine in ax.spines.values():
@@ -185,6 +189,5 @@ def heat(ax: Axes, image: Image.Image, values: Float[Tensor, "height width"], ti
     rank = values.flatten().argsort().argsort().view(values.shape).cpu().numpy() / max(1, values.numel() - 1)
     colour = np.broadcast_to(to_rgb(style.ORANGE), (*rank.shape, 3))
     ax.imshow(np.dstack([colour, 0.85 * rank**1.5]), extent=extent, interpolation="nearest")
-    ax.set(xticks=[], yticks=[], title=title)
-    ax.grid(False)
+    _bare(ax, title)
 
