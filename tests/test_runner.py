@@ -1,0 +1,281 @@
+"""Evaluation: nothing depends on batches, order or interruptions, and nothing is asked twice."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import suite_tiny
+from tiny import WIDTH
+
+from tokensel.benchmarks import runner
+from tokensel.benchmarks.config import EvalConfig
+from tokensel.benchmarks.identity import checkpoint_digest
+from tokensel.benchmarks.records import append_records, read_records, sole_writer
+from tokensel.benchmarks.runner import evaluate
+from tokensel.errors import TokenselError
+from tokensel.selector import SelectorConfig, TokenSelector
+from tokensel.tower import run_tower
+
+METHODS = ("full", "none", "random", "uniform", "norm", "cls", "diversity", "selector", "downsample")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return suite_tiny.save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def config(model, tmp_path) -> EvalConfig:
+    return EvalConfig(
+        model=str(model),
+        selector=str(model.parent / "selector"),
+        suite="suite_tiny",
+        methods=("full", "none", "random", "selector"),
+        keeps=(0.2, 0.6),
+        n=12,
+        batch_size=5,
+        out=str(tmp_path / "out"),
+    )
+
+
+def answers(out: str | Path) -> dict:
+    """All records below ``out``, without what depends on the clock."""
+    found = {}
+    for path in Path(out, "records").rglob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            del record["seconds"]
+            key = tuple(record[name] for name in ("benchmark", "method", "keep", "seed", "question_id"))
+            assert key not in found, "a question was asked twice"
+            found[key] = record
+    return found
+
+
+def test_every_method_on_every_benchmark_fills_the_long_table(config, monkeypatch):
+    towers = []
+    encoding = sys.modules["tokensel.vlm.encode"]  # in the package the function hides the module
+    monkeypatch.setattr(encoding, "run_tower", lambda *args: towers.append(args) or run_tower(*args))
+    done = evaluate(replace(config, methods=METHODS, seeds=(0, 1), compare=("selector:random", "norm:full")), progress=False)
+    rows = list(csv.DictReader(done.table.read_text().splitlines()))
+    kinds = 2 + 2 * (len(METHODS) - 2 + 1)  # two rows of their own, two keeps for the others, random with two seeds
+    assert len(rows) == 3 * kinds
+    assert done.computed == 3 * kinds * 12 == len(answers(config.out))
+    assert len(towers) == 3 * 3  # three batches a benchmark, whatever the number of methods and keeps
+    assert {(r["method"], r["keep"]) for r in rows if r["method"] in ("full", "none")} == {("full", "1"), ("none", "0")}
+    assert {r["model"] for r in rows} == {"tiny-llava"} and {r["n"] for r in rows} == {"12"}
+    assert all(0 <= float(r["ci_low"]) <= float(r["score"]) <= float(r["ci_high"]) <= 1 for r in rows)
+    assert len({r["score"] for r in rows}) > 10  # the tiny model answers differently from row to row
+    differences = list(csv.DictReader(done.differences.read_text().splitlines()))
+    assert [(d["method"], d["against"], d["keep"]) for d in differences[:4]] == [
+        ("selector", "random", "0.2"), ("selector", "random", "0.6"), ("norm", "full", "0.2"), ("norm", "full", "0.6"),
+    ]  # fmt: skip
+    mean = {(r["benchmark"], r["method"], r["keep"], r["seed"]): float(r["score"]) for r in rows}
+    paired = mean["page", "selector", "0.2", "0"] - (mean["page", "random", "0.2", "0"] + mean["page", "random", "0.2", "1"]) / 2
+    assert float(differences[0]["difference"]) == pytest.approx(paired, abs=1e-5)
+
+
+def test_records_say_what_was_asked_and_how_many_tokens_it_took(config):
+    evaluate(replace(config, benchmarks=("page",)), progress=False)
+    found = answers(config.out)
+    for (benchmark, method, keep, _, _), record in found.items():
+        assert benchmark == "page" and record["model"] == "tiny-llava" and record["answers"]
+        expected = {"full": record["n_visual_full"], "none": 0}.get(method, round(keep * record["n_visual_full"]))
+        assert record["n_visual"] == expected
+    assert {len(record["prediction"]) for record in found.values()} != {0}
+
+
+def test_provenance_tells_how_to_repeat_it(config):
+    done = evaluate(replace(config, benchmarks=("page", "list"), name="chapter"), progress=False)
+    assert done.table.name == "chapter.csv"
+    told = json.loads(done.provenance.read_text())
+    assert told["data"] == {"page": 12, "list": 12, "suite": "suite_tiny", "split": "test"}
+    assert told["answers"] == told["answers_computed_now"] == done.computed == 2 * 6 * 12
+    assert {"torch", "transformers", "tokensel"} <= set(told["versions"])
+    again = EvalConfig.from_dict(told["config"])
+    assert again == replace(config, benchmarks=("page", "list"), name="chapter")
+
+
+def test_scores_depend_neither_on_batch_size_nor_on_the_number_of_questions(config, tmp_path):
+    first = evaluate(config, progress=False)
+    other = evaluate(replace(config, batch_size=1, out=str(tmp_path / "other")), progress=False)
+    assert other.table.read_bytes() == first.table.read_bytes()
+    assert answers(config.out) == answers(tmp_path / "other")
+    evaluate(replace(config, batch_size=64, n=7, out=str(tmp_path / "few")), progress=False)
+    few = answers(tmp_path / "few")
+    assert len(few) == 3 * 6 * 7
+    assert few == {key: record for key, record in answers(config.out).items() if key in few}
+
+
+def test_a_second_run_asks_nothing_and_a_larger_one_only_what_is_new(config):
+    first = evaluate(config, progress=False)
+    before = first.table.read_bytes()
+    again = evaluate(config, progress=False)
+    assert again.computed == 0 and again.table.read_bytes() == before
+    more = evaluate(replace(config, n=15, keeps=(0.2, 0.4, 0.6)), progress=False)
+    assert more.computed == 3 * (3 * 6 + 15 * 2)
+    back = evaluate(config, progress=False)
+    assert back.computed == 0 and back.table.read_bytes() == before
+
+
+def test_other_choices_or_another_selector_keep_records_of_their_own(config, model, tmp_path):
+    config = replace(config, benchmarks=("page",))
+    evaluate(config, progress=False)
+    # full and none do not depend on the choices
+    assert evaluate(replace(config, positions="original"), progress=False).computed == 12 * 4
+    TokenSelector(SelectorConfig(width=WIDTH, layers=1, heads=4)).save_pretrained(tmp_path / "selector")
+    assert evaluate(replace(config, selector=str(tmp_path / "selector")), progress=False).computed == 12 * 2
+    assert evaluate(config, progress=False).computed == 0
+
+
+def test_a_checkpoint_is_known_by_its_content_not_by_its_name(model, tmp_path):
+    same = tmp_path / "copy"
+    same.mkdir()
+    for path in model.iterdir():
+        (same / path.name).write_bytes(path.read_bytes())
+    assert checkpoint_digest(str(same)) == checkpoint_digest(str(model))
+    weights = bytearray((same / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (same / "model.safetensors").write_bytes(weights)
+    assert checkpoint_digest(str(same)) != checkpoint_digest(str(model))
+
+
+def test_changed_questions_or_pictures_are_refused(config, monkeypatch):
+    config = replace(config, benchmarks=("page",))
+    evaluate(config, progress=False)
+    page = suite_tiny.BENCHMARKS["page"]
+    monkeypatch.setitem(suite_tiny.BENCHMARKS, "page", replace(page, prompt=lambda row: row["question"] + "!"))
+    with pytest.raises(TokenselError, match="the data has changed"):
+        evaluate(config, progress=False)
+    monkeypatch.setitem(suite_tiny.BENCHMARKS, "page", page)
+    monkeypatch.setattr(suite_tiny, "picture", lambda seed, draw=suite_tiny.picture: draw(seed).rotate(180))
+    with pytest.raises(TokenselError, match="the data has changed"):
+        evaluate(config, progress=False)
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(config, tmp_path, monkeypatch):
+    whole = evaluate(config, progress=False)
+    asked = []
+
+    def stop_after(limit):
+        original = runner._answer
+
+        def answer(*args):
+            if len(asked) == limit:
+                raise KeyboardInterrupt
+            asked.append(args[2])
+            return original(*args)
+
+        return answer
+
+    monkeypatch.setattr(runner, "_answer", stop_after(20))
+    other = replace(config, out=str(tmp_path / "other"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(other, progress=False)
+    monkeypatch.undo()
+    assert len(asked) == 20
+    assert not (tmp_path / "other" / "evaluate.csv").exists()
+    before = len(answers(other.out))
+    done = evaluate(other, progress=False)
+    assert 20 < before and done.computed == whole.computed - before
+    assert done.table.read_bytes() == whole.table.read_bytes()
+    assert answers(other.out) == answers(config.out)
+
+
+def test_sigkill_then_the_same_command_again(config, tmp_path):
+    """A real process killed at a random moment: same table in the end, at most one batch asked twice."""
+    whole = evaluate(config, progress=False)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "tokensel", "evaluate", "--model", config.model, "--selector", config.selector]
+    command += ["--suite", "suite_tiny", "--keeps", "0.2,0.6", "--n", "12", "--batch-size", "5", "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if sum(len(path.read_bytes().splitlines()) for path in out.rglob("*.jsonl")) >= 40:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL
+    half = answers_of_whole_lines(out)
+    assert 40 <= half < len(answers(config.out)) and not (out / "evaluate.csv").exists()
+    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert (out / "evaluate.csv").read_bytes() == whole.table.read_bytes()
+    assert (out / "evaluate.differences.csv").read_bytes() == whole.differences.read_bytes()
+    assert answers(out) == answers(config.out)
+    told = json.loads((out / "evaluate.provenance.json").read_text())
+    assert told["answers_computed_now"] == told["answers"] - half
+
+
+def answers_of_whole_lines(out: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in out.rglob("*.jsonl"))
+
+
+def test_a_cut_last_line_is_dropped_and_a_bad_line_within_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    append_records(path, [{"question_id": "a"}, {"question_id": "b"}])
+    whole = path.read_bytes()
+    for cut in range(1, len(whole) // 2):
+        path.write_bytes(whole[:-cut])
+        assert list(read_records(path)) == ["a"]
+        append_records(path, [{"question_id": "b"}])
+        assert path.read_bytes() == whole
+    path.write_bytes(b"{\n" + whole)
+    with pytest.raises(TokenselError, match="line 1: not a record"):
+        read_records(path)
+    assert read_records(tmp_path / "none.jsonl") == {}
+
+
+def test_two_evaluations_cannot_write_the_same_records(tmp_path):
+    with sole_writer(tmp_path):
+        with pytest.raises(TokenselError, match="another evaluation"):
+            with sole_writer(tmp_path):
+                pass
+    with sole_writer(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"methods": ("guess",)}, "method 'guess' is unknown"),
+        ({"keeps": (0.0,)}, "keep is 0.0"),
+        ({"keeps": (float("nan"),)}, "keep is nan"),
+        ({"n": 0}, "n is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"selector": None}, "--selector"),
+        ({"compare": ("selector",)}, "compare is 'selector'"),
+        ({"budget": "page"}, "budget is 'page'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+    ],
+)
+def test_a_configuration_is_checked_before_anything_is_loaded(config, change, line):
+    with pytest.raises(TokenselError, match=line):
+        replace(config, **change)
+
+
+def test_unknown_options_are_refused(config):
+    with pytest.raises(TokenselError, match="option keep: unknown"):
+        EvalConfig.from_dict({"model": "m", "keep": 0.5})
+    with pytest.raises(TypeError):
+        EvalConfig(model="m", keep=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"suite": "no_such_suite"}, "no module named no_such_suite"),
+        ({"suite": "json"}, "no table BENCHMARKS"),
+        ({"benchmarks": ("pages",)}, "benchmark pages: not in suite_tiny"),
+    ],
+)
+def test_unknown_suites_and_benchmarks(config, change, line):
+    with pytest.raises(TokenselError, match=line):
+        evaluate(replace(config, **change), progress=False)

@@ -1,0 +1,113 @@
+"""What an evaluation is asked to do, checked before anything heavy is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from tokensel.benchmarks.results import Condition, parse_pairs
+from tokensel.benchmarks.table import Benchmark, load_suite
+from tokensel.errors import TokenselError, check_keep
+
+KEEPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation: benchmark x method x keep.
+
+    Attributes:
+        model: folder or hub id of the vision-language model.
+        suite: dotted name of a module with a table ``BENCHMARKS``.
+        benchmarks: names from the suite; empty means all.
+        methods: names from :data:`tokensel.methods.METHODS`. ``full`` and ``none`` are run once, the others per keep.
+        keeps: fractions of the visual tokens to keep, each in (0, 1].
+        n: questions a benchmark, from the front of the split; ``None`` means all.
+        split: split of every benchmark.
+        seed: of the bootstrap, and of ``random`` where ``seeds`` is empty.
+        seeds: seeds of ``random``, each a row of its own.
+        selector: folder or hub id of the trained selector, for the method ``selector``.
+        batch_size: questions at a time; changes the speed, not the scores.
+        device, dtype: of the model; ``auto`` takes a GPU and its 16-bit floats where there is one.
+        budget, thumbnail, newline, positions: the choices of the seam, see :mod:`tokensel.vlm`.
+        compare: pairs ``method:against`` for the table of paired differences.
+        out: folder of the tables; the records lie below it.
+        name: file name of the tables, without ending.
+    """
+
+    model: str
+    suite: str = "tokensel.mini.suite"
+    benchmarks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("full", "none", "random", "selector")
+    keeps: tuple[float, ...] = KEEPS
+    n: int | None = 400
+    split: str = "test"
+    seed: int = 0
+    seeds: tuple[int, ...] = ()
+    selector: str | None = None
+    batch_size: int = 64
+    device: str = "auto"
+    dtype: str = "auto"
+    budget: str = "image"
+    thumbnail: str = "compete"
+    newline: str = "keep"
+    positions: str = "compact"
+    compare: tuple[str, ...] = ("selector:random",)
+    out: str = "_build/results"
+    name: str = "evaluate"
+
+    def __post_init__(self) -> None:
+        from tokensel.methods import check_method
+        from tokensel.vlm import Choices
+
+        for method in self.methods:
+            check_method(method)
+        for keep in self.keeps:
+            check_keep(keep)
+        Choices.of(self.choices())
+        if self.dtype not in DTYPES:
+            raise TokenselError(f"dtype is {self.dtype!r}: choose from {', '.join(DTYPES)}")
+        for name in ("n", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise TokenselError(f"{name} is {value}: give at least 1")
+        if "selector" in self.methods and self.selector is None:
+            raise TokenselError("method selector: give the folder or hub id of a trained one with --selector")
+        parse_pairs(self.compare)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EvalConfig":
+        """A configuration from plain JSON values.
+
+        Raises:
+            TokenselError: a key that is no option, or a value out of range.
+        """
+        names = [field.name for field in fields(cls)]
+        if unknown := [key for key in values if key not in names]:
+            raise TokenselError(f"option {unknown[0]}: unknown; choose from {', '.join(names)}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, from which :meth:`from_dict` builds the same configuration."""
+        return asdict(self)
+
+    def choices(self) -> dict[str, str]:
+        """The choices of the seam."""
+        return {"budget": self.budget, "thumbnail": self.thumbnail, "newline": self.newline, "positions": self.positions}
+
+    def suite_benchmarks(self) -> dict[str, Benchmark]:
+        """The benchmarks asked for; raises ``TokenselError`` for an unknown suite or name."""
+        return load_suite(self.suite, self.benchmarks)
+
+    def conditions(self) -> list[Condition]:
+        """Every way in which each question is asked, in the order of the table.
+
+        A method that chooses nothing has one row: ``full`` at keep 1, ``none`` at keep 0.
+        """
+        from tokensel.methods import METHODS
+
+        found = []
+        for method in self.methods:
+            keeps = self.keeps if METHODS[method].uses_keep else (0.0 if method == "none" else 1.0,)
+            seeds = (self.seeds or (self.seed,)) if METHODS[method].uses_seed else (self.seed,)
+            found += [Condition(method, float(keep), seed) for keep in keeps for seed in seeds]
+        return list(dict.fromkeys(found))

@@ -1,0 +1,197 @@
+"""``python -m tokensel``: train, evaluate, mini, book. What a command needs is imported when it runs."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.main import get_group
+
+from tokensel.errors import TokenselError
+
+app = typer.Typer(
+    name="tokensel",
+    help="Keep the visual tokens from which the others can be reconstructed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_DATA, _MODEL, _LOSS, _STEPS, _RUN = "Data", "Model", "Objective", "Optimisation", "Running"
+_SEAM, _TABLES = "Choices inside LLaVA-NeXT", "Tables"
+
+
+def _option(text: str, panel: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one line on stderr and exit status 1, Ctrl-C in 130."""
+    try:
+        app()
+    except TokenselError as error:
+        _fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        from tokensel.io import no_space
+
+        _fail(no_space(error, error.filename or "output"))
+
+
+def _fail(error: TokenselError) -> None:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(1)
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    images: Annotated[str, _option("Folder, parquet file, or hub dataset as name[:config]:split.", _DATA)],
+    encoder: Annotated[str, _option("Vision tower, or LLaVA that holds one: folder or hub id.", _DATA)],
+    out: Annotated[str, _option("Folder for checkpoint, history, selector, reconstructor.", _DATA)],
+    column: Annotated[str, _option("Dataset column that holds the picture.", _DATA)] = "image",
+    streaming: Annotated[bool, _option("Read a hub dataset row by row, without fetching it first.", _DATA)] = False,
+    limit: Annotated[int | None, _option("Only the first so many pictures.", _DATA)] = None,
+    tiles: Annotated[
+        Literal["whole", "anyres"], _option("Each picture squashed to one tile, or cut as the LLaVA cuts it.", _DATA)
+    ] = "whole",
+    cache: Annotated[str, _option("Folder for features, to encode each picture only once.", _DATA)] = "",
+    layers: Annotated[int, _option("Transformer layers of selector and reconstructor.", _MODEL)] = 3,
+    heads: Annotated[int | None, _option("Attention heads; by default 64 channels each.", _MODEL)] = None,
+    mlp_ratio: Annotated[float, _option("Inner width of the MLP over the width.", _MODEL)] = 4.0,
+    p: Annotated[float, _option("Proportion of tokens below which keeping is free, Eq. (3).", _LOSS)] = 0.3,
+    tau_start: Annotated[float, _option("Gumbel-Softmax temperature at the first step.", _LOSS)] = 1.0,
+    tau_end: Annotated[float, _option("Gumbel-Softmax temperature at the last step.", _LOSS)] = 0.5,
+    steps: Annotated[int, _option("Optimiser steps.", _STEPS)] = 10_000,
+    batch_size: Annotated[int, _option("Tiles a step, of all processes together.", _STEPS)] = 64,
+    lr: Annotated[float, _option("Peak learning rate.", _STEPS)] = 3e-4,
+    warmup: Annotated[float, _option("Share of the steps over which the learning rate rises.", _STEPS)] = 0.05,
+    weight_decay: Annotated[float, _option("Weight decay of AdamW.", _STEPS)] = 0.01,
+    max_grad_norm: Annotated[float, _option("Longest gradient that is not clipped.", _STEPS)] = 1.0,
+    statistics_tiles: Annotated[int, _option("Tiles from which mean and spread are measured.", _STEPS)] = 512,
+    seed: Annotated[int, _option("Seed of weights, order and noise.", _RUN)] = 0,
+    save_every: Annotated[int, _option("Steps between checkpoints.", _RUN)] = 500,
+    log_every: Annotated[int, _option("Steps between lines of history.jsonl.", _RUN)] = 10,
+    workers: Annotated[int, _option("Threads that decode pictures.", _RUN)] = 2,
+    precision: Annotated[Literal["auto", "fp32", "bf16"], _option("auto: bf16 where the GPU has it.", _RUN)] = "auto",
+    device: Annotated[Literal["auto", "cpu"], _option("auto: a GPU if there is one.", _RUN)] = "auto",
+    progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
+) -> None:
+    """Train a selector and its reconstructor on the features of a frozen encoder (Secs. 3-4 of the paper).
+
+    Run it again with the same options to go on after an interruption. `accelerate launch -m tokensel train ...`
+    uses several processes.
+    """
+    from tokensel.train_config import TrainConfig
+
+    config = TrainConfig.from_dict(ctx.params)
+    from tokensel.training import train as run
+
+    _quiet()
+    run(config)
+    typer.echo(f"selector: {out}/selector\nreconstructor: {out}/reconstructor")
+
+
+@app.command()
+def evaluate(
+    ctx: typer.Context,
+    model: Annotated[str, _option("LLaVA-NeXT: folder or hub id.", _MODEL)],
+    selector: Annotated[str | None, _option("Trained selector: folder or hub id.", _MODEL)] = None,
+    device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _MODEL)] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        _option("auto: float32 on a CPU, the checkpoint's own on a GPU.", _MODEL),
+    ] = "auto",
+    suite: Annotated[str, _option("Module with a table BENCHMARKS, by its dotted name.", _DATA)] = "tokensel.mini.suite",
+    benchmarks: Annotated[str, _option("Benchmarks of the suite, comma-separated; all by default.", _DATA)] = "",
+    split: Annotated[str, _option("Split of every benchmark.", _DATA)] = "test",
+    n: Annotated[int, _option("Questions a benchmark, from the front of the split.", _DATA)] = 400,
+    whole: Annotated[bool, _option("Every question of the split, whatever --n says.", _DATA, "--all")] = False,
+    methods: Annotated[
+        str,
+        _option(
+            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample.", _RUN
+        ),
+    ] = "full,none,random,selector",
+    keeps: Annotated[
+        str, _option("Fractions of the visual tokens to keep, comma-separated.", _RUN)
+    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    seed: Annotated[int, _option("Seed of random selection and of the bootstrap.", _RUN)] = 0,
+    seeds: Annotated[str, _option("Several seeds of random selection, comma-separated, a row each.", _RUN)] = "",
+    batch_size: Annotated[int, _option("Questions at a time; changes speed only.", _RUN)] = 64,
+    progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
+    budget: Annotated[Literal["image", "tile"], _option("What the kept fraction is of.", _SEAM)] = "image",
+    thumbnail: Annotated[
+        Literal["compete", "keep", "drop"], _option("Its tokens compete, are kept first, or are dropped.", _SEAM)
+    ] = "compete",
+    newline: Annotated[
+        Literal["keep", "drop", "row"], _option("Newline tokens: all, none, or with a token of their row.", _SEAM)
+    ] = "keep",
+    positions: Annotated[
+        Literal["compact", "original"], _option("Number kept tokens anew, or leave their places.", _SEAM)
+    ] = "compact",
+    compare: Annotated[
+        str, _option("Paired differences as method:against, comma-separated.", _TABLES)
+    ] = "selector:random",
+    out: Annotated[str, _option("Folder of the tables, records below it.", _TABLES)] = "_build/results",
+    name: Annotated[str, _option("File name of the tables, without ending.", _TABLES)] = "evaluate",
+) -> None:
+    """Ask a LLaVA-NeXT every question under every method and budget; write a long table with intervals.
+
+    Run it again with the same options to go on after an interruption: what is answered is not asked again.
+    """
+    from tokensel.benchmarks.config import EvalConfig
+
+    values = {key: value for key, value in ctx.params.items() if key not in ("whole", "progress")}
+    kinds = {"benchmarks": str, "methods": str, "keeps": float, "seeds": int, "compare": str}
+    values |= {key: _list(key, values[key], kind) for key, kind in kinds.items()}
+    _quiet()
+    config = EvalConfig.from_dict(values | {"n": None if whole else n})
+    from tokensel.benchmarks.runner import evaluate as run
+
+    done = run(config, progress)
+    typer.echo(f"{done.computed} answers asked\n{done.table}\n{done.differences}\n{done.provenance}")
+
+
+def _list(option: str, text: str, kind: Callable[[str], Any]) -> tuple:
+    try:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise TokenselError(f"{option} is {text!r}: give numbers with commas between") from None
+
+
+def _quiet() -> None:
+    """Leave stderr to our own bar and lines."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        enable_progress_bars()  # a download of gigabytes should still show
+
+
+_FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@app.command(context_settings=_FORWARD, add_help_option=False)
+def mini(ctx: typer.Context) -> None:
+    """The small world that ships with the book: draw its pictures, train its model."""
+    from tokensel.mini.cli import app as inner
+
+    _forward(inner, ctx)
+
+
+@app.command(context_settings=_FORWARD, add_help_option=False)
+def book(ctx: typer.Context) -> None:
+    """Run the chapters and build the book."""
+    from tokensel.book.cli import app as inner
+
+    _forward(inner, ctx)
+
+
+def _forward(inner: typer.Typer, ctx: typer.Context) -> None:
+    # get_group leaves out the options for shell completion, which only the outermost command could serve
+    get_group(inner)(args=ctx.args, prog_name=ctx.command_path)
