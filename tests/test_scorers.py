@@ -41,11 +41,9 @@ def test_every_scorer_honours_the_protocol(name: str):
     torch.testing.assert_close(scorer(batch[1:2]), scores[1:2])
 
 
-def test_unknown_names_and_options_are_refused():
+def test_unknown_names_are_refused():
     with pytest.raises(TokenselError, match="'fastv' is unknown: choose one of selector, random"):
         make_scorer("fastv")
-    with pytest.raises(TokenselError, match="scorer 'norm': .*takes no arguments"):
-        make_scorer("norm", power=2)
     with pytest.raises(TokenselError, match="needs one: pass selector="):
         make_scorer("selector")
 
@@ -194,7 +192,7 @@ def test_selector_scores_are_its_logit_difference():
 def test_selector_from_a_folder(tmp_path):
     selector().save_pretrained(tmp_path)
     batch = features()
-    loaded = make_scorer("selector", selector=str(tmp_path))
+    loaded = make_scorer("selector", selector=tmp_path)
     assert torch.equal(loaded(batch), make_scorer("selector", selector=selector())(batch))
 
 

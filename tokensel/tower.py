@@ -1,7 +1,7 @@
 """Run a frozen vision tower of transformers: the features of one layer, and what its CLS token attends to."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -11,32 +11,31 @@ from transformers import PreTrainedModel
 from tokensel.errors import TokenselError
 
 
-def attention_of(tower: nn.Module, layer: int) -> nn.Module | None:
-    """The self-attention that produced ``hidden_states[layer]`` of the tower.
+def encoder_layers(tower: nn.Module) -> nn.ModuleList:
+    """The Transformer layers of a vision tower, whose outputs are its ``hidden_states[1:]``.
 
-    ``None`` for the embeddings (they come before any attention) and for towers whose attention has no
-    ``q_proj`` and ``k_proj``.
+    Raises:
+        TokenselError: they are not to be found as one list.
     """
-    attentions = [module for module in tower.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
-    states = tower.config.num_hidden_layers + 1  # the embeddings, then one for each layer
-    if not -states <= layer < states:
-        raise TokenselError(f"feature layer {layer} does not exist: the vision tower has {states - 1} layers")
-    position = layer % states
-    return attentions[position - 1] if position and len(attentions) == states - 1 else None
+    count = tower.config.num_hidden_layers
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if len(lists) != 1:
+        raise TokenselError(f"no single list of {count} layers in a {type(tower).__name__}: give a CLIP or SigLIP tower")
+    return lists[0]
 
 
 @contextmanager
-def _hear(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect the queries and keys that ``attention`` computes anyway; eager attention is not needed for that."""
+def _listen(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect what each of the named modules puts out while the tower runs."""
     heard: dict[str, Tensor] = {}
 
-    def listener(name: str):
-        def listen(_module: nn.Module, _args: tuple, out: Tensor) -> None:
-            heard[name] = out
+    def listener(name: str) -> Callable[..., None]:
+        def listen(_module: nn.Module, _args: tuple, out: Tensor | tuple) -> None:
+            heard[name] = out[0] if isinstance(out, tuple) else out
 
         return listen
 
-    handles = [getattr(attention, name).register_forward_hook(listener(name)) for name in ("q_proj", "k_proj")]
+    handles = [module.register_forward_hook(listener(name)) for name, module in modules.items()]
     try:
         yield heard
     finally:
@@ -71,26 +70,35 @@ def run_tower(
     Args:
         tower: a ``CLIPVisionModel``, ``SiglipVisionModel`` or the like.
         pixel_values: normalised pixels.
-        layer: index into ``hidden_states`` (0 = embeddings, -1 = last layer, before any final norm); of a list
-            the layers are concatenated along the channels, and the CLS attention is that of the last one.
-        drop_cls: the tower's token 0 is a CLS token and is left out.
+        layer: index into ``hidden_states``: 1 for the first layer, -1 for the last, before any final norm. Of a
+            list the layers are concatenated along the channels, and the CLS attention is that of the last one.
+        drop_cls: the tower's token 0 is a CLS token: leave it out, and return its attention. Its queries and keys
+            are listened to as the tower computes them, so the tower need not run eager attention.
         interpolate: resample the position embeddings to the size of ``pixel_values``.
 
     Returns:
         The features, and the CLS attention of the same layer (``None`` where there is no CLS token).
 
     Raises:
-        TokenselError: the tower has no such layer.
+        TokenselError: the tower has no such layer, or is of a kind unknown here.
     """
-    layers = [layer] if isinstance(layer, int) else list(layer)
-    attention = attention_of(tower, layers[-1])
+    wanted = [layer] if isinstance(layer, int) else list(layer)
+    encoder = encoder_layers(tower)
+    for index in wanted:
+        if index == 0 or not -len(encoder) <= index <= len(encoder):
+            raise TokenselError(
+                f"feature layer {index} does not exist: the vision tower has layers 1 to {len(encoder)}, "
+                f"or -1 to -{len(encoder)} from the end"
+            )
+    # hidden_states[i] is what layer i - 1 puts out; listening for it spares the memory of all the others
+    modules = {f"layer {i}": encoder[i - 1 if i > 0 else i] for i in wanted}
+    attention = modules[f"layer {wanted[-1]}"].self_attn
+    if drop_cls:
+        modules |= {"queries": attention.q_proj, "keys": attention.k_proj}
     options = {"interpolate_pos_encoding": True} if interpolate else {}
-    # transformers that can capture single layers do; to the others any true value means all of them
-    wanted = layers if any(layers) else True
-    with _hear(attention) if drop_cls and attention is not None else nullcontext({}) as heard:
-        states = tower(pixel_values, output_hidden_states=wanted, return_dict=True, **options).hidden_states
-    tokens = torch.cat([states[i] for i in layers], dim=-1) if len(layers) > 1 else states[layers[0]]
-    tokens = tokens[:, 1:] if drop_cls else tokens
-    if not heard:
+    with _listen(modules) as heard:
+        tower(pixel_values, **options)
+    tokens = torch.cat([heard[f"layer {i}"] for i in wanted], dim=-1)
+    if not drop_cls:
         return tokens, None
-    return tokens, cls_row(heard["q_proj"], heard["k_proj"], attention.num_heads)
+    return tokens[:, 1:], cls_row(heard["queries"], heard["keys"], attention.num_heads)

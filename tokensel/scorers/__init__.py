@@ -6,7 +6,7 @@ first. Which scorer it is, nobody downstream asks. A new one is a new file and a
 
 import os
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -42,40 +42,34 @@ class Scorer(Protocol):
     def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]: ...
 
 
-def _selector(selector: TokenSelector | str | os.PathLike | None = None, **options: Any) -> SelectorScorer:
+def _selector(selector: TokenSelector | str | os.PathLike | None) -> SelectorScorer:
     if selector is None:
         raise TokenselError("scorer 'selector' needs one: pass selector=, a TokenSelector or the folder or hub id of one")
-    return SelectorScorer(selector, **options)
+    return SelectorScorer(selector)
 
 
-# Every factory takes (seed, selector) and its own options, so that a caller need not know which it makes.
+# Every factory takes (seed, selector), so that a caller need not know which of them it uses.
 SCORERS: dict[str, Callable[..., Scorer]] = {
-    "selector": lambda seed, selector, **options: _selector(selector, **options),
-    "random": lambda seed, selector, **options: RandomScorer(seed, **options),
-    "uniform": lambda seed, selector, **options: UniformScorer(**options),
-    "norm": lambda seed, selector, **options: NormScorer(**options),
-    "cls": lambda seed, selector, **options: ClsScorer(**options),
-    "diversity": lambda seed, selector, **options: DiversityScorer(**options),
+    "selector": lambda seed, selector: _selector(selector),
+    "random": lambda seed, selector: RandomScorer(seed),
+    "uniform": lambda seed, selector: UniformScorer(),
+    "norm": lambda seed, selector: NormScorer(),
+    "cls": lambda seed, selector: ClsScorer(),
+    "diversity": lambda seed, selector: DiversityScorer(),
 }
 
 
-def make_scorer(
-    name: str, *, seed: int = 0, selector: TokenSelector | str | os.PathLike | None = None, **options: Any
-) -> Scorer:
+def make_scorer(name: str, *, seed: int = 0, selector: TokenSelector | str | os.PathLike | None = None) -> Scorer:
     """Make the scorer called ``name``.
 
     Args:
         name: a key of :data:`SCORERS`.
         seed: drives "random"; the others ignore it.
         selector: for "selector": a :class:`TokenSelector`, or the folder or hub id of one; the others ignore it.
-        options: passed on to the scorer's class.
 
     Raises:
-        TokenselError: an unknown name or option, a selector that is missing or cannot be loaded.
+        TokenselError: an unknown name, a selector that is missing or cannot be loaded.
     """
     if name not in SCORERS:
         raise TokenselError(f"scorer '{name}' is unknown: choose one of {', '.join(SCORERS)}")
-    try:
-        return SCORERS[name](seed, selector, **options)
-    except TypeError as error:
-        raise TokenselError(f"scorer '{name}': {error}") from None
+    return SCORERS[name](seed, selector)

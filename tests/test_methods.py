@@ -1,0 +1,106 @@
+"""All methods behind one call."""
+
+import pytest
+import torch
+from tiny import noise_image, tiny_llava
+
+from tokensel.errors import TokenselError
+from tokensel.methods import METHODS, Batch, prepare
+from tokensel.scorers import make_scorer
+from tokensel.selector import SelectorConfig, TokenSelector
+from tokensel.vlm import Choices, Vlm
+
+IMAGES = [noise_image(40, 48), noise_image(30, 90, seed=1)]
+QUESTIONS = ["what?", "and what is this?"]
+
+
+@pytest.fixture(scope="module")
+def vlm() -> Vlm:
+    return Vlm(*tiny_llava(), "tiny")
+
+
+@pytest.fixture(scope="module")
+def selector():
+    torch.manual_seed(0)
+    return make_scorer("selector", selector=TokenSelector(SelectorConfig(width=32, heads=4)))
+
+
+def ask(vlm, method, keep=0.3, **options):
+    return prepare(vlm, IMAGES, QUESTIONS, method, keep, keys=[1, 2], **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_generate_what_it_needs(vlm, selector, method):
+    reduced = ask(vlm, method, scorer=selector if method == "selector" else None)
+    answers = vlm.generate(reduced, max_new_tokens=4)
+    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+    assert reduced.n_visual_full.tolist() == [156, 144]
+    wanted = {"full": [156, 144], "none": [0, 0], "downsample": None}.get(method, [47, 43])
+    if wanted is None:  # whole grids only: 3 x 4 of 36 cells, then unpadding
+        assert ((reduced.n_visual / reduced.n_visual_full - 12 / 36).abs() < 0.08).all()
+    else:
+        assert reduced.n_visual.tolist() == wanted
+    text = reduced["attention_mask"].sum(1) - reduced.n_visual - reduced.n_newline
+    assert text.tolist() == [(len(vlm.prompt(q)) - len("<image>")) if method != "none" else len(vlm.prompt(q, False)) for q in QUESTIONS]
+
+
+def test_full_is_the_stock_model(vlm):
+    inputs = vlm.inputs(IMAGES, [vlm.prompt(q) for q in QUESTIONS])
+    with torch.no_grad():
+        assert torch.equal(vlm.model(**ask(vlm, "full")).logits, vlm.model(**inputs).logits)
+        blind = vlm.inputs(None, [vlm.prompt(q, False) for q in QUESTIONS])
+        assert torch.equal(vlm.model(**ask(vlm, "none")).logits, vlm.model(**blind).logits)
+
+
+def test_a_batch_is_encoded_once(vlm):
+    runs = []
+    handle = vlm.model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    batch = Batch(vlm, IMAGES, QUESTIONS, [1, 2])
+    for method in ("full", "random", "norm", "cls", "diversity", "uniform", "none"):
+        for keep in (0.2, 0.6):
+            shared = ask(vlm, method, keep, batch=batch)
+    assert len(runs) == 1
+    handle.remove()
+    assert torch.equal(shared["inputs_embeds"], ask(vlm, "none", 0.6)["inputs_embeds"])
+    again = ask(vlm, "random", 0.2)
+    assert torch.equal(again["inputs_embeds"], ask(vlm, "random", 0.2, batch=batch)["inputs_embeds"])
+
+
+def test_random_depends_on_the_key_and_not_on_the_batch(vlm):
+    both = ask(vlm, "random")
+    one = prepare(vlm, IMAGES[1:], QUESTIONS[1:], "random", 0.3, keys=[2])
+    tiles = len(one.kept)
+    assert torch.equal(both.kept[-tiles:], one.kept)
+    other = prepare(vlm, IMAGES[1:], QUESTIONS[1:], "random", 0.3, keys=[3])
+    assert not torch.equal(other.kept, one.kept)
+    assert not torch.equal(ask(vlm, "random", scorer=make_scorer("random", seed=1)).kept, both.kept)
+
+
+def test_choices_reach_the_reduction(vlm):
+    dropped = ask(vlm, "norm", choices={"newline": "drop", "positions": "original"})
+    assert dropped.n_newline.tolist() == [0, 0] and "position_ids" in dropped
+    same = ask(vlm, "norm", choices=Choices(newline="drop", positions="original"))
+    assert torch.equal(dropped["inputs_embeds"], same["inputs_embeds"])
+    assert not bool(ask(vlm, "norm", choices={"thumbnail": "drop"}).kept[0].any())
+
+
+def test_keep_none_lets_the_selector_decide(vlm, selector):
+    reduced = ask(vlm, "selector", None, scorer=selector)
+    encoded = Batch(vlm, IMAGES, QUESTIONS).seeing
+    wanted = (selector(encoded.features) > 0) & encoded.layout.valid
+    assert torch.equal(reduced.kept, wanted)
+
+
+def test_bad_input(vlm, selector):
+    with pytest.raises(TokenselError, match="method 'fastv' is unknown: choose one of full, none, selector, random"):
+        ask(vlm, "fastv")
+    for method in METHODS:
+        for keep in (0.0, 1.5, float("nan")):
+            with pytest.raises(TokenselError, match="keep is"):
+                ask(vlm, method, keep, scorer=selector if method == "selector" else None)
+    with pytest.raises(TokenselError, match="needs one: pass selector="):
+        ask(vlm, "selector")
+    with pytest.raises(TokenselError, match="no choice"):
+        ask(vlm, "norm", choices={"colour": "red"})
+    with pytest.raises(TokenselError, match="1 rows of images for 2 questions"):
+        prepare(vlm, IMAGES[:1], QUESTIONS, "norm", 0.3)
