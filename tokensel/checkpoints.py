@@ -104,14 +104,14 @@ class History:
     def __init__(self, out: Path | None, step: int = 0):
         """Take over the records of steps up to ``step``; later ones belong to work lost with a kill."""
         self.path = out / "history.jsonl" if out else None
-        self.records: list[dict[str, float]] = []
+        self.records: list[dict[str, float | int]] = []
         if self.path and self.path.exists():
             *lines, _cut = self.path.read_text(encoding="utf-8").split("\n")  # an unended line was cut
             self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
         if self.path:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
 
-    def extend(self, records: Iterable[dict[str, float]]) -> None:
+    def extend(self, records: Iterable[dict[str, float | int]]) -> None:
         """Add records and write them out."""
         new = list(records)
         self.records += new

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import count, islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -53,6 +53,7 @@ def rows_of_step(step: int, batch_size: int, length: int, seed: int) -> Int[Tens
     return rows
 
 
+@runtime_checkable
 class Feed(Protocol):
     """Where a training takes its features from.
 

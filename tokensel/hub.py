@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
@@ -30,6 +30,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@no_type_check  # transformers makes it a dataclass that takes any keyword; a checked signature would not
 class CoreConfig(PretrainedConfig):
     """Shape of a model, and how it was trained (for its card; empty until it is).
 

@@ -1,5 +1,7 @@
 """The feature reconstructor R of Sec. 4.2: three Transformer layers give back what was dropped (Fig. 3)."""
 
+from typing import no_type_check
+
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from tokensel.hub import CoreConfig, CoreModel
 from tokensel.layers import Trunk
 
 
+@no_type_check
 class ReconstructorConfig(CoreConfig):
     """Shape and history of a :class:`TokenReconstructor`; the fields are those of ``CoreConfig``."""
 

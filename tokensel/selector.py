@@ -1,6 +1,7 @@
 """The feature selector S of Sec. 4.1.1: three Transformer layers and a Gumbel-Softmax head (Fig. 2)."""
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +15,7 @@ from tokensel.layers import Trunk
 DROP, KEEP = 0, 1  # the two logits of a token
 
 
+@no_type_check
 class SelectorConfig(CoreConfig):
     """Shape and history of a :class:`TokenSelector`; the fields are those of ``CoreConfig``."""
 

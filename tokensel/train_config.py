@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from tokensel.errors import TokenselError
 
@@ -16,17 +16,13 @@ class TrainConfig:
     """
 
     # --- data ---------------------------------------------------------------------------------------------
-    images: str = (
-        ""  # a folder, a parquet file, a hub dataset as name[:config]:split; the paper takes 100K of COCO
-    )
+    images: str = ""  # a folder, a parquet file or hub dataset, name[:config]:split; the paper: 100K of COCO
     encoder: str = ""  # hub id or folder: a CLIP or SigLIP tower, or a LLaVA checkpoint that holds one
     out: str = ""  # folder of checkpoint, history, selector and reconstructor; "" writes nothing
     column: str = "image"  # where a dataset keeps the picture
     streaming: bool = False  # read a hub dataset row by row, in its own order, without fetching it first
     limit: int | None = None  # only the first so many pictures
-    tiles: Literal["whole", "anyres"] = (
-        "whole"  # Sec. 4.5 speaks of images, not tiles: each squashed to one tile
-    )
+    tiles: str = "whole"  # or "anyres". Sec. 4.5 speaks of images, not tiles: each is squashed to one tile
     cache: str = ""  # folder for the features, to encode each picture once; "" encodes on the fly
 
     # --- model --------------------------------------------------------------------------------------------
@@ -36,8 +32,8 @@ class TrainConfig:
 
     # --- objective ----------------------------------------------------------------------------------------
     p: float = 0.3  # Eq. (3); the p of training is not in the paper. 0 switches the hinge off
-    tau_start: float = 1.0  # temperature is not in the paper: Jang et al. 2017 start at 1 ...
-    tau_end: float = 0.5  # ... and anneal to 0.5; lower makes the straight-through gradient noisier
+    tau_start: float = 1.0  # temperature is not in the paper: from 1 to 0.5 as in Jang et al. 2017. In trials
+    tau_end: float = 0.5  # on 32-channel features, ends of 0.1 and starts of 0.5 or 2 did no better or worse
 
     # --- optimisation (none of it in the paper) -----------------------------------------------------------
     steps: int = 10_000  # with 64 images a step: six times through 100K images
@@ -53,8 +49,8 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints
     log_every: int = 10  # steps between updates of the progress bar and of history.jsonl
     workers: int = 2  # threads that decode and resize pictures
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, else fp32
-    device: Literal["auto", "cpu"] = "auto"
+    precision: str = "auto"  # "bf16" on GPUs that have it, else "fp32"
+    device: str = "auto"  # or "cpu"
     progress: bool = True
 
     def __post_init__(self) -> None:

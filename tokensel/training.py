@@ -56,7 +56,7 @@ class Trained:
 
     selector: TokenSelector
     reconstructor: TokenReconstructor
-    history: list[dict[str, float]]
+    history: list[dict[str, float | int]]
     skipped: list[str] = field(default_factory=list)
 
 
@@ -89,6 +89,7 @@ def train(
     optimizer = adamw(model, config)
     out = Path(config.out) if config.out else None
     progress = load_checkpoint(out, model, optimizer, feed.identity, config.to_dict()) if out else None
+    told: set[str] = set(progress.feed.get("skipped", ())) if progress else set()
     if progress is None:
         progress = begin(model, feed, config)
     feed.restore(progress.feed)
@@ -103,7 +104,7 @@ def train(
     bar = tqdm(total=config.steps, initial=progress.step, desc="train", unit="step",
                disable=not (main and config.progress))  # fmt: skip
     recent: list[tuple[int, float, Tensor]] = []
-    told, clock = set(feed.skipped), time.monotonic()
+    clock = time.monotonic()
     with closing(feed.batches(progress.step, config.batch_size, mine, config.seed)) as batches, bar:
         for step in range(progress.step, config.steps):
             batch = next(batches).to(accelerator.device)
@@ -199,7 +200,7 @@ def begin(model: Autoencoder, feed: Feed, config: TrainConfig) -> Progress:
 
 def records(
     recent: list[tuple[int, float, Tensor]], rate: float, config: TrainConfig
-) -> list[dict[str, float]]:
+) -> list[dict[str, float | int]]:
     """History records of some steps; their values leave the device together, not one by one."""
     values = torch.stack([value for _, _, value in recent]).cpu().tolist()
     return [
