@@ -9,7 +9,9 @@ from tokensel.budget import fraction_count, hard, top_count, top_fraction
 from tokensel.errors import TokenselError
 
 
-@given(seed=st.integers(0, 10**6), rows=st.integers(1, 5), tokens=st.integers(1, 70), keep=st.floats(0.001, 1.0))
+@given(
+    seed=st.integers(0, 10**6), rows=st.integers(1, 5), tokens=st.integers(1, 70), keep=st.floats(0.001, 1.0)
+)
 @settings(deadline=None, max_examples=80)
 def test_keeps_exactly_the_best_valid_tokens(seed: int, rows: int, tokens: int, keep: float):
     generator = torch.Generator().manual_seed(seed)

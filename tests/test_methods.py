@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from tiny import noise_image, tiny_llava
+from tiny import noise_image, tiny_selector, tiny_vlm
 
 from tokensel.errors import TokenselError
 from tokensel.methods import METHODS, Batch, prepare
 from tokensel.scorers import make_scorer
-from tokensel.selector import SelectorConfig, TokenSelector
 from tokensel.vlm import Choices, Vlm
 
 IMAGES = [noise_image(40, 48), noise_image(30, 90, seed=1)]
@@ -16,13 +15,12 @@ QUESTIONS = ["what?", "and what is this?"]
 
 @pytest.fixture(scope="module")
 def vlm() -> Vlm:
-    return Vlm(*tiny_llava(), "tiny")
+    return tiny_vlm()
 
 
 @pytest.fixture(scope="module")
 def selector():
-    torch.manual_seed(0)
-    return make_scorer("selector", selector=TokenSelector(SelectorConfig(width=32, heads=4)))
+    return make_scorer("selector", selector=tiny_selector())
 
 
 def ask(vlm, method, keep=0.3, **options):
@@ -41,7 +39,10 @@ def test_every_method_gives_generate_what_it_needs(vlm, selector, method):
     else:
         assert reduced.n_visual.tolist() == wanted
     text = reduced["attention_mask"].sum(1) - reduced.n_visual - reduced.n_newline
-    assert text.tolist() == [(len(vlm.prompt(q)) - len("<image>")) if method != "none" else len(vlm.prompt(q, False)) for q in QUESTIONS]
+    assert text.tolist() == [
+        (len(vlm.prompt(q)) - len("<image>")) if method != "none" else len(vlm.prompt(q, False))
+        for q in QUESTIONS
+    ]
 
 
 def test_full_is_the_stock_model(vlm):
@@ -92,7 +93,9 @@ def test_keep_none_lets_the_selector_decide(vlm, selector):
 
 
 def test_bad_input(vlm, selector):
-    with pytest.raises(TokenselError, match="method 'fastv' is unknown: choose one of full, none, selector, random"):
+    with pytest.raises(
+        TokenselError, match="method 'fastv' is unknown: choose one of full, none, selector, random"
+    ):
         ask(vlm, "fastv")
     for method in METHODS:
         for keep in (0.0, 1.5, float("nan")):

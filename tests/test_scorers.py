@@ -197,6 +197,8 @@ def test_selector_from_a_folder(tmp_path):
 
 
 def test_selector_of_another_width_is_refused_in_one_line():
-    with pytest.raises(TokenselError, match="width 64, these have 32: give the selector that belongs") as caught:
+    with pytest.raises(
+        TokenselError, match="width 64, these have 32: give the selector that belongs"
+    ) as caught:
         make_scorer("selector", selector=selector(64))(features(channels=32))
     assert "\n" not in str(caught.value)

@@ -5,12 +5,14 @@ initialisation every test of equality would pass by being near zero.
 """
 
 import string
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BatchFeature,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
@@ -20,6 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from tokensel.features import Features
+from tokensel.selector import SelectorConfig, TokenSelector
+from tokensel.vlm import Vlm
 
 TILE, PATCH, WIDTH = 24, 4, 32  # 6 x 6 tokens a tile
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]  # those of LLaVA-NeXT, in units of a tile
@@ -50,10 +56,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_processor(tile: int = TILE, patch: int = PATCH, pinpoints: list[list[int]] = PINPOINTS) -> LlavaNextProcessor:
+def tiny_processor(
+    tile: int = TILE, patch: int = PATCH, pinpoints: list[list[int]] = PINPOINTS
+) -> LlavaNextProcessor:
     """The stock processor for tiles of ``tile`` pixels cut into patches of ``patch``."""
     images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile}, image_grid_pinpoints=pinpoints
+        size={"shortest_edge": tile},
+        crop_size={"height": tile, "width": tile},
+        image_grid_pinpoints=pinpoints,
     )
     return LlavaNextProcessor(
         image_processor=images,
@@ -119,7 +129,50 @@ def tiny_llava(
     return model.eval(), tiny_processor()
 
 
+def tiny_vlm(text: str = "llama", attn: str = "sdpa") -> Vlm:
+    """:func:`tiny_llava` as the seam takes it."""
+    return Vlm(*tiny_llava(text, attn), "tiny")
+
+
 def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
     """A picture of coloured noise, different for every seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+# height, width: several grids, letterboxes above and below or left and right, smaller and larger than a tile
+SIZES = [(40, 48), (30, 90), (24, 24), (100, 31), (17, 60)]
+
+
+def ask(
+    vlm: Vlm, rows: list[int | list[int] | None], questions: list[str] | None = None, seed: int = 0
+) -> BatchFeature:
+    """Processed rows: each an index into ``SIZES``, several of them, or no image."""
+    questions = questions or [f"what{'?' * (i + 1)}" for i in range(len(rows))]
+    several = [row if isinstance(row, list) else [] if row is None else [row] for row in rows]
+    images = [[noise_image(*SIZES[i], seed=seed + i) for i in row] or None for row in several]
+    return vlm.inputs(images, [vlm.prompt(q, len(row)) for q, row in zip(questions, several, strict=True)])
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, inputs: Mapping) -> torch.Tensor:
+    """Logits of a plain forward over all places."""
+    return model(**inputs).logits
+
+
+def tiny_selector(width: int = WIDTH) -> TokenSelector:
+    """A selector with random weights."""
+    torch.manual_seed(1)
+    return TokenSelector(SelectorConfig(width=width, heads=4))
+
+
+class GivenScores:
+    """A scorer that says what it is told, whatever it is shown."""
+
+    name, needs_cls_attention, scope, adaptive = "given", False, "tile", True
+
+    def __init__(self, scores: torch.Tensor):
+        self.scores = scores
+
+    def __call__(self, features: Features) -> torch.Tensor:
+        return self.scores

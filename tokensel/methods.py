@@ -36,7 +36,9 @@ class Batch:
             keys: a stable number for each row, by which random selection draws; from the pixels by default.
         """
         if len(images) != len(questions):
-            raise TokenselError(f"{len(images)} rows of images for {len(questions)} questions: give as many as questions")
+            raise TokenselError(
+                f"{len(images)} rows of images for {len(questions)} questions: give as many as questions"
+            )
         self.vlm, self.images, self.questions, self.keys = vlm, list(images), list(questions), keys
 
     @cached_property
@@ -49,7 +51,9 @@ class Batch:
     @cached_property
     def blind(self) -> Encoded:
         """The questions alone."""
-        return encode(self.vlm.model, self.vlm.inputs(None, [self.vlm.prompt(q, False) for q in self.questions]))
+        return encode(
+            self.vlm.model, self.vlm.inputs(None, [self.vlm.prompt(q, False) for q in self.questions])
+        )
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,8 @@ def prepare(
         images: for each question a picture, several, or ``None``.
         questions: the users' turns; the chat template is put around them here.
         method: a key of :data:`METHODS`.
-        keep: fraction of the visual tokens to keep, in (0, 1]; ``None`` lets an adaptive scorer decide. Checked
-            for "full" and "none" too, which do not depend on it.
+        keep: fraction of the visual tokens to keep, in (0, 1]; ``None`` lets an adaptive scorer decide.
+            Checked for "full" and "none" too, which do not depend on it.
         choices: see :class:`~tokensel.vlm.choose.Choices`.
         keys: a stable number for each row, by which random selection draws; from the pixels by default.
         scorer: the scorer of the method; made here where it needs neither a selector nor a seed.
@@ -143,12 +147,15 @@ def prepare(
         Inputs for generation; ``n_visual`` says how many visual tokens each row has left.
 
     Raises:
-        TokenselError: an unknown method or choice, ``keep`` outside (0, 1], a scorer that is missing or does not fit.
+        TokenselError: an unknown method or choice, ``keep`` outside (0, 1], a scorer that is missing or does
+            not fit.
     """
     row = check_method(method)
     options = Choices.of(choices)
-    if keep is not None or row.scorer is None:
-        check_keep(float("nan") if keep is None else keep)
+    if keep is not None:
+        check_keep(keep)
+    elif row.uses_keep and row.scorer is None:
+        raise TokenselError(f"method '{method}' has no threshold of its own: give keep, such as 0.3")
     if row.scorer is not None and scorer is None:
         scorer = make_scorer(row.scorer)
     return row.run(batch or Batch(vlm, images, questions, keys), keep, scorer, options)

@@ -18,9 +18,13 @@ def encoder_layers(tower: nn.Module) -> nn.ModuleList:
         TokenselError: they are not to be found as one list.
     """
     count = tower.config.num_hidden_layers
-    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    lists = [
+        module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
     if len(lists) != 1:
-        raise TokenselError(f"no single list of {count} layers in a {type(tower).__name__}: give a CLIP or SigLIP tower")
+        raise TokenselError(
+            f"no single list of {count} layers in a {type(tower).__name__}: give a CLIP or SigLIP tower"
+        )
     return lists[0]
 
 
@@ -51,8 +55,12 @@ def cls_row(
     The row is softmaxed with CLS itself in it, as the tower does, so it sums to less than 1 without it.
     """
     tiles, count, channels = keys.shape
-    query = queries[:, :1].float().view(tiles, 1, heads, channels // heads).transpose(1, 2)  # [tiles, heads, 1, d]
-    key = keys.float().view(tiles, count, heads, channels // heads).permute(0, 2, 3, 1)  # [tiles, heads, d, all]
+    query = (
+        queries[:, :1].float().view(tiles, 1, heads, channels // heads).transpose(1, 2)
+    )  # [tiles, heads, 1, d]
+    key = (
+        keys.float().view(tiles, count, heads, channels // heads).permute(0, 2, 3, 1)
+    )  # [tiles, heads, d, all]
     weights = (query @ key * (channels // heads) ** -0.5).softmax(-1)  # [tiles, heads, 1, all]
     return weights.mean(1)[:, 0, 1:]
 
@@ -70,10 +78,10 @@ def run_tower(
     Args:
         tower: a ``CLIPVisionModel``, ``SiglipVisionModel`` or the like.
         pixel_values: normalised pixels.
-        layer: index into ``hidden_states``: 1 for the first layer, -1 for the last, before any final norm. Of a
-            list the layers are concatenated along the channels, and the CLS attention is that of the last one.
-        drop_cls: the tower's token 0 is a CLS token: leave it out, and return its attention. Its queries and keys
-            are listened to as the tower computes them, so the tower need not run eager attention.
+        layer: index into ``hidden_states``: 1 for the first layer, -1 for the last, before any final norm.
+            Of a list the layers are concatenated along the channels, and the CLS attention is the last one's.
+        drop_cls: the tower's token 0 is a CLS token: leave it out, and return its attention. Its queries
+            and keys are listened to as the tower computes them, so the tower need not run eager attention.
         interpolate: resample the position embeddings to the size of ``pixel_values``.
 
     Returns:

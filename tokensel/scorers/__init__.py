@@ -44,7 +44,9 @@ class Scorer(Protocol):
 
 def _selector(selector: TokenSelector | str | os.PathLike | None) -> SelectorScorer:
     if selector is None:
-        raise TokenselError("scorer 'selector' needs one: pass selector=, a TokenSelector or the folder or hub id of one")
+        raise TokenselError(
+            "scorer 'selector' needs one: pass selector=, a TokenSelector or the folder or hub id of one"
+        )
     return SelectorScorer(selector)
 
 
@@ -59,13 +61,16 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
 }
 
 
-def make_scorer(name: str, *, seed: int = 0, selector: TokenSelector | str | os.PathLike | None = None) -> Scorer:
+def make_scorer(
+    name: str, *, seed: int = 0, selector: TokenSelector | str | os.PathLike | None = None
+) -> Scorer:
     """Make the scorer called ``name``.
 
     Args:
         name: a key of :data:`SCORERS`.
         seed: drives "random"; the others ignore it.
-        selector: for "selector": a :class:`TokenSelector`, or the folder or hub id of one; the others ignore it.
+        selector: for "selector": a :class:`TokenSelector`, or the folder or hub id of one; the others
+            ignore it.
 
     Raises:
         TokenselError: an unknown name, a selector that is missing or cannot be loaded.

@@ -1,4 +1,4 @@
-"""Max-min diversity: each next token is the one least like those already kept (DivPrune, arXiv 2503.02175)."""
+"""Max-min diversity: each next token is the one least like those kept so far (DivPrune, arXiv 2503.02175)."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,7 +59,7 @@ class DiversityScorer:
     adaptive = False
 
     def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]:
-        """1 for the token taken first, falling by equal steps; a row is one image, padded where ``valid`` is False."""
+        """1 for the token taken first, falling by equal steps. A row is one image; padding comes last."""
         order = max_min_order(features.tokens, features.valid)
         count = order.shape[1]
         falling = torch.arange(count, 0, -1, device=order.device).float() / max(count, 1)

@@ -11,7 +11,7 @@ _WORD = (1 << 64) - 1
 
 
 def _signed(word: int) -> int:
-    """The two's complement int64 with the bits of an unsigned 64-bit ``word`` (torch has no uint64 arithmetic)."""
+    """The int64 with the bits of an unsigned 64-bit ``word`` (torch has no arithmetic for those)."""
     word &= _WORD
     return word - (1 << 64) if word >> 63 else word
 
@@ -26,7 +26,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(x: Int[Tensor, "..."], y: Int[Tensor, "..."] | int = 0) -> Int[Tensor, "..."]:
-    """Hash two int64 numbers into one, elementwise: splitmix64 of ``x`` advanced by ``y``, broadcast together.
+    """Hash two int64 numbers into one, elementwise and broadcast: splitmix64 of ``x`` advanced by ``y``.
 
     Pure integer arithmetic that wraps, hence the same on every device and in every batch.
     """
@@ -55,7 +55,9 @@ class RandomScorer:
             TokenselError: the features carry no keys.
         """
         if features.keys is None:
-            raise TokenselError("scorer 'random' needs Features.keys: a stable number for each tile to draw by")
+            raise TokenselError(
+                "scorer 'random' needs Features.keys: a stable number for each tile to draw by"
+            )
         tiles = mix(mix(features.keys.long(), self.seed))[:, None]  # [tiles, 1]
         tokens = torch.arange(features.tokens.shape[1], device=tiles.device)[None, :]  # [1, tokens]
         return _shift(mix(tiles, tokens), 40).float() / (1 << 24)  # the top 24 bits fill a float32 exactly

@@ -6,4 +6,14 @@ from tokensel.vlm.encode import Encoded, encode
 from tokensel.vlm.load import Vlm, load_vlm
 from tokensel.vlm.reduce import Reduced, reduce, reduce_inputs
 
-__all__ = ["Choices", "Encoded", "Reduced", "Vlm", "downsample", "encode", "load_vlm", "reduce", "reduce_inputs"]
+__all__ = [
+    "Choices",
+    "Encoded",
+    "Reduced",
+    "Vlm",
+    "downsample",
+    "encode",
+    "load_vlm",
+    "reduce",
+    "reduce_inputs",
+]

@@ -69,7 +69,7 @@ def _quota(
 def choose_cells(
     layout: Layout, scores: Float[Tensor, "packed"], keep: float, choices: Choices
 ) -> Bool[Tensor, "packed"]:
-    """Keep the best cells: ``max(1, round(keep * n))`` of the ``n`` visual cells of each image, newlines apart.
+    """Keep the best ``max(1, round(keep * n))`` of the ``n`` visual cells of each image, newlines apart.
 
     Args:
         layout: where the packed tokens come from.
@@ -118,7 +118,9 @@ def choose_cells(
     return kept
 
 
-def adaptive_cells(layout: Layout, scores: Float[Tensor, "packed"], choices: Choices) -> Bool[Tensor, "packed"]:
+def adaptive_cells(
+    layout: Layout, scores: Float[Tensor, "packed"], choices: Choices
+) -> Bool[Tensor, "packed"]:
     """Keep every cell that scores above zero, however many that are; the thumbnail as ``choices`` say."""
     kept = (scores > 0) & layout.cell
     if choices.thumbnail == "keep":

@@ -20,7 +20,9 @@ def coarse_grid(keep: float, side: int) -> tuple[int, int]:
     Square, or with one column more than rows, where that is nearer (text runs along rows).
     """
     shapes = [(rows, cols) for rows in range(1, side + 1) for cols in (rows, rows + 1) if cols <= side]
-    return min(shapes, key=lambda shape: (abs(shape[0] * shape[1] - keep * side * side), shape[0] != shape[1]))
+    return min(
+        shapes, key=lambda shape: (abs(shape[0] * shape[1] - keep * side * side), shape[0] != shape[1])
+    )
 
 
 def _spots(coarse: int, fine: int, device: torch.device) -> Int[Tensor, "coarse"]:
@@ -34,7 +36,7 @@ def _pack_coarse(
     """How one image's coarse cells are packed, and which of the full packed tokens each stands in for.
 
     Returns:
-        Index of the coarse cell within the image's tiles (-1 = newline), and place in the image's full packing.
+        Index of the coarse cell within the image's tiles (-1 = newline), and place in its full packing.
     """
     (rows, cols), device = grid, encoded.input_ids.device
     config, tiles = encoded.model.config, encoded.layout.tiles[image]
@@ -46,7 +48,9 @@ def _pack_coarse(
     if tiles == 1:
         return torch.cat([base, newline]), torch.cat([base_place, newline + 1 + side * side])
     size = encoded.image_sizes[image].tolist()
-    high, wide = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    high, wide = get_anyres_image_grid_shape(
+        size, config.image_grid_pinpoints, config.vision_config.image_size
+    )
     cells = torch.arange(rows * cols, tiles * rows * cols, device=device).view(high, wide, rows, cols)
     cells = cells.transpose(1, 2).reshape(1, high * rows, wide * cols)
     # The model's rule for cutting off the letterbox, told the image's shape in cells that may not be square.
@@ -70,7 +74,7 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
 
     The tower reads the smaller tiles with interpolated position embeddings; thumbnail, letterbox and newlines
     are treated as at full size. With original positions a coarse token takes the place of the full-size token
-    at its centre. The budget falls on whole grids: ``n_visual`` of the result says how many tokens it came to.
+    at its centre. The budget falls on whole grids: ``n_visual`` of the result says how many tokens came out.
 
     Args:
         encoded: the batch.
@@ -82,13 +86,18 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
     """
     options, keep = Choices.of(choices), check_keep(keep)
     core, config, layout = encoded.model.base_model, encoded.model.config, encoded.layout
-    patch, side = config.vision_config.patch_size, config.vision_config.image_size // config.vision_config.patch_size
+    patch, side = (
+        config.vision_config.patch_size,
+        config.vision_config.image_size // config.vision_config.patch_size,
+    )
     grid = coarse_grid(keep, side)
     tokens = encoded.features.tokens
     if grid != (side, side) and layout.tiles:
         pixels = _shrink(encoded.pixel_values, grid[0] * patch, grid[1] * patch)
         drop_cls = config.vision_feature_select_strategy == "default"
-        tokens, _ = run_tower(core.vision_tower, pixels, config.vision_feature_layer, drop_cls, interpolate=True)
+        tokens, _ = run_tower(
+            core.vision_tower, pixels, config.vision_feature_layer, drop_cls, interpolate=True
+        )
     kept = torch.zeros_like(layout.cell)
     sources, tile, packed = [], 0, 0
     for image, tiles in enumerate(layout.tiles):
@@ -103,7 +112,9 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
     if sources:
         source = torch.cat(sources)
         projected = core.multi_modal_projector(tokens).flatten(0, 1)
-        visual = torch.where((source < 0)[:, None], core.image_newline.to(projected), projected[source.clamp(min=0)])
+        visual = torch.where(
+            (source < 0)[:, None], core.image_newline.to(projected), projected[source.clamp(min=0)]
+        )
     return Reduced(
         assemble(encoded, kept, visual, options.positions),
         n_visual=encoded.per_row(cells),

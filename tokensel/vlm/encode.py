@@ -72,7 +72,7 @@ class Encoded:
         return scores
 
     def by_image(self) -> tuple[Int[Tensor, "cells"], Int[Tensor, "cells"], Features]:
-        """The visual cells regrouped so that a row is an image: row and slot of each cell, and the features."""
+        """The visual cells regrouped so that a row is an image: row and slot of each, and the features."""
         cell = self.layout.cell
         rows, source = self.layout.image[cell], self.layout.source[cell]
         total = torch.bincount(rows, minlength=len(self.layout.tiles))
@@ -86,11 +86,15 @@ class Encoded:
 
         tokens, attention, keys = self.features.tokens, self.features.cls_attention, self.features.keys
         first = torch.searchsorted(self.layout.image_of_tile, torch.arange(shape[0], device=rows.device))
-        return rows, slot, Features(
-            tokens=regroup(tokens.flatten(0, 1)),
-            valid=regroup(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device).flatten()),
-            cls_attention=None if attention is None else regroup(attention.flatten()),
-            keys=None if keys is None else keys[first],
+        return (
+            rows,
+            slot,
+            Features(
+                tokens=regroup(tokens.flatten(0, 1)),
+                valid=regroup(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device).flatten()),
+                cls_attention=None if attention is None else regroup(attention.flatten()),
+                keys=None if keys is None else keys[first],
+            ),
         )
 
 
@@ -107,7 +111,7 @@ def _tile_keys(
     pixels: Float[Tensor, "tiles 3 height width"],
     keys: Int[Tensor, "rows"] | Sequence[int] | None,
 ) -> Int[Tensor, "tiles"]:
-    """Key of every tile: from its row's key, the number of the image in the row and of the tile in the image."""
+    """Key of every tile: its row's key, the number of the image in the row, that of the tile in the image."""
     of_tile = layout.image_of_tile
     first = torch.searchsorted(of_tile, torch.arange(len(layout.tiles), device=of_tile.device))
     tile = torch.arange(len(pixels), device=of_tile.device) - first[of_tile]
@@ -137,14 +141,18 @@ def encode(
             pixels, so that a picture is treated alike in every batch.
 
     Raises:
-        TokenselError: the model packs no tiles, the placeholders do not match the images, or keys and rows differ
-            in number.
+        TokenselError: the model packs no tiles, the placeholders do not match the images, or keys and rows
+            differ in number.
     """
     core, config = model.base_model, model.config
     if not hasattr(core, "pack_image_features"):
         raise TokenselError(f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT model")
     ids = inputs["input_ids"]
-    mask = inputs["attention_mask"].bool() if inputs.get("attention_mask") is not None else torch.ones_like(ids).bool()
+    mask = (
+        inputs["attention_mask"].bool()
+        if inputs.get("attention_mask") is not None
+        else torch.ones_like(ids).bool()
+    )
     if keys is not None and len(keys) != len(ids):
         raise TokenselError(f"{len(keys)} keys for {len(ids)} rows: give one for each row")
     places = ((ids == config.image_token_id) & mask).nonzero()
@@ -164,13 +172,15 @@ def encode(
         layout = read_layout(core, counts, features.tokens.shape[1], sizes)
     if len(places) != len(layout.source):
         raise TokenselError(
-            f"{len(places)} image placeholders in input_ids, but the images give {len(layout.source)} visual tokens: "
-            "let the processor make both together"
+            f"{len(places)} image placeholders in input_ids, but the images give {len(layout.source)} visual "
+            "tokens: let the processor make both together"
         )
     if pixels is not None:
         images = torch.arange(len(layout.tiles), device=ids.device)
         row_of_image = places[torch.searchsorted(layout.image, images), 0].contiguous()
         if not torch.equal(row_of_image[layout.image], places[:, 0]):
-            raise TokenselError("the placeholders of one image stand in two rows: let the processor make the rows")
+            raise TokenselError(
+                "the placeholders of one image stand in two rows: let the processor make the rows"
+            )
         features.keys = _tile_keys(layout, row_of_image, pixels, keys)
     return Encoded(model, ids, mask, places, features, layout, pixels, sizes)

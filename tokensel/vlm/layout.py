@@ -70,9 +70,15 @@ def tile_counts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]:
     # LLaVA-OneVision leaves the images of a row with several of them uncut; LLaVA-NeXT cuts every image
     groups = inputs.get("batch_num_images")
     whole = "batch_num_images" in inspect.signature(model.base_model.get_image_features).parameters
-    uncut = [n > 1 for n in map(int, groups) for _ in range(n)] if whole and groups is not None else [False] * len(sizes)
+    uncut = (
+        [n > 1 for n in map(int, groups) for _ in range(n)]
+        if whole and groups is not None
+        else [False] * len(sizes)
+    )
     return [
-        1 if one else image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        1
+        if one
+        else image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
         for size, one in zip(sizes, uncut, strict=True)
     ]
 
@@ -81,7 +87,7 @@ def real_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Float[Tensor, "ti
     """All tiles of a batch in one tensor, without those that only fill up images with fewer tiles.
 
     Args:
-        pixel_values: ``[images, most_tiles, 3, height, width]``, or flat ``[tiles, 3, height, width]`` already.
+        pixel_values: ``[images, most_tiles, 3, height, width]``, or ``[tiles, 3, height, width]`` already.
     """
     if pixel_values.dim() == 4:
         return pixel_values
@@ -89,10 +95,16 @@ def real_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Float[Tensor, "ti
 
 
 def pack(
-    core: Any, features: Sequence[Float[Tensor, "_ tokens channels"]], image_sizes: Tensor, newline: Float[Tensor, "channels"]
+    core: Any,
+    features: Sequence[Float[Tensor, "_ tokens channels"]],
+    image_sizes: Tensor,
+    newline: Float[Tensor, "channels"],
 ) -> list[Float[Tensor, "_ channels"]]:
-    """Pack the tiles of each image with the model's own ``pack_image_features``, whose options differ by model."""
-    options = {name: getattr(core.config, name, None) for name in ("vision_feature_select_strategy", "vision_aspect_ratio")}
+    """Pack the tiles of each image with the model's own ``pack_image_features`` (options differ by model)."""
+    options = {
+        name: getattr(core.config, name, None)
+        for name in ("vision_feature_select_strategy", "vision_aspect_ratio")
+    }
     known = inspect.signature(core.pack_image_features).parameters
     options = {name: value for name, value in options.items() if name in known}
     return list(core.pack_image_features(list(features), image_sizes, image_newline=newline, **options)[0])

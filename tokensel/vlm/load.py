@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from tokensel.errors import TokenselError
 from tokensel.scorers import Scorer
@@ -36,12 +42,16 @@ class Vlm:
             TokenselError: the processor has no chat template.
         """
         if not (self.processor.chat_template or self.processor.tokenizer.chat_template):
-            raise TokenselError(f"{self.name} has no chat template: write the prompts yourself and pass them to inputs()")
+            raise TokenselError(
+                f"{self.name} has no chat template: write the prompts yourself and pass them to inputs()"
+            )
         content = [{"type": "image"}] * int(image) + [{"type": "text", "text": question}]
         turns = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
-    def inputs(self, images: Sequence[Image | Sequence[Image] | None] | None, prompts: Sequence[str]) -> BatchFeature:
+    def inputs(
+        self, images: Sequence[Image | Sequence[Image] | None] | None, prompts: Sequence[str]
+    ) -> BatchFeature:
         """Process a batch, padded on the left, on the model's device.
 
         Args:
@@ -53,11 +63,20 @@ class Vlm:
         """
         rows = [None] * len(prompts) if images is None else list(images)
         if len(rows) != len(prompts):
-            raise TokenselError(f"{len(rows)} rows of images for {len(prompts)} prompts: give as many as prompts")
-        flat = [i.convert("RGB") for row in rows if row is not None for i in ([row] if isinstance(row, Image) else row)]
+            raise TokenselError(
+                f"{len(rows)} rows of images for {len(prompts)} prompts: give as many as prompts"
+            )
+        flat = [
+            i.convert("RGB")
+            for row in rows
+            if row is not None
+            for i in ([row] if isinstance(row, Image) else row)
+        ]
         tokenizer = self.processor.tokenizer
         # templates may begin with the token that the tokenizer would put there again
-        begun = tokenizer.bos_token is not None and all(prompt.startswith(tokenizer.bos_token) for prompt in prompts)
+        begun = tokenizer.bos_token is not None and all(
+            prompt.startswith(tokenizer.bos_token) for prompt in prompts
+        )
         batch = self.processor(
             images=flat or None,
             text=list(prompts),
@@ -74,7 +93,9 @@ class Vlm:
         options = {"do_sample": False} | options
         out = self.model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
         decode = self.processor.tokenizer.batch_decode
-        return [text.strip() for text in decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)]
+        return [
+            text.strip() for text in decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ]
 
     def answer(
         self,
@@ -91,7 +112,7 @@ class Vlm:
             image: the picture, or ``None`` to ask blindly.
             question: the question; the chat template is put around it.
             scorer: ranks the tokens, see :func:`~tokensel.scorers.make_scorer`; ``None`` keeps all.
-            keep: fraction of the visual tokens to keep, or ``None`` for as many as the selector itself would keep.
+            keep: fraction of the visual tokens to keep, or ``None`` for as many as the selector would keep.
             max_new_tokens: where to stop at the latest.
             choices: see :class:`~tokensel.vlm.choose.Choices`.
         """
@@ -126,16 +147,25 @@ def load_vlm(
             name, dtype=dtype, output_loading_info=True, **options
         )
     except (SafetensorError, EOFError) as error:
-        raise TokenselError(f"{name}: its weights are cut short or damaged ({error}); fetch or save it again") from None
+        raise TokenselError(
+            f"{name}: its weights are cut short or damaged ({error}); fetch or save it again"
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = "this folder holds no such model" if Path(name).is_dir() else "it is neither a folder nor in the cache"
+        if Path(name).is_dir():
+            raise TokenselError(
+                f"the folder {name} holds no LLaVA-NeXT with its processor ({reason}); save both there"
+            ) from None
         raise TokenselError(
-            f"cannot load the model '{name}': {where}, or the hub is out of reach; give a local folder that "
-            f"save_pretrained wrote, or run `hf download {name}` while online ({reason})"
+            f"model '{name}' is no folder, not in the cache, and the hub does not give it ({reason}); "
+            f"give a local folder, or run `hf download {name}` while online"
         ) from None
     if report["missing_keys"]:
-        raise TokenselError(f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again")
+        raise TokenselError(
+            f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again"
+        )
     if not hasattr(model.base_model, "pack_image_features"):
-        raise TokenselError(f"{name} is a {type(model).__name__}, which packs no image tiles: give a LLaVA-NeXT model")
+        raise TokenselError(
+            f"{name} is a {type(model).__name__}, which packs no image tiles: give a LLaVA-NeXT model"
+        )
     return Vlm(model.to(device).eval(), processor, str(name))

@@ -1,4 +1,4 @@
-"""The seam with LLaVA: drop visual tokens from embeddings, mask and positions, and let the stock model generate.
+"""The seam with LLaVA: drop visual tokens from embeddings, mask and positions; the stock model generates.
 
 Nothing of the model is replaced. :func:`reduce_inputs` takes what the processor made and returns what
 ``model.generate(**...)`` takes: embeddings of the prompt in which only the chosen visual tokens are left.
@@ -113,22 +113,24 @@ def reduce(
     Args:
         encoded: the batch, from :func:`~tokensel.vlm.encode.encode`.
         scorer: ranks the tokens; may be ``None`` when everything is kept.
-        keep: fraction of the visual tokens of each image to keep, in (0, 1], newlines not counted; or ``None``
-            for as many as an adaptive scorer itself would keep.
+        keep: fraction of the visual tokens of each image to keep, in (0, 1], newlines not counted; ``None``
+            for as many as an adaptive scorer itself would keep, whatever the budget.
         choices: see :class:`~tokensel.vlm.choose.Choices`.
 
     Returns:
         Inputs for ``model.generate``, with the counts.
 
     Raises:
-        TokenselError: ``keep`` outside (0, 1], an unknown choice, no scorer where one is needed, or a scorer that
-            does not fit the features.
+        TokenselError: ``keep`` outside (0, 1], an unknown choice, no scorer where one is needed, or a scorer
+            that does not fit the features.
     """
     options = Choices.of(choices)
     layout = encoded.layout
     if scorer is None and keep != 1.0:
         raise TokenselError(f"keep is {keep} but no scorer says which tokens: pass scorer=")
-    scores = encoded.features.tokens.new_zeros(len(layout.source)) if scorer is None else encoded.score(scorer)
+    scores = (
+        encoded.features.tokens.new_zeros(len(layout.source)) if scorer is None else encoded.score(scorer)
+    )
     if keep is None:
         if not getattr(scorer, "adaptive", False):
             raise TokenselError(f"scorer '{scorer.name}' has no threshold of its own: give keep, such as 0.3")
@@ -159,6 +161,6 @@ def reduce_inputs(
     >>> inputs = processor(images=image, text=prompt, return_tensors="pt")
     >>> model.generate(**reduce_inputs(model, inputs, make_scorer("selector", selector="folder"), keep=0.3))
 
-    :func:`~tokensel.vlm.encode.encode` and :func:`reduce` in one; their docstrings say what the arguments are.
+    :func:`~tokensel.vlm.encode.encode` and :func:`reduce` in one; see there for the arguments.
     """
     return reduce(encode(model, inputs, keys), scorer, keep, **choices)
