@@ -42,7 +42,7 @@ class TrainConfig:
     warmup: float = 0.05  # share of the steps over which lr rises, from the same work; then a cosine to 0
     weight_decay: float = 0.01  # AdamW's default
     max_grad_norm: float = 1.0  # the l2 norm has a kink at 0 and the hinge at p: single steps can be steep
-    statistics_tiles: int = 512  # from which mean, spread and scale of the features are measured, once
+    statistics_tiles: int = 512  # the first of the run: mean, spread and scale of the features, once
 
     # --- running ------------------------------------------------------------------------------------------
     seed: int = 0

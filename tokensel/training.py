@@ -189,9 +189,10 @@ def open_feed(
 def begin(model: Autoencoder, feed: Feed, config: TrainConfig) -> Progress:
     """Step 0: measure the features' statistics on the first tiles of the walk and give them to the models.
 
-    Every process reads the same whole batches, so that all get the same numbers.
+    Every process reads the same whole batches, so that all get the same numbers; never more of them than
+    will be trained on.
     """
-    count = -(-config.statistics_tiles // config.batch_size)
+    count = min(config.steps, -(-config.statistics_tiles // config.batch_size))
     with closing(feed.batches(0, config.batch_size, slice(0, config.batch_size), config.seed)) as batches:
         statistics = Statistics.of(islice(batches, count))
     model.standardise(statistics.center, statistics.spread)
