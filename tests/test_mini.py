@@ -71,7 +71,7 @@ def test_packed_questions_see_what_they_would_see_alone(model):
     page = draw("charts", "train", 5, (64, 128))
     run = recipes._Run("unused", recipes.Recipe(), model, recipes.Heads(128), 100, bf16=False)
     with torch.no_grad():
-        hidden, packed, _ = run.forward([page], (64, 128), 3, np.random.default_rng(0))
+        hidden, packed, _ = run.forward([page], (64, 128), recipes.Stage("x", 1, 1, (), 3), np.random.default_rng(0))
         ours = model.lm_head(hidden)[0][packed.labels[0] >= 0]
         processor, rows = build_processor(), []
         for place in np.random.default_rng(0).permutation(len(page.questions))[:3]:

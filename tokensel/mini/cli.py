@@ -28,17 +28,27 @@ def train(
 
 @app.command()
 def draw(
-    task: Annotated[str, typer.Argument(help="forms, charts, posters, scene_text, attributes, science, ...")],
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="forms, charts, posters, scene_text, attributes, ...; all if none is named")
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
-    index: Annotated[int, typer.Option(min=0, help="which page")] = 0,
-    out: Annotated[Path | None, typer.Option(help="file for the picture; by default <task>-<split>-<index>.png")] = None,
+    index: Annotated[int, typer.Option(min=0, help="the first page")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="pages of each task")] = 1,
+    out: Annotated[Path, typer.Option(help="folder for <task>-<split>-<index>.png")] = Path("_build/mini/pages"),
 ) -> None:
-    """Draw one page of the small world and print its questions with their answers."""
+    """Draw pages of the small world into a folder; of a single page, print its questions and answers too."""
+    from tokensel.io import write_atomic
+    from tokensel.mini.world import DRAW
     from tokensel.mini.world import draw as page_of
 
-    page = page_of(task, split, index)
-    path = out or Path(f"{task}-{split}-{index}.png")
-    page.image.save(path)
-    typer.echo(f"{path}: {page.image.width}x{page.image.height} pixels")
-    for qa in page.questions:
-        typer.echo(f"  {qa.question}  ->  {qa.answers[0]}")
+    chosen = tasks or list(DRAW)
+    for task in chosen:
+        for number in range(index, index + count):
+            page = page_of(task, split, number)
+            path = write_atomic(out / f"{task}-{split}-{number}.png", lambda part, page=page: page.image.save(part, "PNG"))
+            if len(chosen) * count == 1:
+                typer.echo(f"{path}: {page.image.width}x{page.image.height} pixels")
+                for qa in page.questions:
+                    typer.echo(f"  {qa.question}  ->  {qa.answers[0]}")
+    if len(chosen) * count > 1:
+        typer.echo(f"{out}: {len(chosen) * count} pages")

@@ -45,6 +45,7 @@ class Stage:
     sizes: tuple[tuple[int, int], ...]
     questions: int = 6  # at most, a page
     balanced: bool = False
+    tower: bool = True  # whether the vision tower learns too
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ class Recipe:
     stages: tuple[Stage, ...] = (
         Stage("tile", 350, 32, ((64, 64),), 4),
         Stage("strip", 350, 20, ((64, 128), (128, 64))),
-        Stage("page", 1300, 16, SIZES, balanced=True),
+        Stage("page", 100, 16, SIZES, balanced=True),
+        Stage("tile again", 500, 48, ((64, 64),), 4, balanced=True, tower=False),
+        Stage("page again", 350, 16, SIZES, balanced=True),
     )
     rate: float = 3e-3  # of Muon, in the language model; half of it for AdamW beside it
     tower_rate: float = 5e-4  # of the tower, once the language model has joined it
     warmup: int = 60
     print_pages: int = 4  # of print beside the pages of each language step
-    cooldown: int = 600  # the last steps, over which the rate falls to zero
+    cooldown: int = 300  # the last steps, over which the rate falls to zero
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DRAW, 1.0) | {"transcribe": 1.5})
     balanced: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(DRAW, 2.0)
@@ -278,7 +281,7 @@ class _Run:
         rng = np.random.default_rng([self.recipe.seed, 2, step])
         size = stage.sizes[int(rng.integers(len(stage.sizes)))]
         names, pages = self._pages(step, 1, stage.pages, size, stage.balanced)
-        hidden, packed, (looking, facts) = self.forward(pages, size, stage.questions, rng, 0.4 if stage.balanced else 0.0)
+        hidden, packed, (looking, facts) = self.forward(pages, size, stage, rng)
         spoken = packed.labels >= 0
         logits = self.model.lm_head(hidden[spoken]).float()
         target = packed.labels[spoken]
@@ -293,16 +296,18 @@ class _Run:
             tasks[str(name)] = [int(mine.sum()), mine.numel()]
         return loss, {"right": round(hit.float().mean().item(), 4), **facts, "tasks": tasks}
 
-    def forward(self, pages, size, questions, rng, free=0.0):
+    def forward(self, pages, size, stage, rng):
         """Hidden states ``[pages, text, width]`` over the packed questions, their packing, the tower's loss."""
         core = self.core
         index = layout(core, size)
-        packed = pack(pages, len(index), questions, rng, free)
+        packed = pack(pages, len(index), stage.questions, rng, 0.4 if stage.balanced else 0.0)
         cut = [tiles(page) for page in pages]
-        print_pages = [print_page(rng, (128, 128)) for _ in range(self.recipe.print_pages)]
+        print_pages = [print_page(rng, (128, 128)) for _ in range(self.recipe.print_pages if stage.tower else 0)]
         pixels = torch.cat(cut + [tiles(page) for page in print_pages])
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            seen = core.vision_tower(pixels, output_hidden_states=True)
+            with torch.set_grad_enabled(stage.tower and torch.is_grad_enabled()):
+                seen = core.vision_tower(pixels, output_hidden_states=True)
+                labels = self._labels(pages + print_pages, pixels, seen)
             cells = seen.hidden_states[-2][: sum(map(len, cut)), 1:]
             cells = cells.reshape(len(pages), -1, core.config.vision_config.hidden_size)
             projected = core.multi_modal_projector(cells[:, index.clamp(min=0)]).float()
@@ -313,7 +318,7 @@ class _Run:
             hidden = core.language_model(
                 inputs_embeds=inputs, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
             ).last_hidden_state[:, packed.head + len(index) :]
-            return hidden, packed, self._labels(pages + print_pages, pixels, seen)
+            return hidden, packed, labels
 
 
 def _muon(modules: list[nn.Module], rate: float, rest_rate: float, decay: float, extra=()) -> list[torch.optim.Optimizer]:
