@@ -84,15 +84,17 @@ def choose_cells(
         TokenselError: ``keep`` is not in (0, 1], or a score is NaN.
     """
     cell = layout.cell
-    image, source, thumbnail = layout.image[cell], layout.source[cell], layout.thumbnail[cell]
-    images, tiles = len(layout.tiles), sum(layout.tiles)
-    total = torch.bincount(image, minlength=images)
+    source, thumbnail, images = layout.source[cell], layout.thumbnail[cell], len(layout.tiles)
+    image, slot, total = layout.slots
     amount = fraction_count(total, keep)
     if choices.budget == "image":
-        group, slot = image, torch.arange(len(image), device=image.device) - (total.cumsum(0) - total)[image]
-        shape = (images, int(total.max()) if images else 0)
+        group, shape = image, (images, int(total.max()) if images else 0)
     else:
-        group, slot, shape = source // layout.tokens, source % layout.tokens, (tiles, layout.tokens)
+        group, slot, shape = (
+            source // layout.tokens,
+            source % layout.tokens,
+            (sum(layout.tiles), layout.tokens),
+        )
 
     def grid(values: Tensor) -> Tensor:
         return torch.zeros(shape, dtype=values.dtype, device=values.device).index_put_((group, slot), values)

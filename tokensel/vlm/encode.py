@@ -73,10 +73,8 @@ class Encoded:
 
     def by_image(self) -> tuple[Int[Tensor, "cells"], Int[Tensor, "cells"], Features]:
         """The visual cells regrouped so that a row is an image: row and slot of each, and the features."""
-        cell = self.layout.cell
-        rows, source = self.layout.image[cell], self.layout.source[cell]
-        total = torch.bincount(rows, minlength=len(self.layout.tiles))
-        slot = torch.arange(len(rows), device=rows.device) - (total.cumsum(0) - total)[rows]
+        rows, slot, total = self.layout.slots
+        source = self.layout.source[self.layout.cell]
         shape = (len(self.layout.tiles), int(total.max()))
 
         def regroup(flat: Tensor) -> Tensor:

@@ -57,6 +57,14 @@ class Layout:
         """True for the cells of each tile that survive unpadding."""
         return self.spread(self.cell)
 
+    @property
+    def slots(self) -> tuple[Int[Tensor, "cells"], Int[Tensor, "cells"], Int[Tensor, "images"]]:
+        """The visual cells as a ragged table, one row an image: row and slot of each, and the rows' lengths."""
+        rows = self.image[self.cell]
+        lengths = torch.bincount(rows, minlength=len(self.tiles))
+        slot = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(0) - lengths)[rows]
+        return rows, slot, lengths
+
     def spread(self, packed: Bool[Tensor, "packed"]) -> Bool[Tensor, "tiles tokens"]:
         """A mask over packed tokens as a mask over the cells of each tile; newlines have no place there."""
         mask = torch.zeros(sum(self.tiles) * self.tokens, dtype=torch.bool, device=packed.device)
