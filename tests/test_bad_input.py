@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import suite_tiny
-from datasets import Image
+from datasets import Dataset, Image
 from little import clip_tower, cut, save_pictures
 from tiny import WIDTH
 
@@ -115,11 +115,9 @@ def test_an_unreadable_picture_in_a_benchmark_is_not_passed_over(models, tmp_pat
     page = suite_tiny.BENCHMARKS["page"]
 
     def load(split, n):
-        def damage(row, i):
-            return row | {"image": {"bytes": row["image"]["bytes"][: 40 if i == 2 else None], "path": None}}
-
-        raw = page.load(split, n).cast_column("image", Image(decode=False))
-        return raw.map(damage, with_indices=True).cast_column("image", Image())
+        rows = page.load(split, n).cast_column("image", Image(decode=False)).to_list()
+        rows[2]["image"]["bytes"] = rows[2]["image"]["bytes"][:40]
+        return Dataset.from_list(rows, features=suite_tiny.COLUMNS)
 
     monkeypatch.setitem(suite_tiny.BENCHMARKS, "page", replace(page, load=load))
     line = refused(*evaluation(models, tmp_path))

@@ -76,7 +76,7 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
     [(cli.train, TrainConfig, {}), (cli.evaluate, EvalConfig, {"whole", "progress"})],
 )
 def test_options_and_defaults_are_those_of_the_configuration(command, config, renamed):
-    options = {name: p.default for name, p in inspect.signature(command).parameters.items() if name != "ctx"}
+    options = {name: p.default for name, p in inspect.signature(command).parameters.items()}
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     assert options.keys() - renamed == fields.keys()
     for name, default in options.items():

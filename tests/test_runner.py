@@ -39,8 +39,8 @@ def config(model, tmp_path) -> EvalConfig:
         suite="suite_tiny",
         methods=("full", "none", "random", "selector"),
         keeps=(0.2, 0.6),
-        n=12,
-        batch_size=5,
+        n=9,
+        batch_size=4,
         out=str(tmp_path / "out"),
     )
 
@@ -66,10 +66,10 @@ def test_every_method_on_every_benchmark_fills_the_long_table(config, monkeypatc
     rows = list(csv.DictReader(done.table.read_text().splitlines()))
     kinds = 2 + 2 * (len(METHODS) - 2 + 1)  # two rows of their own, two keeps for the others, random with two seeds
     assert len(rows) == 3 * kinds
-    assert done.computed == 3 * kinds * 12 == len(answers(config.out))
+    assert done.computed == 3 * kinds * 9 == len(answers(config.out))
     assert len(towers) == 3 * 3  # three batches a benchmark, whatever the number of methods and keeps
     assert {(r["method"], r["keep"]) for r in rows if r["method"] in ("full", "none")} == {("full", "1"), ("none", "0")}
-    assert {r["model"] for r in rows} == {"tiny-llava"} and {r["n"] for r in rows} == {"12"}
+    assert {r["model"] for r in rows} == {"tiny-llava"} and {r["n"] for r in rows} == {"9"}
     assert all(0 <= float(r["ci_low"]) <= float(r["score"]) <= float(r["ci_high"]) <= 1 for r in rows)
     assert len({r["score"] for r in rows}) > 10  # the tiny model answers differently from row to row
     differences = list(csv.DictReader(done.differences.read_text().splitlines()))
@@ -95,31 +95,33 @@ def test_provenance_tells_how_to_repeat_it(config):
     done = evaluate(replace(config, benchmarks=("page", "list"), name="chapter"), progress=False)
     assert done.table.name == "chapter.csv"
     told = json.loads(done.provenance.read_text())
-    assert told["data"] == {"page": 12, "list": 12, "suite": "suite_tiny", "split": "test"}
-    assert told["answers"] == told["answers_computed_now"] == done.computed == 2 * 6 * 12
+    assert told["data"] == {"page": 9, "list": 9, "suite": "suite_tiny", "split": "test"}
+    assert told["answers"] == told["answers_computed_now"] == done.computed == 2 * 6 * 9
     assert {"torch", "transformers", "tokensel"} <= set(told["versions"])
     again = EvalConfig.from_dict(told["config"])
     assert again == replace(config, benchmarks=("page", "list"), name="chapter")
 
 
 def test_scores_depend_neither_on_batch_size_nor_on_the_number_of_questions(config, tmp_path):
+    config = replace(config, benchmarks=("page", "choice"))
     first = evaluate(config, progress=False)
     other = evaluate(replace(config, batch_size=1, out=str(tmp_path / "other")), progress=False)
     assert other.table.read_bytes() == first.table.read_bytes()
     assert answers(config.out) == answers(tmp_path / "other")
-    evaluate(replace(config, batch_size=64, n=7, out=str(tmp_path / "few")), progress=False)
+    evaluate(replace(config, batch_size=64, n=5, out=str(tmp_path / "few")), progress=False)
     few = answers(tmp_path / "few")
-    assert len(few) == 3 * 6 * 7
+    assert len(few) == 2 * 6 * 5
     assert few == {key: record for key, record in answers(config.out).items() if key in few}
 
 
 def test_a_second_run_asks_nothing_and_a_larger_one_only_what_is_new(config):
+    config = replace(config, benchmarks=("page", "list"))
     first = evaluate(config, progress=False)
     before = first.table.read_bytes()
     again = evaluate(config, progress=False)
     assert again.computed == 0 and again.table.read_bytes() == before
-    more = evaluate(replace(config, n=15, keeps=(0.2, 0.4, 0.6)), progress=False)
-    assert more.computed == 3 * (3 * 6 + 15 * 2)
+    more = evaluate(replace(config, n=11, keeps=(0.2, 0.4, 0.6)), progress=False)
+    assert more.computed == 2 * (2 * 6 + 11 * 2)
     back = evaluate(config, progress=False)
     assert back.computed == 0 and back.table.read_bytes() == before
 
@@ -128,9 +130,9 @@ def test_other_choices_or_another_selector_keep_records_of_their_own(config, mod
     config = replace(config, benchmarks=("page",))
     evaluate(config, progress=False)
     # full and none do not depend on the choices
-    assert evaluate(replace(config, positions="original"), progress=False).computed == 12 * 4
+    assert evaluate(replace(config, positions="original"), progress=False).computed == 9 * 4
     TokenSelector(SelectorConfig(width=WIDTH, layers=1, heads=4)).save_pretrained(tmp_path / "selector")
-    assert evaluate(replace(config, selector=str(tmp_path / "selector")), progress=False).computed == 12 * 2
+    assert evaluate(replace(config, selector=str(tmp_path / "selector")), progress=False).computed == 9 * 2
     assert evaluate(config, progress=False).computed == 0
 
 
@@ -160,6 +162,7 @@ def test_changed_questions_or_pictures_are_refused(config, monkeypatch):
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(config, tmp_path, monkeypatch):
+    config = replace(config, benchmarks=("page", "list"))
     whole = evaluate(config, progress=False)
     asked = []
 
@@ -193,7 +196,7 @@ def test_sigkill_then_the_same_command_again(config, tmp_path):
     whole = evaluate(config, progress=False)
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "tokensel", "evaluate", "--model", config.model, "--selector", config.selector]
-    command += ["--suite", "suite_tiny", "--keeps", "0.2,0.6", "--n", "12", "--batch-size", "5", "--out", str(out)]
+    command += ["--suite", "suite_tiny", "--keeps", "0.2,0.6", "--n", "9", "--batch-size", "4", "--out", str(out)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

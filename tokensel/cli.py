@@ -47,7 +47,6 @@ def _fail(error: TokenselError) -> None:
 
 @app.command()
 def train(
-    ctx: typer.Context,
     images: Annotated[str, _option("Folder, parquet file, or hub dataset as name[:config]:split.", _DATA)],
     encoder: Annotated[str, _option("Vision tower, or LLaVA that holds one: folder or hub id.", _DATA)],
     out: Annotated[str, _option("Folder for checkpoint, history, selector, reconstructor.", _DATA)],
@@ -84,9 +83,10 @@ def train(
     Run it again with the same options to go on after an interruption. `accelerate launch -m tokensel train ...`
     uses several processes.
     """
+    values = locals()
     from tokensel.train_config import TrainConfig
 
-    config = TrainConfig.from_dict(ctx.params)
+    config = TrainConfig.from_dict(values)  # before the heavy import: bad values are told at once
     from tokensel.training import train as run
 
     _quiet()
@@ -96,7 +96,6 @@ def train(
 
 @app.command()
 def evaluate(
-    ctx: typer.Context,
     model: Annotated[str, _option("LLaVA-NeXT: folder or hub id.", _MODEL)],
     selector: Annotated[str | None, _option("Trained selector: folder or hub id.", _MODEL)] = None,
     device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _MODEL)] = "auto",
@@ -142,9 +141,9 @@ def evaluate(
 
     Run it again with the same options to go on after an interruption: what is answered is not asked again.
     """
+    values = {key: value for key, value in locals().items() if key not in ("whole", "progress")}
     from tokensel.benchmarks.config import EvalConfig
 
-    values = {key: value for key, value in ctx.params.items() if key not in ("whole", "progress")}
     kinds = {"benchmarks": str, "methods": str, "keeps": float, "seeds": int, "compare": str}
     values |= {key: _list(key, values[key], kind) for key, kind in kinds.items()}
     _quiet()
@@ -173,25 +172,27 @@ def _quiet() -> None:
         enable_progress_bars()  # a download of gigabytes should still show
 
 
-_FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+# every word behind the command, --help too, goes to the application mounted there
+_FORWARD = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+_Words = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
 
 @app.command(context_settings=_FORWARD, add_help_option=False)
-def mini(ctx: typer.Context) -> None:
+def mini(words: _Words = None) -> None:
     """The small world that ships with the book: draw its pictures, train its model."""
     from tokensel.mini.cli import app as inner
 
-    _forward(inner, ctx)
+    _forward(inner, "mini", words)
 
 
 @app.command(context_settings=_FORWARD, add_help_option=False)
-def book(ctx: typer.Context) -> None:
+def book(words: _Words = None) -> None:
     """Run the chapters and build the book."""
     from tokensel.book.cli import app as inner
 
-    _forward(inner, ctx)
+    _forward(inner, "book", words)
 
 
-def _forward(inner: typer.Typer, ctx: typer.Context) -> None:
+def _forward(inner: typer.Typer, name: str, words: list[str] | None) -> None:
     # get_group leaves out the options for shell completion, which only the outermost command could serve
-    get_group(inner)(args=ctx.args, prog_name=ctx.command_path)
+    get_group(inner)(args=words or [], prog_name=f"python -m tokensel {name}")
