@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def slots(self) -> tuple[Int[Tensor, "cells"], Int[Tensor, "cells"], Int[Tensor, "images"]]:
-        """The visual cells as a ragged table, one row an image: row and slot of each, and the rows' lengths."""
+        """The visual cells as a ragged table, one row an image: row and slot of each, and lengths."""
         rows = self.image[self.cell]
         lengths = torch.bincount(rows, minlength=len(self.tiles))
         slot = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(0) - lengths)[rows]
