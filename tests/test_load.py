@@ -62,5 +62,5 @@ def test_a_model_without_tiles_is_refused(vlm, tmp_path):
         vision_config=config.vision_config, text_config=config.text_config, image_token_index=4
     )
     LlavaForConditionalGeneration(plain).save_pretrained(tmp_path)
-    with pytest.raises(TokenselError, match="packs no image tiles"):
+    with pytest.raises(TokenselError, match="is a llava, which cuts no image tiles"):
         load_vlm(tmp_path)

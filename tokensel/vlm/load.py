@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL.Image import Image
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
@@ -120,6 +122,34 @@ class Vlm:
         return self.generate(reduce_inputs(self.model, inputs, scorer, keep, **choices), max_new_tokens)[0]
 
 
+def _source(name: str | os.PathLike) -> dict[str, bool]:
+    """Loading options for a folder ({}), the hub ({}), or the cache alone where the hub is out of reach.
+
+    One question to the hub decides; left to itself, loading would try each file for half a minute first.
+
+    Raises:
+        TokenselError: no folder, not in the cache, and not on the hub or the hub out of reach.
+    """
+    if Path(name).is_dir():
+        return {}
+    try:
+        HfApi().model_info(str(name), timeout=10)
+        return {}
+    except Exception as error:  # connection errors have other classes in every version of the client
+        if not isinstance(error, ValueError) and isinstance(
+            try_to_load_from_cache(str(name), "config.json"), str
+        ):
+            return {"local_files_only": True}
+        raise TokenselError(
+            f"model '{name}' is no folder, not in the cache, and the hub does not give it ({_reason(error)}); "
+            f"give a local folder, or run `hf download {name}` while online"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_vlm(
     name: str | os.PathLike,
     device: torch.device | str | None = None,
@@ -140,32 +170,29 @@ def load_vlm(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    options = {"attn_implementation": attn} if attn else {}
+    options = _source(name)
     try:
-        processor = AutoProcessor.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **options)
+        if not hasattr(config, "image_grid_pinpoints"):
+            raise TokenselError(
+                f"{name} is a {config.model_type}, which cuts no image tiles: give a LLaVA-NeXT"
+            )
+        processor = AutoProcessor.from_pretrained(name, **options)
         model, report = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **options
+            name, dtype=dtype, attn_implementation=attn, output_loading_info=True, **options
         )
+    except TokenselError:
+        raise
     except (SafetensorError, EOFError) as error:
         raise TokenselError(
             f"{name}: its weights are cut short or damaged ({error}); fetch or save it again"
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(name).is_dir():
-            raise TokenselError(
-                f"the folder {name} holds no LLaVA-NeXT with its processor ({reason}); save both there"
-            ) from None
         raise TokenselError(
-            f"model '{name}' is no folder, not in the cache, and the hub does not give it ({reason}); "
-            f"give a local folder, or run `hf download {name}` while online"
+            f"{name} holds no LLaVA-NeXT with its processor ({_reason(error)}); give a folder or hub id that does"
         ) from None
     if report["missing_keys"]:
         raise TokenselError(
             f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again"
-        )
-    if not hasattr(model.base_model, "pack_image_features"):
-        raise TokenselError(
-            f"{name} is a {type(model).__name__}, which packs no image tiles: give a LLaVA-NeXT model"
         )
     return Vlm(model.to(device).eval(), processor, str(name))
