@@ -158,7 +158,7 @@ def test_a_cut_jpeg_is_skipped_named_and_counted(encoder, tmp_path, capsys):
     trained = train(small(out=str(tmp_path / "out")), images=folder, encoder=encoder)
     assert trained.skipped == [str(folder / "2.jpg")]
     told = capsys.readouterr().err
-    assert f"skipped {folder / '2.jpg'}: cannot be read" in told and "skipped 1 unreadable" in told
+    assert f"skipped {folder / '2.jpg'}: cannot be read" in told and "skipped 1 of the images" in told
     assert all(value.isfinite().all() for value in weights(trained).values())
     card = (tmp_path / "out" / "selector" / "README.md").read_text()
     assert str(folder) in card and encoder.name in card
@@ -212,6 +212,7 @@ def test_cached_features_train_like_the_same_features_in_memory(encoder, tmp_pat
     source = open_images(folder)
     features = encoder.encode([source.open(*row) for row in source.stream()])
     assert same(weights(first), weights(again))
+    assert again.selector.config.encoder == encoder.name and again.selector.config.feature_layer == -2
     assert same(weights(first), weights(train(small(), features=features)))
 
 

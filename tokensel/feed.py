@@ -62,12 +62,14 @@ class Feed(Protocol):
         identity: tells whether a later run reads the same data.
         width: channels of a token.
         skipped: names of the pictures that could not be read so far.
+        encoder: what made the features, where that is known.
     """
 
     name: str
     identity: str
     width: int
     skipped: list[str]
+    encoder: VisionEncoder | None
 
     def batches(self, start: int, batch_size: int, mine: slice, seed: int) -> Iterator[Features]:
         """Batches of this process from step ``start`` on, without end; ``mine`` is its slice of each."""
@@ -81,14 +83,12 @@ class Feed(Protocol):
 class StoredFeed:
     """Features that are there already: a :class:`Features` in memory, or a cache on disk."""
 
-    def __init__(self, features: Any, name: str = "features in memory", identity: str = ""):
+    def __init__(self, features: Any, name: str = "features in memory", encoder: VisionEncoder | None = None):
         if not len(features):
             raise TokenselError(f"{name}: holds no tiles; give at least one")
-        self.features, self.name = features, name
+        self.features, self.name, self.encoder = features, name, encoder
         self.width = features.tokens.shape[-1] if isinstance(features, Features) else features.width
-        self.identity = identity or (
-            memory_identity(features) if isinstance(features, Features) else features.identity
-        )
+        self.identity = memory_identity(features) if isinstance(features, Features) else features.identity
         self.skipped = list(getattr(features, "skipped", []))
 
     def batches(self, start: int, batch_size: int, mine: slice, seed: int) -> Iterator[Features]:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets.features import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from tokensel.errors import TokenselError
@@ -104,24 +102,25 @@ def open_images(
         name, rows = str(images), _find(str(images), streaming)
     else:
         name, rows = type(images).__name__, images
+    if not type(rows).__module__.startswith("datasets."):
+        if not len(rows):
+            raise TokenselError(f"{name}: no images in it; give a folder or a dataset that has some")
+        return ImageSource(name, rows, min(len(rows), limit or len(rows)))
+    import datasets  # only here: importing it takes longer than all else, and folders do without
+
     if isinstance(rows, datasets.DatasetDict):
         raise TokenselError(f"{name}: has the splits {list(rows)}; name one, as in {name}:{list(rows)[0]}")
-    if isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
-        columns = rows.column_names
-        if columns is not None and column not in columns:
-            raise TokenselError(
-                f"{name}: no column {column!r} among {columns}; name the one that holds the pictures"
-            )
-        if rows.features is not None and isinstance(rows.features[column], ImageFeature):
-            # undecoded rows: what another process trains on is passed over unread, and a cut JPEG fails
-            # where we can name it and not inside the dataset
-            rows = rows.select_columns([column]).cast_column(column, ImageFeature(decode=False))
-    else:
-        column = ""
+    columns, features = rows.column_names, rows.features
+    if columns is not None and column not in columns:
+        raise TokenselError(f"{name}: no column {column!r} among {columns}; name the one that holds the pictures")
+    if features is not None and isinstance(features[column], datasets.Image):
+        # undecoded rows: what another process trains on is passed over unread, and a cut JPEG fails
+        # where we can name it and not inside the dataset
+        rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     if isinstance(rows, datasets.IterableDataset):
         return ImageSource(name, rows.take(limit) if limit else rows, None, column)
     if not len(rows):
-        raise TokenselError(f"{name}: no images in it; give a folder or a dataset that has some")
+        raise TokenselError(f"{name}: no rows in it; give a dataset that has some")
     return ImageSource(name, rows, min(len(rows), limit or len(rows)), column)
 
 
@@ -130,7 +129,9 @@ def _find(name: str, streaming: bool) -> Any:
     path = Path(name)
     if path.is_dir():
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
-            return datasets.load_from_disk(name)
+            from datasets import load_from_disk
+
+            return load_from_disk(name)
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if found:
             return found
@@ -152,8 +153,10 @@ def _find(name: str, streaming: bool) -> Any:
 
 
 def _load(*names: str | None, **options: Any) -> Any:
+    from datasets import load_dataset
+
     try:
-        return datasets.load_dataset(*names, **options)
+        return load_dataset(*names, **options)
     except Exception as error:  # the hub client, its HTTP library and datasets each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TokenselError(

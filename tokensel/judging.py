@@ -51,7 +51,7 @@ def train_reconstructor(
         scorer: the policy; nothing of it is trained.
         keep: fraction of the tokens kept.
         config: of its fields those on model, optimisation and running count; 300 steps at a rate of 1e-3 if
-            not given, ten times the rate of the joint training, which no sampling disturbs here.
+            not given: more than in joint training, since no sampling disturbs the gradient here.
         initial: start from a copy of this one's weights instead of from new ones, which saves steps.
 
     Raises:

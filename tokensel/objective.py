@@ -64,7 +64,8 @@ def objective(
             L_rec = 1 says "no better than the mean token everywhere", whatever the encoder or the tile size.
         valid: True where a token is real; ``None`` when all are.
         mean: the average over images; under several processes, one over all of them. The hinge is on the
-            average, so that one image may keep more than p and another less: the adaptive count of the title.
+            average, so that one image may keep more than p and another less: the adaptive count of the
+            title. A hinge on each image's own count, the other reading, reconstructed worse in a trial.
     """
     l_rec = mean(distance(reconstructed, features, valid) / scale)
     l_pr = mean(retained_fraction(mask, valid))

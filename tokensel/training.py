@@ -76,7 +76,7 @@ def train(
         config: all choices.
         images: pictures instead of ``config.images``: whatever :func:`tokensel.images.open_images` takes.
         features: ready-made features instead of pictures; no encoder is needed then.
-        encoder: instead of ``config.encoder``, one in memory.
+        encoder: instead of ``config.encoder``, one in memory; beside ``features``, the one that made them.
 
     Raises:
         TokenselError: no pictures, no encoder, a checkpoint cut short or of another training, a full disk.
@@ -84,7 +84,6 @@ def train(
     accelerator = Accelerator(cpu=config.device == "cpu")
     mine = slice_of(config.batch_size, accelerator.process_index, accelerator.num_processes)
     feed = open_feed(config, accelerator, images, features, encoder)
-    encoder = feed.encoder if isinstance(feed, ImageFeed) else encoder
     model = seeded(lambda: Autoencoder(feed.width, config), config.seed).to(accelerator.device)
     optimizer = adamw(model, config)
     out = Path(config.out) if config.out else None
@@ -141,9 +140,9 @@ def train(
     skipped = sorted(set(gather_object(list(feed.skipped))))
     if skipped and main:
         named = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
-        tqdm.write(f"skipped {len(skipped)} unreadable of the images: {named}", file=sys.stderr)
+        tqdm.write(f"skipped {len(skipped)} of the images, which cannot be read: {named}", file=sys.stderr)
     model.to("cpu").eval()
-    describe(model, config, feed, encoder, progress.scale, history)
+    describe(model, config, feed, progress.scale, history)
     if out and main:
         model.selector.save_pretrained(out / "selector")
         model.reconstructor.save_pretrained(out / "reconstructor")
@@ -164,7 +163,7 @@ def open_feed(
         TokenselError: nothing to train on, no encoder, or one that cannot be loaded.
     """
     if features is not None:
-        return StoredFeed(features)
+        return StoredFeed(features, encoder=encoder)
     if images is None and not config.images:
         raise TokenselError("images is empty: give a folder of images, a parquet file or a hub dataset")
     if encoder is None and not config.encoder:
@@ -183,7 +182,7 @@ def open_feed(
     with accelerator.main_process_first():
         show = config.progress and accelerator.is_main_process
         cache = build_cache(config.cache, source, encoder, config.tiles, progress=show)
-    return StoredFeed(cache, source.name)
+    return StoredFeed(cache, source.name, encoder)
 
 
 def begin(model: Autoencoder, feed: Feed, config: TrainConfig) -> Progress:
@@ -211,22 +210,15 @@ def records(
     ]  # fmt: skip
 
 
-def describe(
-    model: Autoencoder,
-    config: TrainConfig,
-    feed: Feed,
-    encoder: VisionEncoder | None,
-    scale: float,
-    history: History,
-) -> None:
+def describe(model: Autoencoder, config: TrainConfig, feed: Feed, scale: float, history: History) -> None:
     """Tell both models' configurations, and so their cards, how they were trained and how well it went."""
     last = [record for record in history.records if record["step"] > 0.9 * config.steps]
     facts = dict(
         keep=config.p, tau_start=config.tau_start, tau_end=config.tau_end, training_data=feed.name,
         steps=config.steps, seed=config.seed, scale=scale,
-        encoder=encoder.name if encoder else config.encoder,
-        feature_layer=encoder.feature_layer if encoder else None,
-        drop_cls=encoder.drop_cls if encoder else None,
+        encoder=feed.encoder.name if feed.encoder else config.encoder,
+        feature_layer=feed.encoder.feature_layer if feed.encoder else None,
+        drop_cls=feed.encoder.drop_cls if feed.encoder else None,
         l_rec=sum(record["l_rec"] for record in last) / max(1, len(last)),
         l_pr=sum(record["l_pr"] for record in last) / max(1, len(last)),
     )  # fmt: skip
