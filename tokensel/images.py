@@ -112,7 +112,9 @@ def open_images(
         raise TokenselError(f"{name}: has the splits {list(rows)}; name one, as in {name}:{list(rows)[0]}")
     columns, features = rows.column_names, rows.features
     if columns is not None and column not in columns:
-        raise TokenselError(f"{name}: no column {column!r} among {columns}; name the one that holds the pictures")
+        raise TokenselError(
+            f"{name}: no column {column!r} among {columns}; name the one that holds the pictures"
+        )
     if features is not None and isinstance(features[column], datasets.Image):
         # undecoded rows: what another process trains on is passed over unread, and a cut JPEG fails
         # where we can name it and not inside the dataset
