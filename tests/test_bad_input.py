@@ -184,6 +184,11 @@ def test_unknown_suite_and_benchmark(models, tmp_path, refused):
     assert "benchmark pages" in refused(*evaluation(models, tmp_path, "--benchmarks", "pages"))
 
 
+def test_a_place_where_nothing_can_be_written(models, tmp_path, refused):
+    (tmp_path / "file").write_text("")
+    assert "cannot write here" in refused(*evaluation(models, tmp_path / "file"))
+
+
 def test_records_changed_by_other_hands(models, tmp_path, tokensel, refused):
     command = evaluation(models, tmp_path)
     assert tokensel(*command)[0] == 0

@@ -119,7 +119,7 @@ def evaluate(
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
     seed: Annotated[int, _option("Seed of random selection and of the bootstrap.", _RUN)] = 0,
     seeds: Annotated[str, _option("Several seeds of random selection, comma-separated, a row each.", _RUN)] = "",
-    batch_size: Annotated[int, _option("Questions at a time; changes speed only.", _RUN)] = 64,
+    batch_size: Annotated[int, _option("Questions at a time; changes speed only.", _RUN)] = 32,
     progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
     budget: Annotated[Literal["image", "tile"], _option("What the kept fraction is of.", _SEAM)] = "image",
     thumbnail: Annotated[

@@ -45,7 +45,7 @@ class EvalConfig:
     seed: int = 0
     seeds: tuple[int, ...] = ()
     selector: str | None = None
-    batch_size: int = 64
+    batch_size: int = 32
     device: str = "auto"
     dtype: str = "auto"
     budget: str = "image"

@@ -81,4 +81,6 @@ def _processor() -> str:
 
 def command_line() -> str | None:
     """The command as typed, where there was one."""
-    return shlex.join(["python", "-m", "tokensel", *sys.argv[1:]]) if Path(sys.argv[0]).parent.name == "tokensel" else None
+    program = Path(sys.argv[0])
+    ours = program.name == "tokensel" or program.parent.name == "tokensel"  # the script, or -m tokensel
+    return shlex.join(["python", "-m", "tokensel", *sys.argv[1:]]) if ours else None

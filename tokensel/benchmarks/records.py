@@ -66,11 +66,15 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     The system lets go of the lock when the process ends, however it ends.
 
     Raises:
-        TokenselError: another process holds the folder.
+        TokenselError: another process holds the folder, or nothing can be written there.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise TokenselError(f"{folder}: cannot write here ({error.strerror}); give another --out") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
