@@ -1,4 +1,4 @@
-"""A suite for tests: drawn pictures of three sizes, questions of different length, answers of a few letters."""
+"""A suite for tests: drawn pictures of three sizes, questions of different length, nonsense answers."""
 
 import string
 from pathlib import Path
@@ -50,7 +50,9 @@ def load(split: str, n: int | None, options: int = 0, salt: int = 0) -> Dataset:
 
 
 def table(name: str, group: str, metric: str, tokens: int, **kind: int) -> Benchmark:
-    return Benchmark(name, group, metric, tokens, lambda split, n: load(split, n, **kind), lambda row: row["question"])
+    return Benchmark(
+        name, group, metric, tokens, lambda split, n: load(split, n, **kind), lambda row: row["question"]
+    )
 
 
 BENCHMARKS = {

@@ -52,12 +52,44 @@ def refused(tokensel):
 
 
 def evaluation(models: Path, out: Path, *more) -> list:
-    command = ["evaluate", "--model", models / "tiny-llava", "--selector", models / "selector", "--suite", "suite_tiny"]
-    return [*command, "--benchmarks", "page", "--keeps", "0.5", "--n", 4, "--out", out, "--no-progress", *more]
+    command = [
+        "evaluate",
+        "--model",
+        models / "tiny-llava",
+        "--selector",
+        models / "selector",
+        "--suite",
+        "suite_tiny",
+    ]
+    return [
+        *command,
+        "--benchmarks",
+        "page",
+        "--keeps",
+        "0.5",
+        "--n",
+        4,
+        "--out",
+        out,
+        "--no-progress",
+        *more,
+    ]
 
 
 def training(images: Path, encoder: Path, out: Path, *more) -> list:
-    command = ["train", "--images", images, "--encoder", encoder, "--out", out, "--steps", 2, "--batch-size", 2]
+    command = [
+        "train",
+        "--images",
+        images,
+        "--encoder",
+        encoder,
+        "--out",
+        out,
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+    ]
     return [*command, "--layers", 1, "--statistics-tiles", 4, "--no-progress", *more]
 
 
@@ -167,7 +199,9 @@ def test_a_disk_without_space_keeps_what_is_there(models, tmp_path, tokensel, re
     monkeypatch.setattr("tokensel.benchmarks.records.os.fsync", sync)
     status, _, told = tokensel(*command)
     assert status == 0, told
-    assert (tmp_path / "out" / "evaluate.csv").read_bytes() == (tmp_path / "whole" / "evaluate.csv").read_bytes()
+    assert (tmp_path / "out" / "evaluate.csv").read_bytes() == (
+        tmp_path / "whole" / "evaluate.csv"
+    ).read_bytes()
     told = json.loads((tmp_path / "out" / "evaluate.provenance.json").read_text())
     assert 0 < told["answers_computed_now"] < told["answers"]
 

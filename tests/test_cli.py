@@ -1,4 +1,4 @@
-"""The command line: help that is there and quick, options that agree with the configurations, clear endings."""
+"""The command line: quick help, options that agree with the configurations, clear endings."""
 
 import dataclasses
 import errno
@@ -96,17 +96,13 @@ def test_values_reach_the_configuration(monkeypatch):
         raise TokenselError("enough")
 
     monkeypatch.setattr("tokensel.benchmarks.runner.evaluate", evaluate)
-    arguments = "--model m --methods random,norm --keeps 0.1,.5 --seeds 3,4 --benchmarks a --n 7 --newline row --no-progress"
-    result = run("evaluate", *arguments.split())
+    arguments = (
+        "--model m --methods random,norm --keeps 0.1,.5 --seeds 3,4 --benchmarks a --n 7 --newline row"
+    )
+    result = run("evaluate", *arguments.split(), "--no-progress")
     assert isinstance(result.exception, TokenselError)
-    assert seen == [
-        (
-            EvalConfig(
-                model="m", methods=("random", "norm"), keeps=(0.1, 0.5), seeds=(3, 4), benchmarks=("a",), n=7, newline="row"
-            ),
-            False,
-        )
-    ]  # fmt: skip
+    told = dict(model="m", methods=("random", "norm"), keeps=(0.1, 0.5), seeds=(3, 4), benchmarks=("a",), n=7)
+    assert seen == [(EvalConfig(**told, newline="row"), False)]
     run("evaluate", "--model", "m", "--methods", "full", "--all")
     assert seen[1][0].n is None and seen[1][1]
 

@@ -58,6 +58,8 @@ def test_anls_divides_by_the_raw_length_as_lmms_eval_does():
         ("Yes", "yes", 1),
         ("yess", "yes", 0),
         ("nan", "3", 0),
+        ("NaN", "nan", 1),
+        ("Infinity", "infinity", 1),
         ("%", "3", 0),
         ("2019", "2020", 1),  # years too, which the metric is known for
     ],

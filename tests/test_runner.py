@@ -62,22 +62,35 @@ def test_every_method_on_every_benchmark_fills_the_long_table(config, monkeypatc
     towers = []
     encoding = sys.modules["tokensel.vlm.encode"]  # in the package the function hides the module
     monkeypatch.setattr(encoding, "run_tower", lambda *args: towers.append(args) or run_tower(*args))
-    done = evaluate(replace(config, methods=METHODS, seeds=(0, 1), compare=("selector:random", "norm:full")), progress=False)
+    done = evaluate(
+        replace(config, methods=METHODS, seeds=(0, 1), compare=("selector:random", "norm:full")),
+        progress=False,
+    )
     rows = list(csv.DictReader(done.table.read_text().splitlines()))
-    kinds = 2 + 2 * (len(METHODS) - 2 + 1)  # two rows of their own, two keeps for the others, random with two seeds
+    kinds = 2 + 2 * (
+        len(METHODS) - 2 + 1
+    )  # two rows of their own, two keeps for the others, random with two seeds
     assert len(rows) == 3 * kinds
     assert done.computed == 3 * kinds * 9 == len(answers(config.out))
     assert len(towers) == 3 * 3  # three batches a benchmark, whatever the number of methods and keeps
-    assert {(r["method"], r["keep"]) for r in rows if r["method"] in ("full", "none")} == {("full", "1"), ("none", "0")}
+    assert {(r["method"], r["keep"]) for r in rows if r["method"] in ("full", "none")} == {
+        ("full", "1"),
+        ("none", "0"),
+    }
     assert {r["model"] for r in rows} == {"tiny-llava"} and {r["n"] for r in rows} == {"9"}
     assert all(0 <= float(r["ci_low"]) <= float(r["score"]) <= float(r["ci_high"]) <= 1 for r in rows)
     assert len({r["score"] for r in rows}) > 10  # the tiny model answers differently from row to row
     differences = list(csv.DictReader(done.differences.read_text().splitlines()))
     assert [(d["method"], d["against"], d["keep"]) for d in differences[:4]] == [
-        ("selector", "random", "0.2"), ("selector", "random", "0.6"), ("norm", "full", "0.2"), ("norm", "full", "0.6"),
-    ]  # fmt: skip
+        (method, against, keep)
+        for method, against in (("selector", "random"), ("norm", "full"))
+        for keep in ("0.2", "0.6")
+    ]
     mean = {(r["benchmark"], r["method"], r["keep"], r["seed"]): float(r["score"]) for r in rows}
-    paired = mean["page", "selector", "0.2", "0"] - (mean["page", "random", "0.2", "0"] + mean["page", "random", "0.2", "1"]) / 2
+    paired = (
+        mean["page", "selector", "0.2", "0"]
+        - (mean["page", "random", "0.2", "0"] + mean["page", "random", "0.2", "1"]) / 2
+    )
     assert float(differences[0]["difference"]) == pytest.approx(paired, abs=1e-5)
 
 
@@ -86,7 +99,9 @@ def test_records_say_what_was_asked_and_how_many_tokens_it_took(config):
     found = answers(config.out)
     for (benchmark, method, keep, _, _), record in found.items():
         assert benchmark == "page" and record["model"] == "tiny-llava" and record["answers"]
-        expected = {"full": record["n_visual_full"], "none": 0}.get(method, round(keep * record["n_visual_full"]))
+        expected = {"full": record["n_visual_full"], "none": 0}.get(
+            method, round(keep * record["n_visual_full"])
+        )
         assert record["n_visual"] == expected
     assert {len(record["prediction"]) for record in found.values()} != {0}
 
@@ -152,7 +167,9 @@ def test_changed_questions_or_pictures_are_refused(config, monkeypatch):
     config = replace(config, benchmarks=("page",))
     evaluate(config, progress=False)
     page = suite_tiny.BENCHMARKS["page"]
-    monkeypatch.setitem(suite_tiny.BENCHMARKS, "page", replace(page, prompt=lambda row: row["question"] + "!"))
+    monkeypatch.setitem(
+        suite_tiny.BENCHMARKS, "page", replace(page, prompt=lambda row: row["question"] + "!")
+    )
     with pytest.raises(TokenselError, match="the data has changed"):
         evaluate(config, progress=False)
     monkeypatch.setitem(suite_tiny.BENCHMARKS, "page", page)
@@ -195,9 +212,31 @@ def test_sigkill_then_the_same_command_again(config, tmp_path):
     """A real process killed at a random moment: same table in the end, at most one batch asked twice."""
     whole = evaluate(config, progress=False)
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "tokensel", "evaluate", "--model", config.model, "--selector", config.selector]
-    command += ["--suite", "suite_tiny", "--keeps", "0.2,0.6", "--n", "9", "--batch-size", "4", "--out", str(out)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])}
+    command = [
+        sys.executable,
+        "-m",
+        "tokensel",
+        "evaluate",
+        "--model",
+        config.model,
+        "--selector",
+        config.selector,
+    ]
+    command += [
+        "--suite",
+        "suite_tiny",
+        "--keeps",
+        "0.2,0.6",
+        "--n",
+        "9",
+        "--batch-size",
+        "4",
+        "--out",
+        str(out),
+    ]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    }
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:

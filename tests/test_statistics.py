@@ -78,7 +78,9 @@ def test_seeds_are_averaged_and_a_single_row_stands_for_every_keep():
         Condition("selector", 0.3, 0): [1.0, 1.0],
         Condition("selector", 0.6, 0): [1.0, 0.0],
     }
-    rows = difference_rows("m", BENCHMARK, scores, [("selector", "random"), ("selector", "full"), ("norm", "full")])
+    rows = difference_rows(
+        "m", BENCHMARK, scores, [("selector", "random"), ("selector", "full"), ("norm", "full")]
+    )
     found = {(r["method"], r["against"], r["keep"]): (r["difference"], r["seed"]) for r in rows}
     assert found == {
         ("selector", "random", 0.3): (0.25, "0 1"),

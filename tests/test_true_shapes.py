@@ -22,7 +22,11 @@ CLIP_LARGE = dict(
     image_size=336, patch_size=14, projection_dim=768,
 )  # fmt: skip
 MISTRAL = dict(
-    hidden_size=4096, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8
+    hidden_size=4096,
+    intermediate_size=1024,
+    num_hidden_layers=1,
+    num_attention_heads=32,
+    num_key_value_heads=8,
 )
 
 
@@ -48,8 +52,9 @@ def test_train_then_evaluate(checkpoint, tmp_path, monkeypatch, capsys):
     pictures = save_pictures(tmp_path / "pictures", 2)
     tokensel("train", "--images", pictures, "--encoder", checkpoint, "--out", tmp_path / "run", *small)
     tokensel(
-        "evaluate", "--model", checkpoint, "--selector", tmp_path / "run" / "selector", "--suite", "suite_tiny",
-        "--benchmarks", "choice", "--n", 1, "--keeps", 0.3, "--out", tmp_path / "out", "--no-progress",
+        "evaluate", "--model", checkpoint, "--selector", tmp_path / "run" / "selector",
+        "--suite", "suite_tiny", "--benchmarks", "choice", "--n", 1, "--keeps", 0.3,
+        "--out", tmp_path / "out", "--no-progress",
     )  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "out" / "evaluate.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == ["full", "none", "random", "selector"]

@@ -51,10 +51,13 @@ def train(
     encoder: Annotated[str, _option("Vision tower, or LLaVA that holds one: folder or hub id.", _DATA)],
     out: Annotated[str, _option("Folder for checkpoint, history, selector, reconstructor.", _DATA)],
     column: Annotated[str, _option("Dataset column that holds the picture.", _DATA)] = "image",
-    streaming: Annotated[bool, _option("Read a hub dataset row by row, without fetching it first.", _DATA)] = False,
+    streaming: Annotated[
+        bool, _option("Read a hub dataset row by row, without fetching it first.", _DATA)
+    ] = False,
     limit: Annotated[int | None, _option("Only the first so many pictures.", _DATA)] = None,
     tiles: Annotated[
-        Literal["whole", "anyres"], _option("Each picture squashed to one tile, or cut as the LLaVA cuts it.", _DATA)
+        Literal["whole", "anyres"],
+        _option("Each picture squashed to one tile, or cut as the LLaVA cuts it.", _DATA),
     ] = "whole",
     cache: Annotated[str, _option("Folder for features, to encode each picture only once.", _DATA)] = "",
     layers: Annotated[int, _option("Transformer layers of selector and reconstructor.", _MODEL)] = 3,
@@ -66,7 +69,9 @@ def train(
     steps: Annotated[int, _option("Optimiser steps.", _STEPS)] = 10_000,
     batch_size: Annotated[int, _option("Tiles a step, of all processes together.", _STEPS)] = 64,
     lr: Annotated[float, _option("Peak learning rate.", _STEPS)] = 3e-4,
-    warmup: Annotated[float, _option("Share of the steps over which the learning rate rises.", _STEPS)] = 0.05,
+    warmup: Annotated[
+        float, _option("Share of the steps over which the learning rate rises.", _STEPS)
+    ] = 0.05,
     weight_decay: Annotated[float, _option("Weight decay of AdamW.", _STEPS)] = 0.01,
     max_grad_norm: Annotated[float, _option("Longest gradient that is not clipped.", _STEPS)] = 1.0,
     statistics_tiles: Annotated[int, _option("Tiles from which mean and spread are measured.", _STEPS)] = 512,
@@ -74,14 +79,16 @@ def train(
     save_every: Annotated[int, _option("Steps between checkpoints.", _RUN)] = 500,
     log_every: Annotated[int, _option("Steps between lines of history.jsonl.", _RUN)] = 10,
     workers: Annotated[int, _option("Threads that decode pictures.", _RUN)] = 2,
-    precision: Annotated[Literal["auto", "fp32", "bf16"], _option("auto: bf16 where the GPU has it.", _RUN)] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], _option("auto: bf16 where the GPU has it.", _RUN)
+    ] = "auto",
     device: Annotated[Literal["auto", "cpu"], _option("auto: a GPU if there is one.", _RUN)] = "auto",
     progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
 ) -> None:
     """Train a selector and its reconstructor on the features of a frozen encoder (Secs. 3-4 of the paper).
 
-    Run it again with the same options to go on after an interruption. `accelerate launch -m tokensel train ...`
-    uses several processes.
+    Run it again with the same options to go on after an interruption. Several processes:
+    `accelerate launch -m tokensel train ...`
     """
     values = locals()
     from tokensel.train_config import TrainConfig
@@ -103,11 +110,17 @@ def evaluate(
         Literal["auto", "float32", "bfloat16", "float16"],
         _option("auto: float32 on a CPU, the checkpoint's own on a GPU.", _MODEL),
     ] = "auto",
-    suite: Annotated[str, _option("Module with a table BENCHMARKS, by its dotted name.", _DATA)] = "tokensel.mini.suite",
-    benchmarks: Annotated[str, _option("Benchmarks of the suite, comma-separated; all by default.", _DATA)] = "",
+    suite: Annotated[
+        str, _option("Module with a table BENCHMARKS, by its dotted name.", _DATA)
+    ] = "tokensel.mini.suite",
+    benchmarks: Annotated[
+        str, _option("Benchmarks of the suite, comma-separated; all by default.", _DATA)
+    ] = "",
     split: Annotated[str, _option("Split of every benchmark.", _DATA)] = "test",
     n: Annotated[int, _option("Questions a benchmark, from the front of the split.", _DATA)] = 400,
-    whole: Annotated[bool, _option("Every question of the split, whatever --n says.", _DATA, "--all")] = False,
+    whole: Annotated[
+        bool, _option("Every question of the split, whatever --n says.", _DATA, "--all")
+    ] = False,
     methods: Annotated[
         str,
         _option(
@@ -118,15 +131,19 @@ def evaluate(
         str, _option("Fractions of the visual tokens to keep, comma-separated.", _RUN)
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
     seed: Annotated[int, _option("Seed of random selection and of the bootstrap.", _RUN)] = 0,
-    seeds: Annotated[str, _option("Several seeds of random selection, comma-separated, a row each.", _RUN)] = "",
+    seeds: Annotated[
+        str, _option("Several seeds of random selection, comma-separated, a row each.", _RUN)
+    ] = "",
     batch_size: Annotated[int, _option("Questions at a time; changes speed only.", _RUN)] = 32,
     progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
     budget: Annotated[Literal["image", "tile"], _option("What the kept fraction is of.", _SEAM)] = "image",
     thumbnail: Annotated[
-        Literal["compete", "keep", "drop"], _option("Its tokens compete, are kept first, or are dropped.", _SEAM)
+        Literal["compete", "keep", "drop"],
+        _option("Its tokens compete, are kept first, or are dropped.", _SEAM),
     ] = "compete",
     newline: Annotated[
-        Literal["keep", "drop", "row"], _option("Newline tokens: all, none, or with a token of their row.", _SEAM)
+        Literal["keep", "drop", "row"],
+        _option("Newline tokens: all, none, or with a token of their row.", _SEAM),
     ] = "keep",
     positions: Annotated[
         Literal["compact", "original"], _option("Number kept tokens anew, or leave their places.", _SEAM)

@@ -20,7 +20,8 @@ class EvalConfig:
         model: folder or hub id of the vision-language model.
         suite: dotted name of a module with a table ``BENCHMARKS``.
         benchmarks: names from the suite; empty means all.
-        methods: names from :data:`tokensel.methods.METHODS`. ``full`` and ``none`` are run once, the others per keep.
+        methods: names from :data:`tokensel.methods.METHODS`. ``full`` and ``none`` are run once, the others
+            per keep.
         keeps: fractions of the visual tokens to keep, each in (0, 1].
         n: questions a benchmark, from the front of the split; ``None`` means all.
         split: split of every benchmark.
@@ -84,7 +85,9 @@ class EvalConfig:
         names = [field.name for field in fields(cls)]
         if unknown := [key for key in values if key not in names]:
             raise TokenselError(f"option {unknown[0]}: unknown; choose from {', '.join(names)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, from which :meth:`from_dict` builds the same configuration."""
@@ -92,7 +95,12 @@ class EvalConfig:
 
     def choices(self) -> dict[str, str]:
         """The choices of the seam."""
-        return {"budget": self.budget, "thumbnail": self.thumbnail, "newline": self.newline, "positions": self.positions}
+        return {
+            "budget": self.budget,
+            "thumbnail": self.thumbnail,
+            "newline": self.newline,
+            "positions": self.positions,
+        }
 
     def suite_benchmarks(self) -> dict[str, Benchmark]:
         """The benchmarks asked for; raises ``TokenselError`` for an unknown suite or name."""

@@ -26,7 +26,11 @@ _END = 2**20
 def code_digest() -> str:
     """Stands for the code that makes answers; comments, docstrings and layout do not count."""
     root = Path(tokensel.__file__).parent
-    files = [path for name in CODE for path in ((root / name).rglob("*.py") if (root / name).is_dir() else [root / name])]
+    files = [
+        path
+        for name in CODE
+        for path in ((root / name).rglob("*.py") if (root / name).is_dir() else [root / name])
+    ]
     return digest([[path.relative_to(root).as_posix(), _meaning(path.read_text())] for path in sorted(files)])
 
 
@@ -34,7 +38,12 @@ def _meaning(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body[0].value.value = ""  # a docstring
     return ast.dump(tree)
 
@@ -44,7 +53,11 @@ def checkpoint_digest(name: str, commit: str | None = None) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return digest([name, commit])
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja"))
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja")
+    )
     return digest([[path.relative_to(folder).as_posix(), _content(path)] for path in files])
 
 
@@ -64,9 +77,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or f"{device.type} ({_processor()}, {torch.get_num_threads()} threads)",
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {"tokensel": tokensel.__version__} | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"tokensel": tokensel.__version__}
+        | {name: importlib.metadata.version(name) for name in packages},
     }
 
 

@@ -1,10 +1,11 @@
 """How an answer is scored: one function a metric, each from 0 (wrong) to 1 (right).
 
-Every metric has one signature, ``metric(prediction, answers, options=())``: the model's text, the answers that
-count as right, and the options of a multiple-choice question. The first five follow lmms-eval, so that numbers can be
-laid beside published ones; the last two score long answers.
+Every metric has one signature, ``metric(prediction, answers, options=())``: the model's text, the answers
+that count as right, and the options of a multiple-choice question. The first five follow lmms-eval, so that
+numbers can be laid beside published ones; the last two score long answers.
 """
 
+import math
 import re
 import string
 from collections import Counter
@@ -15,11 +16,13 @@ from rapidfuzz.distance import Levenshtein
 Metric = Callable[..., float]
 
 
-def anls(prediction: str, answers: Sequence[str], options: Sequence[str] = (), threshold: float = 0.5) -> float:
+def anls(
+    prediction: str, answers: Sequence[str], options: Sequence[str] = (), threshold: float = 0.5
+) -> float:
     """Average normalised Levenshtein similarity of one question (DocVQA, InfographicVQA).
 
-    Case and runs of white space do not count. A similarity below ``threshold`` counts as 0: such an answer was
-    not misread but another answer. As in lmms-eval the distance is divided by the longer *raw* length.
+    Case and runs of white space do not count. A similarity below ``threshold`` counts as 0: such an answer
+    was not misread but another answer. As in lmms-eval the distance is divided by the longer *raw* length.
     """
     return _floor(max((_anls_one(prediction, answer) for answer in answers), default=0.0), threshold)
 
@@ -50,16 +53,18 @@ def _relaxed_one(prediction: str, answer: str, tolerance: float = 0.05) -> bool:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None  # "nan" and "infinity" are words here
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
     """VQA accuracy (TextVQA): how many of ten people gave this answer, three being enough.
 
-    Both sides pass :func:`normalize_vqa`. Each person is left out in turn, and ``min(1, matches among the others / 3)``
-    is averaged. With fewer than four answers no three others exist: there any equal answer scores 1.
+    Both sides pass :func:`normalize_vqa`. Each person is left out in turn, and ``min(1, matches among the
+    others / 3)`` is averaged. With fewer than four answers no three others exist: there any equal answer
+    scores 1.
     """
     given = normalize_vqa(prediction)
     equal = [normalize_vqa(answer) == given for answer in answers]
@@ -69,21 +74,23 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], options: Sequence[str]
     return sum(min(1.0, (matches - mine) / 3) for mine in equal) / len(equal)
 
 
-# Written with their apostrophe; the answer "dont" is read as "don't". The list is the one of the VQA evaluation,
-# which knows no "im" or "wed": these would be words of their own.
+# Written with their apostrophe; the answer "dont" is read as "don't". The list is the one of the VQA
+# evaluation, which knows no "im" or "wed": these would be words of their own.
 _CONTRACTIONS = """
-    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't
-    it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
-    somebody'll somebody's someone'd someone'll someone's something'd
-    something'll that's there'd there're there's they'd they'll they're
-    they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd
-    who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
+    how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't
+    should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's
+    there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've
+    wouldn't y'all you'd you'll you're you've
 """.split()
 _DOUBLE_CONTRACTIONS = """
-    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
-    there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at
+    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+    something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at
 """.split()
-_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_NUMBERS = {
+    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
 _NUMBERS["none"] = "0"
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -103,8 +110,9 @@ _SPELLINGS = _spellings()
 def normalize_vqa(text: str) -> str:
     """The answer normalisation of the VQA evaluation server (EvalAI), as lmms-eval applies it.
 
-    Lower case; punctuation out (where it stands next to a space it vanishes, inside a word it becomes a space);
-    full stops out unless a digit follows; number words to digits; articles out; apostrophes back in contractions.
+    Lower case; punctuation out (where it stands next to a space it vanishes, inside a word it becomes a
+    space); full stops out unless a digit follows; number words to digits; articles out; apostrophes back in
+    contractions.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -132,7 +140,8 @@ def _bare(text: str) -> str:
 def option_letter(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
     """1 where the option that the prediction names is an answer (AI2D, ScienceQA, MMStar, MMBench).
 
-    An answer may be a letter or the text of an option. No option recognised scores 0; nothing is drawn by chance.
+    An answer may be a letter or the text of an option. No option recognised scores 0; nothing is drawn by
+    chance.
     """
     given = parse_option(prediction, options)
     return float(given is not None and any(parse_option(answer, options) == given for answer in answers))
@@ -145,8 +154,9 @@ _LETTER_NAMED = re.compile(r"\b(?i:answer|option)\s*(?:is|:)?\s*:?\s*\(?([A-Z])\
 def parse_option(text: str, options: Sequence[str] = ()) -> str | None:
     """The letter of the option that ``text`` names, or ``None``.
 
-    Understood, in this order: the option's whole text; a letter in front (``B``, ``(B)``, ``B. sun``); a named letter
-    (``the answer is B``). With ``options`` given, a letter beyond the last option is none; ``a`` alone counts too.
+    Understood, in this order: the option's whole text; a letter in front (``B``, ``(B)``, ``B. sun``); a
+    named letter (``the answer is B``). With ``options`` given, a letter beyond the last option is none; ``a``
+    alone counts too.
     """
     text = text.strip()
     letters = string.ascii_uppercase[: len(options)] if options else string.ascii_uppercase

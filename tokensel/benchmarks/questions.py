@@ -46,7 +46,9 @@ class Questions:
             return self.pictures[i]["image"].convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # Pillow has all three for damaged files
             where = f"{self.benchmark.name}, question {self.ids[i]}"
-            raise TokenselError(f"{where}: its image cannot be read ({error}); restore it, or leave it out of the split") from None
+            raise TokenselError(
+                f"{where}: its image cannot be read ({error}); restore it, or leave it out of the split"
+            ) from None
 
     def score(self, i: int, prediction: str) -> float:
         """The benchmark's metric on ``prediction``."""
@@ -81,7 +83,9 @@ def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions
     ids = [str(row["question_id"]) for row in rows]
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
-        raise TokenselError(f"benchmark {benchmark.name}: question id {twice!r} occurs twice; ids must be unique")
+        raise TokenselError(
+            f"benchmark {benchmark.name}: question id {twice!r} occurs twice; ids must be unique"
+        )
     return Questions(
         benchmark=benchmark,
         ids=ids,
@@ -99,4 +103,7 @@ def image_digest(image: Image.Image) -> str:
 
 def stable_keys(ids: Sequence[str]) -> list[int]:
     """A signed 64-bit number for each id, the same on every machine and in every batch."""
-    return [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True) for name in ids]
+    return [
+        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)
+        for name in ids
+    ]

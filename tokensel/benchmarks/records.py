@@ -37,7 +37,9 @@ def read_records(path: str | Path) -> dict[str, Record]:
             record = json.loads(line)
             records.setdefault(record["question_id"], record)
         except (ValueError, KeyError, TypeError):
-            raise TokenselError(f"{path}, line {number}: not a record; delete the file to compute it again") from None
+            raise TokenselError(
+                f"{path}, line {number}: not a record; delete the file to compute it again"
+            ) from None
     return records
 
 
@@ -78,7 +80,9 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TokenselError(f"{folder}: another evaluation is writing here; wait, or give another --out") from None
+            raise TokenselError(
+                f"{folder}: another evaluation is writing here; wait, or give another --out"
+            ) from None
         yield
 
 

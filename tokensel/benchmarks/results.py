@@ -1,4 +1,4 @@
-"""From records to the long table: one row a condition, one row a paired difference, each with its interval."""
+"""From scores to tables: a row for each condition, a row for each paired difference, with intervals."""
 
 import csv
 import io
@@ -61,10 +61,10 @@ def score_rows(model: str, benchmark: Benchmark, scores: Scores, *, seed: int = 
 def difference_rows(
     model: str, benchmark: Benchmark, scores: Scores, pairs: Iterable[tuple[str, str]], *, seed: int = 0
 ) -> list[Row]:
-    """Paired differences ``method - against``, question by question, for each keep at which ``method`` was run.
+    """Paired differences ``method - against``, question by question, at each keep of ``method``.
 
-    Several seeds of a method are averaged within each question first, so that the interval speaks of questions.
-    A method with one row only (``full``, ``none``) is compared at every keep of the other.
+    Several seeds of a method are averaged within each question first, so that the interval speaks of
+    questions. A method with one row only (``full``, ``none``) is compared at every keep of the other.
     """
     names, columns = [], []
     for method, against in pairs:
@@ -114,7 +114,9 @@ def parse_pairs(pairs: Iterable[str]) -> list[tuple[str, str]]:
     parsed = [tuple(pair.split(":")) for pair in pairs]
     for pair, parts in zip(pairs, parsed):
         if len(parts) != 2 or not all(parts):
-            raise TokenselError(f"compare is {pair!r}: give two methods with a colon between, such as selector:random")
+            raise TokenselError(
+                f"compare is {pair!r}: give two methods with a colon between, such as selector:random"
+            )
     return parsed
 
 
@@ -124,5 +126,7 @@ def write_table(path: str | Path, rows: Iterable[Row], columns: Sequence[str] = 
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+        writer.writerow(
+            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        )
     return write_text(path, text.getvalue())

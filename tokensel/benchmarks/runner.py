@@ -1,17 +1,17 @@
-"""Ask every question in every way, keep each answer at once, and merge them into tables when all are there."""
+"""Ask every question in every way, keep each answer at once, merge them into tables in the end."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from tokensel.benchmarks.asker import Asker
 from tokensel.benchmarks.config import EvalConfig
-from tokensel.benchmarks.identity import checkpoint_digest, code_digest, command_line, environment
+from tokensel.benchmarks.identity import command_line, environment
 from tokensel.benchmarks.progress import progress_bar
 from tokensel.benchmarks.questions import Questions, image_digest, load_questions, stable_keys
 from tokensel.benchmarks.records import Record, append_records, digest, read_records, sole_writer
@@ -27,9 +27,6 @@ from tokensel.benchmarks.results import (
 from tokensel.errors import TokenselError
 from tokensel.io import write_json
 from tokensel.methods import METHODS, Batch, prepare
-from tokensel.scorers import Scorer, make_scorer
-from tokensel.selector import TokenSelector
-from tokensel.vlm import Vlm, load_vlm
 
 _WINDOW = 8  # batches of which the questions are sorted by length; bounds how many pictures are in memory
 _SPOT_CHECKS = 16  # pictures of recorded questions that are compared before the records are continued
@@ -60,77 +57,12 @@ class _Shelf:
     records: dict[str, Record]
 
 
-class _Asker:
-    """The loaded model with its scorers, and what identifies the records it makes."""
-
-    def __init__(self, config: EvalConfig):
-        self.config = config
-        self.vlm: Vlm = load_vlm(
-            config.model,
-            None if config.device == "auto" else config.device,
-            None if config.dtype == "auto" else config.dtype,
-        )
-        self.scorers: dict[tuple[str, int], Scorer] = {}
-
-    @cached_property
-    def selector(self) -> TokenSelector:
-        """The trained selector, loaded once for every keep and seed."""
-        return TokenSelector.from_pretrained(self.config.selector)
-
-    @property
-    def name(self) -> str:
-        """The model in the table: a hub id, or the last part of a folder."""
-        path = Path(self.vlm.name)
-        return path.resolve().name if path.is_dir() else self.vlm.name
-
-    def scorer(self, condition: Condition) -> Scorer | None:
-        """The scorer of a condition, the same object for every keep so that scores are computed once a batch."""
-        name = METHODS[condition.method].scorer
-        if name is None:
-            return None
-        key = (name, condition.seed)
-        if key not in self.scorers:
-            self.scorers[key] = make_scorer(name, seed=condition.seed, selector=self.selector if name == "selector" else None)
-        return self.scorers[key]
-
-    def check_fit(self) -> None:
-        """Raise ``TokenselError`` now, not after the first benchmark, where the selector does not fit the model."""
-        if "selector" not in self.config.methods:
-            return
-        vision, layers = self.vlm.model.config.vision_config, self.vlm.model.config.vision_feature_layer
-        width = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
-        if self.selector.config.width != width:
-            raise TokenselError(
-                f"{self.config.selector}: this selector was trained for features of width {self.selector.config.width}, "
-                f"the vision tower of {self.config.model} has {width}; give the selector that belongs to it"
-            )
-
-    @cached_property
-    def model_digest(self) -> str:
-        """Stands for the model's files."""
-        return checkpoint_digest(self.config.model, getattr(self.vlm.model.config, "_commit_hash", None))
-
-    @cached_property
-    def selector_digest(self) -> str:
-        """Stands for the selector's files."""
-        return checkpoint_digest(self.config.selector, getattr(self.selector.config, "_commit_hash", None))
-
-    def identity(self, method: str) -> dict[str, str]:
-        """All that an answer under ``method`` depends on, besides question, keep and seed."""
-        found = {"model": self.model_digest, "dtype": str(self.vlm.model.dtype), "code": code_digest()}
-        if METHODS[method].uses_keep:
-            found |= self.config.choices()
-        if METHODS[method].scorer == "selector":
-            found["selector"] = self.selector_digest
-        return found
-
-
 def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     """Run an evaluation to its end, from wherever an earlier run was stopped.
 
-    Every answer is one JSON line below ``<out>/records``, on the disk before the next batch is asked. A later run with
-    the same model, selector, choices and code takes what is there and asks the rest; with others it keeps records of
-    its own. Scores depend on neither batch size nor order nor the number of interruptions.
+    Every answer is one JSON line below ``<out>/records``, on the disk before the next batch is asked. A later
+    run with the same model, selector, choices and code takes what is there and asks the rest; with others it
+    keeps records of its own. Scores depend on neither batch size nor order nor the number of interruptions.
 
     Args:
         config: what to run.
@@ -144,14 +76,16 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     """
     started = time.perf_counter()
     benchmarks = config.suite_benchmarks()
-    asker = _Asker(config)
+    asker = Asker(config)
     asker.check_fit()
     questions = [load_questions(benchmark, config.split, config.n) for benchmark in benchmarks.values()]
     folder = Path(config.out)
     with sole_writer(folder / "records"):
         shelves = [_open_shelves(asker, each, folder / "records") for each in questions]
         total = sum(len(each) * len(mine) for each, mine in zip(questions, shelves))
-        missing = sum(len(_missing(each, shelf)) for each, mine in zip(questions, shelves) for shelf in mine.values())
+        missing = sum(
+            len(_missing(each, shelf)) for each, mine in zip(questions, shelves) for shelf in mine.values()
+        )
         with progress_bar(total, done=total - missing, unit="answers", shown=progress) as bar:
             for each, mine in zip(questions, shelves):
                 _ask(asker, each, mine, bar)
@@ -159,12 +93,15 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     pairs = parse_pairs(config.compare)
     tables = list(zip(benchmarks.values(), scores))
     rows = [row for each in tables for row in score_rows(asker.name, *each, seed=config.seed)]
-    differences = [row for each in tables for row in difference_rows(asker.name, *each, pairs, seed=config.seed)]
+    differences = [
+        row for each in tables for row in difference_rows(asker.name, *each, pairs, seed=config.seed)
+    ]
     table = write_table(folder / f"{config.name}.csv", rows)
     found = [record for mine in shelves for shelf in mine.values() for record in shelf.records.values()]
     provenance = {
         "model": {"name": config.model, "digest": asker.model_digest, "dtype": str(asker.vlm.model.dtype)},
-        "data": {each.benchmark.name: len(each) for each in questions} | {"suite": config.suite, "split": config.split},
+        "data": {each.benchmark.name: len(each) for each in questions}
+        | {"suite": config.suite, "split": config.split},
         **environment(asker.vlm.model.device),
         "seed": config.seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -183,13 +120,14 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     )
 
 
-def _open_shelves(asker: _Asker, questions: Questions, folder: Path) -> dict[Condition, _Shelf]:
+def _open_shelves(asker: Asker, questions: Questions, folder: Path) -> dict[Condition, _Shelf]:
     """The records there are for each condition, made sure to belong to these questions."""
     benchmark, shelves = questions.benchmark, {}
     for condition in asker.config.conditions():
         task = {"metric": benchmark.metric, "max_new_tokens": benchmark.max_new_tokens}
-        path = folder / benchmark.name / condition.method
-        path = path / f"keep-{condition.keep:g}_seed-{condition.seed}_{digest(asker.identity(condition.method) | task)}.jsonl"
+        made = digest(asker.identity(condition.method) | task)
+        file = f"keep-{condition.keep:g}_seed-{condition.seed}_{made}.jsonl"
+        path = folder / benchmark.name / condition.method / file
         shelves[condition] = _Shelf(path, read_records(path))
     recorded = {}
     for i, name in enumerate(questions.ids):
@@ -206,14 +144,16 @@ def _missing(questions: Questions, shelf: _Shelf) -> list[int]:
     return [i for i, name in enumerate(questions.ids) if name not in shelf.records]
 
 
-def _ask(asker: _Asker, questions: Questions, shelves: dict[Condition, _Shelf], bar: tqdm) -> None:
+def _ask(asker: Asker, questions: Questions, shelves: dict[Condition, _Shelf], bar: tqdm) -> None:
     """Fill the shelves: one batch at a time, all its conditions on one run of the vision tower."""
     missing = {condition: set(_missing(questions, shelf)) for condition, shelf in shelves.items()}
     wanted = set().union(*missing.values())
     for indices, batch, digests in _batches(asker, questions, wanted):
         for condition, shelf in shelves.items():
             if not missing[condition].isdisjoint(indices):
-                bar.set_description(f"{questions.benchmark.name}, {condition.method} {condition.keep:g}", refresh=False)
+                bar.set_description(
+                    f"{questions.benchmark.name}, {condition.method} {condition.keep:g}", refresh=False
+                )
                 records = _answer(asker, questions, condition, indices, batch, digests)
                 # after a kill in the middle of a write a batch may be there in part: what is there stays
                 new = [record for i, record in zip(indices, records) if i in missing[condition]]
@@ -222,11 +162,13 @@ def _ask(asker: _Asker, questions: Questions, shelves: dict[Condition, _Shelf], 
                 bar.update(len(new))
 
 
-def _batches(asker: _Asker, questions: Questions, wanted: set[int]) -> Iterator[tuple[list[int], Batch, list[str]]]:
+def _batches(
+    asker: Asker, questions: Questions, wanted: set[int]
+) -> Iterator[tuple[list[int], Batch, list[str]]]:
     """Batches of questions of similar length, those left out of which nothing is wanted.
 
-    Batches are cut from all questions, not from the wanted ones, so that a continued run asks in the very batches
-    of an uninterrupted one.
+    Batches are cut from all questions, not from the wanted ones, so that a continued run asks in the very
+    batches of an uninterrupted one.
     """
     size = asker.config.batch_size
     for start in range(0, len(questions), size * _WINDOW):
@@ -247,7 +189,12 @@ def _batches(asker: _Asker, questions: Questions, wanted: set[int]) -> Iterator[
 
 @torch.inference_mode()
 def _answer(
-    asker: _Asker, questions: Questions, condition: Condition, indices: list[int], batch: Batch, digests: list[str]
+    asker: Asker,
+    questions: Questions,
+    condition: Condition,
+    indices: list[int],
+    batch: Batch,
+    digests: list[str],
 ) -> list[Record]:
     """One record for each question of the batch under one condition."""
     config, benchmark, started = asker.config, questions.benchmark, time.perf_counter()

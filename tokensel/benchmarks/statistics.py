@@ -17,8 +17,9 @@ def bootstrap(
 ) -> tuple[Float[np.ndarray, "columns"], Float[np.ndarray, "columns"], Float[np.ndarray, "columns"]]:
     """Mean and percentile interval of each column of ``scores``.
 
-    Questions are drawn with replacement, the same draw for every column: columns stay paired, so the interval of a
-    column of differences is that of a paired comparison (Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993).
+    Questions are drawn with replacement, the same draw for every column: columns stay paired, so the interval
+    of a column of differences is that of a paired comparison (Efron & Tibshirani, *An Introduction to the
+    Bootstrap*, 1993).
 
     Args:
         scores: one column a condition or a difference of two.

@@ -18,12 +18,13 @@ class Benchmark:
 
     Attributes:
         name: the name under which results are kept.
-        group: ``reading`` and ``general`` are the two groups of the paper (Figs. 4 and 5); ``long`` has long answers.
+        group: ``reading`` and ``general`` are the two groups of the paper (Figs. 4 and 5); ``long`` has long
+            answers.
         metric: a key of :data:`tokensel.benchmarks.metrics.METRICS`.
         max_new_tokens: where generation stops at the latest.
-        load: ``load(split, n)`` gives the first ``n`` questions of a split (``None``: all) as a ``datasets.Dataset``
-            with the columns ``image``, ``question``, ``answers`` (list of text), ``question_id`` (text, unique) and,
-            for multiple choice, ``options`` (list of text).
+        load: ``load(split, n)`` gives the first ``n`` questions of a split (``None``: all) as a
+            ``datasets.Dataset`` with the columns ``image``, ``question``, ``answers`` (list of text),
+            ``question_id`` (text, unique) and, for multiple choice, ``options`` (list of text).
         prompt: ``prompt(row)`` gives the text put to the model, without chat template or image placeholder.
     """
 
@@ -36,11 +37,17 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
-            raise TokenselError(f"benchmark {self.name}: group is {self.group!r}: choose from {', '.join(GROUPS)}")
+            raise TokenselError(
+                f"benchmark {self.name}: group is {self.group!r}: choose from {', '.join(GROUPS)}"
+            )
         if self.metric not in METRICS:
-            raise TokenselError(f"benchmark {self.name}: metric is {self.metric!r}: choose from {', '.join(METRICS)}")
+            raise TokenselError(
+                f"benchmark {self.name}: metric is {self.metric!r}: choose from {', '.join(METRICS)}"
+            )
         if self.max_new_tokens < 1:
-            raise TokenselError(f"benchmark {self.name}: max_new_tokens is {self.max_new_tokens}: give at least 1")
+            raise TokenselError(
+                f"benchmark {self.name}: max_new_tokens is {self.max_new_tokens}: give at least 1"
+            )
 
 
 def load_suite(suite: str, names: Iterable[str] = ()) -> dict[str, Benchmark]:
@@ -56,7 +63,9 @@ def load_suite(suite: str, names: Iterable[str] = ()) -> dict[str, Benchmark]:
     try:
         table = importlib.import_module(suite).BENCHMARKS
     except ModuleNotFoundError as error:
-        raise TokenselError(f"suite {suite}: no module named {error.name}; give the dotted name of a module") from None
+        raise TokenselError(
+            f"suite {suite}: no module named {error.name}; give the dotted name of a module"
+        ) from None
     except AttributeError:
         raise TokenselError(f"suite {suite}: the module has no table BENCHMARKS") from None
     names = tuple(names)
