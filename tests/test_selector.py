@@ -260,8 +260,8 @@ def test_what_cannot_be_loaded_says_why_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
     selector().save_pretrained(tmp_path / "whole")
-    refused(tmp_path / "none", "give a hub id or a local folder")
-    refused("nobody/nothing-of-this-name", "give a hub id or a local folder")
+    refused(tmp_path / "none", "give a local folder or a hub id")
+    refused("nobody/nothing-of-this-name", "nobody/nothing-of-this-name: .*give a local folder or a hub id")
     reconstructor().save_pretrained(tmp_path / "other")
     refused(tmp_path / "other", "tokensel-reconstructor, not tokensel-selector")
     weights = tmp_path / "whole" / "model.safetensors"

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from tokensel.errors import TokenselError
 from tokensel.features import Features
-from tokensel.hub import quiet
+from tokensel.hub import hub_options, quiet
 from tokensel.tower import run_tower
 
 Tiles = Literal["whole", "anyres"]
@@ -104,10 +104,11 @@ class VisionEncoder:
             TokenselError: nothing there (or the hub out of reach), no vision tower in it, damaged weights.
         """
         name = str(name)
+        options = hub_options(name)
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, **options)
             if hasattr(config, "vision_feature_layer"):
-                tower = _tower_of_llava(name, config, dtype)
+                tower = _tower_of_llava(name, config, dtype, options)
                 feature_layer = config.vision_feature_layer if feature_layer is None else feature_layer
                 drop_cls = (
                     config.vision_feature_select_strategy == "default" if drop_cls is None else drop_cls
@@ -119,8 +120,9 @@ class VisionEncoder:
                         f"{name}: a {vision.model_type} has no CLIP or SigLIP vision tower; give one that has"
                     )
                 with quiet():
-                    tower = TOWERS[vision.model_type][0].from_pretrained(name, config=vision, dtype=dtype)
-            processor = _processor(name)
+                    kind = TOWERS[vision.model_type][0]
+                    tower = kind.from_pretrained(name, config=vision, dtype=dtype, **options)
+            processor = _processor(name, options)
         except TokenselError:
             raise
         except (SafetensorError, EOFError) as error:
@@ -130,7 +132,7 @@ class VisionEncoder:
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise TokenselError(
-                f"{name}: no such model here, nor to be had from the hub ({reason}); give a local folder"
+                f"{name}: no vision tower can be loaded ({reason}); give a local folder of one"
             ) from None
         return cls(tower.to(device), processor, feature_layer, drop_cls, name)
 
@@ -239,20 +241,24 @@ class VisionEncoder:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _processor(name: str) -> object | None:
+def _file(name: str, file: str, options: dict[str, bool]) -> str | None:
+    """The path of one file of a model, fetched if need be; ``None`` if the model has no such file."""
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+
+
+def _processor(name: str, options: dict[str, bool]) -> object | None:
     """The image processor beside the model, or None: then the pixel statistics of its family serve."""
-    if cached_file(
-        name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
-    ) is None and (
-        cached_file(name, "processor_config.json", _raise_exceptions_for_missing_entries=False) is None
-    ):
+    files = ("preprocessor_config.json", "processor_config.json")
+    if not any(_file(name, file, options) for file in files):
         return None
-    return AutoImageProcessor.from_pretrained(name)
+    return AutoImageProcessor.from_pretrained(name, **options)
 
 
-def _tower_of_llava(name: str, config: object, dtype: torch.dtype) -> PreTrainedModel:
+def _tower_of_llava(
+    name: str, config: object, dtype: torch.dtype, options: dict[str, bool]
+) -> PreTrainedModel:
     """Build the vision tower as LLaVA does, from the shards that hold it (7B models have 15 GB of others)."""
-    index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    index = _file(name, "model.safetensors.index.json", options)
     if index is None:
         files = {"model.safetensors"}
     else:
@@ -265,7 +271,7 @@ def _tower_of_llava(name: str, config: object, dtype: torch.dtype) -> PreTrained
 
     weights = {}
     for file in sorted(files):
-        with safe_open(cached_file(name, file), framework="pt") as shard:
+        with safe_open(cached_file(name, file, **options), framework="pt") as shard:
             weights |= {plain(key): shard.get_tensor(key) for key in shard.keys() if "vision_tower." in key}
     wanted = {plain(key): key for key in tower.state_dict()}
     if missing := sorted(set(wanted) - set(weights)):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, no_type_check
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -28,6 +28,29 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def hub_options(name: str | os.PathLike) -> dict[str, bool]:
+    """Options for loading ``name``: none for a folder or a hub model, the cache alone where the hub is away.
+
+    One question to the hub decides. Left to itself, loading would try each file for half a minute.
+
+    Raises:
+        TokenselError: no folder, not in the cache, and not on the hub or the hub out of reach.
+    """
+    if Path(name).is_dir():
+        return {}
+    try:
+        HfApi().model_info(str(name), timeout=10)
+        return {}
+    except Exception as error:  # the client's connection errors have other classes in each of its versions
+        if not isinstance(error, ValueError):  # a name that no hub model can have is in no cache either
+            if isinstance(try_to_load_from_cache(str(name), "config.json"), str):
+                return {"local_files_only": True}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TokenselError(
+            f"{name}: no such folder, nor to be had from the hub ({reason}); give a local folder or a hub id"
+        ) from None
 
 
 @no_type_check  # transformers makes it a dataclass that takes any keyword; a checked signature would not
@@ -124,14 +147,17 @@ class CoreModel(PreTrainedModel):
         """
         wanted = cls.config_class.model_type
         report = kwargs.pop("output_loading_info", False)
+        options = hub_options(name)
         try:
-            found = cls.config_class.get_config_dict(name)[0].get("model_type")
+            found = cls.config_class.get_config_dict(name, **options)[0].get("model_type")
             if found != wanted:
                 raise TokenselError(
                     f"{name}: its config.json says {found}, not {wanted}; give a {cls.__name__}"
                 )
             with quiet():
-                model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+                model, info = super().from_pretrained(
+                    name, *args, output_loading_info=True, **(options | kwargs)
+                )
         except (SafetensorError, EOFError) as error:
             raise TokenselError(
                 f"{name}: its weights are cut short or damaged ({error}); fetch or save it again"

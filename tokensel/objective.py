@@ -52,8 +52,9 @@ def objective(
     The weight of L_pr is 1, as in the paper; what the paper does not say is the unit of the norm, and it
     decides everything. The norm is concave in the share of tokens kept, so the sum has its minima at the
     ends: in the encoder's own units (hundreds, for 576 x 1024 values) L_pr <= 1 is nothing beside it and all
-    tokens are kept; in units that make both terms comparable and without the hinge, the selector gives up
-    all tokens before the reconstructor has learned to use any, which is the collapse of Sec. 4.3.
+    tokens are kept; in units that make both terms comparable and without the hinge, dropping pays until the
+    reconstructor has learned to use what is kept. L_pr slides to 0, the collapse of Sec. 4.3, unless the
+    reconstructor learns in time.
 
     Args:
         reconstructed: F^rec.
