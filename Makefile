@@ -21,7 +21,7 @@ unit: env
 # Runs what is not up to date, then runs it again and compares every printed output.
 chapters: env
 	$(PY) -m tokensel book run
-	$(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg -p no:cacheprovider _build/chapters
+	$(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 1500 -o timeout=1500 _build/chapters
 
 env: $(READY)
 

@@ -4,15 +4,18 @@ import ast
 import hashlib
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
+import torch
 import yaml
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
@@ -94,7 +97,7 @@ def executed(root: Path, path: Path) -> Path:
 
 
 def stamp(root: Path, path: Path) -> dict[str, Any]:
-    """What the last whole run of a chapter left: digest, seconds, finished, parameters. Empty without one."""
+    """What the last whole run of a chapter left: digest, seconds, finished, parameters, machine. Empty without one."""
     try:
         return json.loads(executed(root, path).with_suffix(".json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -154,9 +157,18 @@ def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> f
             "seconds": round(seconds, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "parameters": parameters,
+            "device": device(),
+            "versions": {name: version(name) for name in ("torch", "transformers")},
         },
     )
     return seconds
+
+
+def device() -> str:
+    """The machine in words: accelerators if there are any, cores, system."""
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ", ".join([*cards, f"{cores} CPU cores", f"{platform.system()} {platform.machine()}"])
 
 
 def _first_line(text: str) -> str:

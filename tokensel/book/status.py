@@ -1,6 +1,5 @@
 """The status page: with what, on what and for how long the book was made."""
 
-import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,7 +19,7 @@ def page(root: Path) -> str:
     lines = [
         "# Status",
         "",
-        f"Built {datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {device()}.",
+        f"Built {datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {run.device()}.",
         "",
         "## Run time of the chapters",
         "",
@@ -39,15 +38,6 @@ def page(root: Path) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def device() -> str:
-    """The machine in words: accelerators if there are any, cores, system."""
-    import torch
-
-    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ", ".join([*cards, f"{cores} CPU cores", f"{platform.system()} {platform.machine()}"])
 
 
 def _row(root: Path, path: Path) -> str:
