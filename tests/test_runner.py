@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 import suite_tiny
 from tiny import WIDTH
 
+import tokensel
 from tokensel.benchmarks import runner
 from tokensel.benchmarks.config import EvalConfig
-from tokensel.benchmarks.identity import checkpoint_digest
+from tokensel.benchmarks.identity import CODE, _meaning, checkpoint_digest
 from tokensel.benchmarks.records import append_records, read_records, sole_writer
 from tokensel.benchmarks.runner import evaluate
 from tokensel.errors import TokenselError
@@ -321,3 +323,29 @@ def test_unknown_options_are_refused(config):
 def test_unknown_suites_and_benchmarks(config, change, line):
     with pytest.raises(TokenselError, match=line):
         evaluate(replace(config, **change), progress=False)
+
+
+def test_the_code_digest_covers_what_answering_imports():
+    """Every module of the package that the methods reach, but those that only load and report."""
+    root = Path(tokensel.__file__).parent
+    reached, waiting = set(), {"methods"}
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        path = root / Path(*name.split("."))
+        source = (
+            path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        ).read_text()
+        named = {
+            found.removeprefix("tokensel.") for found in re.findall(r"from (tokensel\.[\w.]+) import", source)
+        }
+        waiting |= named - reached
+    covered = {name.removesuffix(".py") for name in CODE}
+    assert {name.split(".")[0] for name in reached} - covered == {"errors", "hub", "io"}
+
+
+def test_comments_and_docstrings_do_not_change_the_code_digest():
+    source = 'def f(x):\n    """Old."""\n    return x + 1  # why\n'
+    assert _meaning(source) == _meaning('def f(x):\n    """New."""\n\n    return (x + 1)\n')
+    assert _meaning(source) != _meaning(source.replace("+ 1", "+ 2"))
+    assert _meaning(source) != _meaning(source.replace("return", "y ="))
