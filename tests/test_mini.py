@@ -1,5 +1,7 @@
 """The small world is what its docstrings say; its training batches are what the stock model sees."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,7 @@ def test_a_benchmark_row_has_the_columns_of_the_real_ones(task):
     for row in rows:
         assert row["answers"][0] and (not row["options"] or row["answers"][0] in "ABCD")
         assert "<unk>" not in build_tokenizer().convert_ids_to_tokens(
-            build_tokenizer()(row["question"] + row["answers"][0]).input_ids
+            build_tokenizer()(f"{row['question']} {row['answers'][0]}").input_ids
         )
 
 
@@ -69,7 +71,7 @@ def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_mode
 def test_packed_questions_see_what_they_would_see_alone(model):
     """Logits behind a page with many questions equal those of the stock forward with each question alone."""
     page = draw("charts", "train", 5, (64, 128))
-    run = recipes._Run("unused", recipes.Recipe(), model, recipes.Heads(128), 100, bf16=False)
+    run = recipes._Run(Path("unused"), recipes.Recipe(), model, recipes.Heads(128), 100, bf16=False)
     with torch.no_grad():
         hidden, packed, _ = run.forward([page], (64, 128), recipes.Stage("x", 1, 1, (), 3), np.random.default_rng(0))
         ours = model.lm_head(hidden)[0][packed.labels[0] >= 0]

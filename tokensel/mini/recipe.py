@@ -92,7 +92,7 @@ class Recipe:
 
     def scale(self, step: int, total: int, cooldown: int) -> float:
         """The learning rate's factor: up, flat, then down to zero."""
-        return min(1.0, (step + 1) / self.warmup, (total - step) / cooldown)
+        return min(1.0, (step + 1) / self.warmup, (total - step) / max(1, cooldown))
 
 
 class Heads(nn.Module):
@@ -203,25 +203,26 @@ class _Run:
         self._loop(self.recipe.steps, self.recipe.cooldown, self._answer)
 
     def _loop(self, total: int, cooldown: int, step_of) -> None:
-        log = (self.out / f"history.{self.phase}.jsonl").open("a", buffering=1)
-        bar = tqdm(range(self.done, total), initial=self.done, total=total, desc=self.phase, mininterval=10)
-        for step in bar:
-            began = time.perf_counter()
-            factor = self.recipe.scale(step, total, cooldown)
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = factor * optimizer.defaults["lr"]
-            loss, facts = step_of(step)
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for o in self.optimizers for g in o.param_groups for p in g["params"]], 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            facts |= {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - began, 3)}
-            log.write(json.dumps(facts) + "\n")
-            bar.set_postfix({k: v for k, v in facts.items() if k not in ("step", "seconds", "tasks")}, refresh=False)
-            if (step + 1) % self.save_every == 0 and step + 1 < total:
-                self.save(step + 1)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / f"history.{self.phase}.jsonl").open("a", buffering=1) as log:
+            bar = tqdm(range(self.done, total), initial=self.done, total=total, desc=self.phase, mininterval=10)
+            for step in bar:
+                began = time.perf_counter()
+                factor = self.recipe.scale(step, total, cooldown)
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = factor * optimizer.defaults["lr"]
+                loss, facts = step_of(step)
+                loss.backward()
+                nn.utils.clip_grad_norm_([p for o in self.optimizers for g in o.param_groups for p in g["params"]], 1.0)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                facts |= {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - began, 3)}
+                log.write(json.dumps(facts) + "\n")
+                bar.set_postfix({k: v for k, v in facts.items() if k not in ("step", "seconds", "tasks")}, refresh=False)
+                if (step + 1) % self.save_every == 0 and step + 1 < total:
+                    self.save(step + 1)
 
     def _pages(self, step: int, phase: int, count: int, size=None, balanced: bool = False) -> tuple[list[str], list]:
         rng = np.random.default_rng([self.recipe.seed, phase, step])
