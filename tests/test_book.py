@@ -74,7 +74,7 @@ def test_chapter_is_committed_as_it_should_be(path):
         assert part in prose, f"no {part}"
     assert any("assert " in cell.source for cell in code)
     for cell in code:
-        if "plt.show()" in cell.source:
+        if "plt.show()" in cell.source or "draw(" in cell.source:
             assert len(cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")) > 60, cell.source[:60]
 
 

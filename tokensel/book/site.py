@@ -30,6 +30,7 @@ def build(root: Path) -> Path:
     done = subprocess.run([*command, "-W", "-n", "--keep-going", "--quiet"], stdin=subprocess.DEVNULL, check=False)
     index = build_folder / "html" / "index.html"
     if done.returncode != 0 or not index.is_file():
+        shutil.rmtree(index.parent, ignore_errors=True)  # pages that look whole would be taken for it
         raise TokenselError("jupyter-book warned or failed (see above): no book was built")
     offline.check(index.parent)
     return index

@@ -47,15 +47,15 @@ def score_curves(
     columns = min(columns, len(benchmarks))
     rows = ceil(len(benchmarks) / columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * panel[0] + 1.1, rows * panel[1] + 0.2), sharex=True, squeeze=False
+        rows, columns, figsize=(columns * panel[0] + 1.1, rows * panel[1] + 0.2), sharex=True, sharey=True, squeeze=False
     )
+    axes[0, 0].set(xlim=(0.05, 0.95), xticks=(0.1, 0.3, 0.5, 0.7, 0.9), ylim=(0, 102))
     for ax, benchmark in zip(axes.flat, benchmarks):
         ends = {method: _draw(ax, _of(table, benchmark, method), method) for method in methods}
         if live is not None:
             for method in methods:
                 _draw_live(ax, _of(live, benchmark, method), method)
-        low, high = ax.get_ylim()
-        ax.set(title=benchmark, ylim=(max(0.0, low), min(102.0, high)), xlim=(0.05, 1.0))
+        ax.set_title(benchmark)
         last = ax in axes[:, -1] or benchmark == benchmarks[-1]
         if last:
             label_ends(ax, {style.label(m): (y, style.colour(m)) for m, y in ends.items() if y is not None})

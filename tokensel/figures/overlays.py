@@ -182,12 +182,27 @@ def join(tiles: Sequence[Image.Image], rows: int, columns: int) -> Image.Image:
     return page
 
 
-def heat(ax: Axes, image: Image.Image, values: Float[Tensor, "height width"], title: str = "") -> None:
-    """Ranks of ``values`` over a grey picture, each cell one token: the higher the value, the more orange."""
+def heat(
+    ax: Axes, image: Image.Image, values: Float[Tensor, "height width"], title: str = "", top: float | None = None
+) -> None:
+    """Values over a grey picture, each cell one token: the higher the value, the more orange.
+
+    Args:
+        ax: where to draw.
+        image: any size.
+        values: one a token.
+        title: over the picture.
+        top: the value that is all orange; without it ranks are shown, so that only the order counts.
+    """
     extent = (0, image.width, image.height, 0)
     ax.imshow(np.asarray(image.convert("L")), cmap="gray", extent=extent, vmin=0, vmax=255)
-    rank = values.flatten().argsort().argsort().view(values.shape).cpu().numpy() / max(1, values.numel() - 1)
-    colour = np.broadcast_to(to_rgb(style.ORANGE), (*rank.shape, 3))
-    ax.imshow(np.dstack([colour, 0.85 * rank**1.5]), extent=extent, interpolation="nearest")
+    if top is None:
+        rank = values.flatten().argsort().argsort().view(values.shape).float() / max(1, values.numel() - 1)
+        strength = rank**1.5
+    else:
+        strength = (values / top).clamp(0, 1)
+    strength = strength.cpu().numpy()
+    colour = np.broadcast_to(to_rgb(style.ORANGE), (*strength.shape, 3))
+    ax.imshow(np.dstack([colour, 0.85 * strength]), extent=extent, interpolation="nearest")
     _bare(ax, title)
 
