@@ -12,7 +12,7 @@ from tokensel.book import api, offline, run, status
 from tokensel.errors import TokenselError
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
-PAGES = ("_config.yml", "_toc.yml", "index.md", "references.md", "references.bib", "_vendor")
+PAGES = ("_config.yml", "_toc.yml", "index.md", "references.md", "references.bib", "_static", "_vendor")
 
 
 def build(root: Path) -> Path:
