@@ -1,6 +1,6 @@
 """The small world is what its docstrings say; its training batches are what the stock model sees."""
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +9,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tokensel.errors import TokenselError
 from tokensel.io import load_tensors
-from tokensel.mini import recipe as recipes
+from tokensel.mini import learn
 from tokensel.mini.batches import layout, pack, tiles
+from tokensel.mini.lessons import Heads, Lessons
 from tokensel.mini.model import build_model, build_processor, build_tokenizer
+from tokensel.mini.recipe import ONE_TILE, Recipe, Stage
 from tokensel.mini.suite import BENCHMARKS
 from tokensel.mini.world import DRAW, SIZES, draw
 
@@ -31,10 +33,10 @@ def test_a_page_is_a_function_of_task_split_and_index(task):
 
 
 @pytest.mark.parametrize("task", ["forms", "posters", "scene_text", "transcribe"])
-def test_no_answer_of_the_test_split_is_drawn_in_training(task):
+def test_no_longer_answer_of_the_test_split_is_drawn_in_training(task):
     def answers(split):
         pages = (draw(task, split, index) for index in range(150))
-        return {word for page in pages for qa in page.questions for word in qa.answers[0].split()}
+        return {word for page in pages for qa in page.questions for word in qa.answers[0].split() if len(word) > 3}
 
     assert answers("test").isdisjoint(answers("train"))
 
@@ -71,9 +73,9 @@ def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_mode
 def test_packed_questions_see_what_they_would_see_alone(model):
     """Logits behind a page with many questions equal those of the stock forward with each question alone."""
     page = draw("charts", "train", 5, (64, 128))
-    run = recipes._Run(Path("unused"), recipes.Recipe(), model, recipes.Heads(128), 100, bf16=False)
+    lessons = Lessons(model, Heads(128), Recipe(), bf16=False)
     with torch.no_grad():
-        hidden, packed, _ = run.forward([page], (64, 128), recipes.Stage("x", 1, 1, (), 3), np.random.default_rng(0))
+        hidden, packed, _ = lessons.forward([page], (64, 128), Stage("x", 1, 1, (), 3), np.random.default_rng(0))
         ours = model.lm_head(hidden)[0][packed.labels[0] >= 0]
         processor, rows = build_processor(), []
         for place in np.random.default_rng(0).permutation(len(page.questions))[:3]:
@@ -88,45 +90,59 @@ def test_packed_questions_see_what_they_would_see_alone(model):
 
 def test_questions_of_a_page_do_not_see_each_other():
     pages = [draw("attributes", "train", index, (64, 128)) for index in range(2)]
-    packed = pack(pages, 10, 3, np.random.default_rng(0))
+    packed = pack([page.questions for page in pages], 10, 3, np.random.default_rng(0))
     prefix = packed.head + 10
     for row in range(2):
         starts = (packed.positions[row, prefix:] == prefix).nonzero().flatten().tolist()
         assert len(starts) == 3
-        assert not packed.mask[row, 0, prefix + starts[1] :, prefix + starts[0] : prefix + starts[1]].any()
+        assert (packed.mask[row, 0, prefix + starts[1] :, prefix + starts[0] : prefix + starts[1]] < -1e30).all()
 
 
-TINY = recipes.Recipe(
-    encoder_steps=2,
-    encoder_pages=2,
-    print_steps=2,
-    stages=(recipes.Stage("tile", 2, 2, ((64, 64),)), recipes.Stage("page", 2, 2, SIZES)),
-    cooldown=2,
+TINY = Recipe(
+    workers=1,
+    tower_steps=2,
+    tower_pages=2,
+    stages=(Stage("tile", 2, 2, ONE_TILE, tower=False), Stage("page", 2, 10, SIZES)),
 )
 
 
-def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
-    whole = recipes.train(tmp_path / "whole", TINY, save_every=1, bf16=False)
-    calls = {"left": 5}  # stops in the middle of the third phase
+def train(out, recipe=TINY):
+    return learn.train(out, recipe, save_every=1, bf16=False, compiled=False)
 
-    def stop(self, step, real=recipes._Run._answer):
+
+def weights(folder):
+    return load_tensors(folder / "model.safetensors")[0]
+
+
+def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole")
+    calls = {"left": 5}  # stops in the middle of the second phase
+
+    def stop(self, step, real=Lessons.answer):
         calls["left"] -= 1
         if calls["left"] == 2:
             raise KeyboardInterrupt
         return real(self, step)
 
-    monkeypatch.setattr(recipes._Run, "_answer", stop)
+    monkeypatch.setattr(Lessons, "answer", stop)
     with pytest.raises(KeyboardInterrupt):
-        recipes.train(tmp_path / "cut", TINY, save_every=1, bf16=False)
+        train(tmp_path / "cut")
     monkeypatch.undo()
-    cut = recipes.train(tmp_path / "cut", TINY, save_every=1, bf16=False)
-    one, _ = load_tensors(whole / "model.safetensors")
-    two, _ = load_tensors(cut / "model.safetensors")
+    one, two = weights(whole), weights(train(tmp_path / "cut"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_two_workers_share_each_batch_and_end_at_the_same_weights_again(tmp_path):
+    alone = Lessons(build_model(), Heads(128), TINY, bf16=False)
+    shares = [Lessons(alone.model, alone.heads, TINY, False, worker, 2) for worker in range(2)]
+    whole, halves = alone._pages(0, 3, 5)[0], [share._pages(0, 3, 5)[0] for share in shares]
+    assert [whole[0::2], whole[1::2]] == halves
+    one, two = (weights(train(tmp_path / name, replace(TINY, workers=2))) for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_the_finished_folder_loads_as_any_llava_next(tmp_path):
-    folder = recipes.train(tmp_path, TINY, save_every=10, bf16=False)
+    folder = train(tmp_path)
     loaded, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     pages = [draw("forms", "test", index, size).image for index, size in enumerate(SIZES[:2])]
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is the NAME?"}]}]

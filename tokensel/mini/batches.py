@@ -5,14 +5,15 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tokensel.mini.canvas import CELLS, PATCH, QA, TILE, Page
-from tokensel.mini.general import LETTERS
+from tokensel.mini.general import BACKGROUNDS, LETTERS, choice
 from tokensel.mini.model import build_tokenizer
+from tokensel.mini.words import COLORS, SHAPES
 
 MEAN, STD = (np.array(stat, np.float32)[:, None, None] for stat in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
@@ -61,22 +62,24 @@ class Packed:
     labels: Int[Tensor, "pages text"]  # -100 where nothing is to be said
     weights: Float[Tensor, "pages text"]  # of each label, so that a question's sum to 1
     positions: Int[Tensor, "pages total"]
-    mask: Bool[Tensor, "pages 1 total total"]
+    mask: Float[Tensor, "pages 1 total total"]  # added to the attention's logits: 0 where a token may look
     head: int  # text tokens before the picture: <s> USER:
 
 
-def pack(pages: list[Page], visual: int, most: int, rng: np.random.Generator, free: float = 0.0) -> Packed:
-    """Choose at most ``most`` questions a page and pack them behind ``visual`` visual tokens.
+def pack(
+    pages: list[list[QA]], visual: int, most: int, rng: np.random.Generator, free: float = 0.0, drill: float = 0.0
+) -> Packed:
+    """Choose at most ``most`` of the questions of each page and pack them behind its ``visual`` visual tokens.
 
     A row is: <s> USER: | visual tokens | newline, question, answer, question, answer, ...
-    A share ``free`` of the multiple-choice questions is put without options, to be answered in words.
+    A share ``free`` of the multiple-choice questions is put without options, to be answered in words; a share
+    ``drill`` asks for the letter of an option that is named, which teaches what the letters are for.
     """
     tokenizer = build_tokenizer()
     rows = []
-    for page in pages:
-        chosen = rng.permutation(len(page.questions))[:most]
-        asked = [page.questions[int(place)] for place in chosen]
-        rows.append([_turn(tokenizer, *(_in_words(qa) if free and rng.random() < free else _as_asked(qa))) for qa in asked])
+    for questions in pages:
+        asked = [questions[int(place)] for place in rng.permutation(len(questions))[:most]]
+        rows.append([_turn(tokenizer, *_wording(qa, rng.random(), free, drill)) for qa in asked])
     head, prefix = 2, 2 + visual  # positions of the first visual and of the first text token after it
     longest = max(sum(len(ids) for ids, _ in row) for row in rows)
     ids = torch.full((len(pages), longest), tokenizer.pad_token_id)
@@ -98,18 +101,31 @@ def pack(pages: list[Page], visual: int, most: int, rng: np.random.Generator, fr
     total = prefix + longest
     mask = torch.ones(total, total, dtype=torch.bool).tril().repeat(len(pages), 1, 1)
     mask[:, prefix:, prefix:] &= (block[:, :, None] == block[:, None, :]) | torch.eye(longest, dtype=torch.bool)
-    return Packed(ids, labels, weights, positions, mask[:, None], head)
+    closed = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)
+    return Packed(ids, labels, weights, positions, closed[:, None], head)
 
 
-def _as_asked(qa: QA) -> tuple[str, str]:
+def _wording(qa: QA, chance: float, free: float, drill: float) -> tuple[str, str]:
+    """Question and answer as they are put to the model; ``chance`` in [0, 1) decides how, for multiple choice."""
+    if qa.options and chance < free + drill:
+        question, listed = qa.question.split(" A. ")
+        named = qa.options[LETTERS.index(qa.answers[0])]
+        return (question, named) if chance < free else (f"which is {named}? A. {listed}", qa.answers[0])
     return qa.question, qa.answers[0]
 
 
-def _in_words(qa: QA) -> tuple[str, str]:
-    """A multiple-choice question without its options, and the right option in words; others as they are."""
-    if not qa.options:
-        return _as_asked(qa)
-    return qa.question.split(" A. ")[0], qa.options[LETTERS.index(qa.answers[0])]
+def drills(rng: np.random.Generator, rows: int, each: int) -> Packed:
+    """Questions without a picture: the letter of an option that is named, ``each`` of them in each of ``rows`` rows.
+
+    Behind pictures alone the small model learns this shape by shape; here the options are any words it knows.
+    """
+    words = tuple(piece[1:] for piece in sorted(build_tokenizer().get_vocab()) if piece[1:].isalpha() and piece[0] == "\u2581")
+    pools = (SHAPES, tuple(COLORS), BACKGROUNDS, tuple("12345"), words)
+    asked = []
+    for _ in range(rows):
+        options = [[str(option) for option in rng.permutation(pools[int(place)])[:4]] for place in rng.integers(5, size=each)]
+        asked.append([choice(rng, f"which is {four[0]}?", four[0], four, "drill") for four in options])
+    return pack(asked, 0, each, rng)
 
 
 @lru_cache(maxsize=65536)

@@ -12,6 +12,9 @@ from tokensel.mini.words import ALPHABET, COLORS, SHAPES
 
 TILE, PATCH = 64, 8  # pixels; a tile is what the vision tower sees at once
 CELLS = TILE // PATCH
+PAPERS = ("plain", "gradient", "grain", "stripes", "checks", "dots")
+GROWTH = (7.0, 9.0, 11.0, 13.0)  # radii, in pixels, that part shapes of one size from those of the next
+OBJECTS = (*SHAPES, "arrow right", "arrow down", "arrow left", "arrow up")
 ILLEGIBLE = len(ALPHABET) + 1  # the label of text too small to read; 0 is "no letter here"
 
 FONT_DIR = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -34,8 +37,10 @@ class QA:
 class Page:
     """A drawn picture, its questions, and what the patches of its tiles show.
 
-    ``letters``, ``shapes`` and ``colors`` are ``[tiles, 8, 8]`` integer labels, the thumbnail first, as
-    LLaVA-NeXT orders tiles; 0 means nothing there. A page of a single tile has no thumbnail.
+    ``letters``, ``shapes``, ``colors``, ``objects``, ``sizes`` and ``papers`` are ``[tiles, 8, 8]`` integer labels, the
+    thumbnail first, as LLaVA-NeXT orders tiles; 0 means nothing there, or not known. ``objects`` and ``sizes`` mark only
+    the patch in which a shape has its centre or an arrow its head, so that things can be counted and compared;
+    ``papers`` is what the whole page is drawn on. A page of a single tile has no thumbnail.
     """
 
     image: Image.Image
@@ -43,6 +48,9 @@ class Page:
     letters: np.ndarray
     shapes: np.ndarray
     colors: np.ndarray
+    objects: np.ndarray
+    sizes: np.ndarray
+    papers: np.ndarray
 
 
 @lru_cache(maxsize=64)
@@ -68,7 +76,7 @@ def _glyph(name: str, size: int, char: str, advance: int) -> Image.Image:
 class Canvas:
     """Draws text and shapes on a page; the tile borders of its size are known, so that no letter is cut by one."""
 
-    def __init__(self, background: np.ndarray):
+    def __init__(self, background: np.ndarray, kind: str | None = None):
         self.image = Image.fromarray(background.astype(np.uint8), "RGB")
         self.pen = ImageDraw.Draw(self.image)
         self.width, self.height = self.image.size
@@ -78,6 +86,8 @@ class Canvas:
         self.shape_map = Image.new("L", self.image.size, 0)
         self.color_map = Image.new("L", self.image.size, 0)
         self.glyphs: list[tuple[str, float, float]] = []
+        self.objects: list[tuple[str, float, float, int]] = []  # what, where, and how large, 0 for no size
+        self.kind = kind
 
     def snap_y(self, y: int, height: int) -> int:
         """The row nearest to ``y`` at which a line ``height`` high is not cut by a tile border."""
@@ -110,6 +120,7 @@ class Canvas:
 
     def shape(self, kind: str, color: str, x: float, y: float, radius: float, rgb=None) -> None:
         """Draw a filled shape centred on (x, y)."""
+        self.objects.append((kind, x, y, 1 + sum(radius > step for step in GROWTH)))
         for pen, fill in (
             (self.pen, rgb or COLORS[color]),
             (ImageDraw.Draw(self.shape_map), SHAPES.index(kind) + 1),
@@ -125,15 +136,25 @@ class Canvas:
     def page(self, questions: list[QA]) -> Page:
         """Close the sheet: the picture, its questions and the labels of its patches."""
         rows, columns = self.grid
-        letters = np.zeros((1 + rows * columns, CELLS, CELLS), np.int64)
+        letters, objects, sizes, papers = np.zeros((4, 1 + rows * columns, CELLS, CELLS), np.int64)
         for char, x, y in self.glyphs:
-            letters[0, int(y * CELLS / self.height), int(x * CELLS / self.width)] = ILLEGIBLE
-            row, column = int(y + self.offset[0]) // PATCH, int(x + self.offset[1]) // PATCH
-            tile = 1 + row // CELLS * columns + column // CELLS
-            letters[tile, row % CELLS, column % CELLS] = ALPHABET.index(char) + 1
-        labels = (letters, self._cells(self.shape_map), self._cells(self.color_map))
+            small, large = self._places(x, y)
+            letters[small], letters[large] = ILLEGIBLE, ALPHABET.index(char) + 1
+        for kind, x, y, size in self.objects:
+            for place in self._places(x, y):
+                objects[place], sizes[place] = OBJECTS.index(kind) + 1, size
+        if self.kind:
+            papers[:] = PAPERS.index(self.kind) + 1
+        labels = (letters, self._cells(self.shape_map), self._cells(self.color_map), objects, sizes, papers)
         first = int(rows * columns == 1)  # the thumbnail of a single tile would be the tile
         return Page(self.image, questions, *(each[first:] for each in labels))
+
+    def _places(self, x: float, y: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(tile, row, column) of the patch that holds the point (x, y), in the thumbnail and in the tiles."""
+        row, column = int(y + self.offset[0]) // PATCH, int(x + self.offset[1]) // PATCH
+        tile = 1 + row // CELLS * self.grid[1] + column // CELLS
+        thumbnail = (0, int(y * CELLS / self.height), int(x * CELLS / self.width))
+        return thumbnail, (tile, row % CELLS, column % CELLS)
 
     def _cells(self, drawn: Image.Image) -> np.ndarray:
         """What the middle of each patch shows: ``[tiles, 8, 8]``, thumbnail first."""

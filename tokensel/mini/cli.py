@@ -20,8 +20,8 @@ def train(
     ] = None,
 ) -> None:
     """Train the small model from nothing; the same command again goes on where a killed run stopped."""
+    from tokensel.mini.learn import train as run
     from tokensel.mini.recipe import Recipe
-    from tokensel.mini.recipe import train as run
 
     typer.echo(f"finished: {run(out, Recipe(seed=seed), save_every, bf16)}")
 

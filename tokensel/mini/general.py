@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tokensel.mini.canvas import QA, Canvas, Page, paper
+from tokensel.mini.canvas import PAPERS, QA, Canvas, Page, paper
 from tokensel.mini.words import COLORS, SHAPES
 
 LETTERS = "ABCD"
@@ -24,7 +24,7 @@ def choice(rng: np.random.Generator, question: str, answer: str, others: list[st
 def _scatter(rng: np.random.Generator, size: tuple[int, int], count: int, low=8.0, high=15.0) -> list[tuple]:
     """Up to ``count`` places (x, y, radius) whose shapes do not touch, from top to bottom."""
     spots: list[tuple[float, float, float]] = []
-    for _ in range(60):
+    for _ in range(100):
         if len(spots) == count:
             break
         radius = rng.uniform(low, high)
@@ -46,7 +46,8 @@ def _tint(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
 
 
 def _sheet(rng: np.random.Generator, size: tuple[int, int], kind: str | None = None) -> Canvas:
-    return Canvas(paper(rng, size, kind or _pick(rng, ("plain", "gradient", "grain", *BACKGROUNDS[1:]))))
+    kind = kind or _pick(rng, PAPERS)
+    return Canvas(paper(rng, size, kind), kind)
 
 
 def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -59,35 +60,38 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
         canvas.shape(shape, color, x, y, radius, _tint(rng, color))
         questions.append(QA(f"what color is the {shape}?", [color], "color"))
         questions.append(QA(f"which shape is {color}?", [shape], "shape"))
-    for first in range(len(spots)):
-        for second in range(len(spots)):
-            dx, dy = spots[first][0] - spots[second][0], spots[first][1] - spots[second][1]
-            if first != second and max(abs(dx), abs(dy)) > 14 and abs(abs(dx) - abs(dy)) > 8:
-                asked = _pick(rng, ("left of", "right of") if abs(dx) > abs(dy) else ("above", "below"))
-                true = {"left of": dx < 0, "right of": dx > 0, "above": dy < 0, "below": dy > 0}[asked]
-                question = f"is the {things[first][0]} {asked} the {things[second][0]}?"
-                questions.append(QA(question, ["yes" if true else "no"], "relation"))
+    for (shape, _), (x, y, _) in zip(things, spots):
+        for along, side, ends in ((x, canvas.width, ("left", "right")), (y, canvas.height, ("top", "bottom"))):
+            if abs(along - side / 2) > 6:
+                asked = int(rng.integers(2))
+                true = (along > side / 2) == bool(asked)
+                questions.append(QA(f"is the {shape} at the {ends[asked]}?", ["yes" if true else "no"], "place"))
+    first, second = (int(place) for place in rng.choice(len(spots), 2, replace=False)) if len(spots) > 1 else (0, 0)
+    dx, dy = spots[first][0] - spots[second][0], spots[first][1] - spots[second][1]
+    if max(abs(dx), abs(dy)) > 14 and abs(abs(dx) - abs(dy)) > 8:
+        asked = _pick(rng, ("left of", "right of") if abs(dx) > abs(dy) else ("above", "below"))
+        true = {"left of": dx < 0, "right of": dx > 0, "above": dy < 0, "below": dy > 0}[asked]
+        question = f"is the {things[first][0]} {asked} the {things[second][0]}?"
+        questions.append(QA(question, ["yes" if true else "no"], "relation"))
     return canvas.page(questions)
 
 
 def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
-    """How many of a kind there are, by multiple choice (mirrors ScienceQA)."""
+    """How many of a kind there are, from one to four, by multiple choice (mirrors ScienceQA).
+
+    Every count is as likely as every other and the options are always the same four: only the picture tells.
+    """
     canvas = _sheet(rng, size)
-    shapes = [str(shape) for shape in rng.permutation(SHAPES)[:2]]
-    colors = [str(color) for color in rng.permutation(list(COLORS))[:2]]
-    spots = _scatter(rng, size, int(rng.integers(2, 7)), 7.0, 11.0)
-    things = [(_pick(rng, shapes), _pick(rng, colors)) for _ in spots]
-    for (shape, color), (x, y, radius) in zip(things, spots):
-        canvas.shape(shape, color, x, y, radius, _tint(rng, color))
-    counts = [str(count) for count in range(7)]
-    questions = []
-    for place, names in enumerate((shapes, colors)):
-        for name in names:
-            count = sum(thing[place] == name for thing in things)
-            near = [str(n) for n in range(max(0, count - 3), min(6, count + 3) + 1)] if count else counts[:4]
-            asked = f"how many {name} shapes are there?" if place else f"how many of these are a {name}?"
-            questions.append(choice(rng, asked, str(count), near, "color" if place else "shape"))
-    return canvas.page(questions)
+    shape, *others = (str(shape) for shape in rng.permutation(SHAPES)[:3])
+    count = int(rng.integers(1, 5))
+    kinds = [shape] * count + others[: int(rng.integers(3))]
+    spots = _scatter(rng, size, len(kinds), 6.0, 9.0)
+    if len(spots) < len(kinds):
+        return canvas.page([])  # too crowded: drawn anew
+    for kind, (x, y, radius) in zip(rng.permutation(kinds), spots):
+        color = _pick(rng, list(COLORS))
+        canvas.shape(str(kind), color, x, y, radius, _tint(rng, color))
+    return canvas.page([choice(rng, f"how many of these are a {shape}?", str(count), list("1234"), "counting")])
 
 
 def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -95,7 +99,7 @@ def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
     canvas = _sheet(rng, size, _pick(rng, ("plain", "gradient")))
     across = canvas.width >= canvas.height
     long, short = (canvas.width, canvas.height) if across else (canvas.height, canvas.width)
-    count = int(rng.integers(2, 4 if long < 128 else 5))
+    count = int(rng.integers(2, 3 if long < 100 else 5))  # room for a shape and an arrow each
     things = _kinds(rng, count, unique=True)
     pitch = long / count
     radius = min(11.0, pitch / 2 - 7)
@@ -126,6 +130,9 @@ def _arrow(canvas: Canvas, start, end, gap: float) -> None:
     neck = tip - way * 7
     canvas.pen.line([*tail, *neck], fill=(40, 40, 40), width=3)
     canvas.pen.polygon([tuple(tip), tuple(neck + side * 6), tuple(neck - side * 6)], fill=(40, 40, 40))
+    across = abs(way[0]) > abs(way[1])
+    heading = ("right" if way[0] > 0 else "left") if across else ("down" if way[1] > 0 else "up")
+    canvas.objects.append((f"arrow {heading}", *((tip + neck) / 2), 0))
 
 
 def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:

@@ -44,12 +44,16 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     canvas = Canvas(paper(rng, size))
     _clutter(rng, canvas)
     font, value_font, (advance, points) = _pick(rng, FONTS), _pick(rng, FONTS), _pick(rng, SIZES)
-    stacked = canvas.width < 100 or rng.random() < 0.2
-    margin, dark = int(rng.integers(2, 7)), ink(rng)
+    narrow = canvas.width < 100  # there, only the shortest fields have room for a value beside them
+    stacked = rng.random() < (0.5 if narrow else 0.2)
+    if narrow and not stacked:
+        advance, points = _pick(rng, SIZES[:2])
+    margin, dark = int(rng.integers(2, 3 if narrow else 7)), ink(rng)
     step = (2 * points + 6 if stacked else points + int(rng.integers(3, 8)))
     tops = _lines(rng, canvas.height, step, 3 if stacked else 6)
-    keys = [str(key) for key in rng.choice(FIELDS, len(tops), replace=False)]
-    column = margin + advance * (max(map(len, keys)) + 1) + int(rng.integers(0, 12))
+    fields = [field for field in FIELDS if len(field) == 3] if narrow and not stacked else FIELDS
+    keys = [str(key) for key in rng.choice(fields, min(len(tops), len(fields)), replace=False)]
+    column = margin + advance * (max(map(len, keys)) + 1) + int(rng.integers(0, 3 if narrow else 12))
     questions, floor = [], -1
     for key, top in zip(keys, tops):
         top = canvas.snap_y(max(top, floor), points)
@@ -79,11 +83,12 @@ def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     font, (advance, points) = _pick(rng, FONTS), _pick(rng, SIZES[:4])
     step = points + int(rng.integers(3, 9))
     tops = _lines(rng, canvas.height, step, 5)
-    labels = distinct(rng, len(tops), lambda r: word(r, split, 2, 3))
+    room = 2 if canvas.width < 100 else 3  # characters of a label and of a value
+    labels = distinct(rng, len(tops), lambda r: word(r, split, 2, room))
     colors = [str(color) for color in rng.permutation(list(COLORS))[: len(tops)]]
-    left = int(rng.integers(2, 5)) + 3 * advance + 3
-    reach = canvas.width - left - 3 * advance - 4
-    values = [number(rng, split, 1, 3) for _ in tops]
+    left, gap = int(rng.integers(2, 5)) + room * advance + 3, 3 + advance // 2  # a value may be set half a letter back
+    reach = canvas.width - left - gap - room * advance - 1
+    values = [number(rng, split, 1, room) for _ in tops]
     most = max(int(value) for value in values)
     canvas.pen.line((left, 0, left, canvas.height), fill=(90, 90, 90))
     questions, floor = [], -1
@@ -92,10 +97,10 @@ def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         if top + points > canvas.height:
             break
         floor = top + points + 1
-        length = max(3, round(reach * int(value) / most))
+        length = max(9, round(reach * int(value) / most))
         canvas.text(left - 3 - len(label) * advance, top, label, font, (advance, points), (30, 30, 30))
         canvas.panel((left + 1, top + 2, left + length, top + points - 2), color)
-        canvas.text(left + length + 3, top, value, font, (advance, points), (30, 30, 30))
+        canvas.text(left + length + gap, top, value, font, (advance, points), (30, 30, 30))
         questions.append(QA(f"what is the value of {label}?", [value], "label"))
         questions.append(QA(f"what is the value of the {color} bar?", [value], "color"))
     return canvas.page(questions)

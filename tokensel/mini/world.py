@@ -33,7 +33,7 @@ def draw(task: str, split: str, index: int, size: tuple[int, int] | None = None)
 
     Args:
         task: a key of ``DRAW``.
-        split: train, validation or test; their answers' words never meet.
+        split: train, validation or test; their pictures never meet, nor do their answers of four letters or more.
         index: any non-negative integer.
         size: (height, width) in pixels; by default drawn from ``SIZES`` with ``SHARES``.
 

@@ -1,0 +1,196 @@
+"""Train the small LLaVA-NeXT by its recipe: one process or several, resumable at any step."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import distributed, multiprocessing, nn
+from tqdm.auto import tqdm
+
+from tokensel import io
+from tokensel.mini.lessons import Heads, Lessons
+from tokensel.mini.model import build_model, build_processor
+from tokensel.mini.recipe import Recipe
+
+
+def train(
+    out: Path, recipe: Recipe = Recipe(), save_every: int = 100, bf16: bool | None = None, compiled: bool | None = None
+) -> Path:
+    """Train the small model from nothing; resumes from ``out/checkpoint.safetensors`` if it is there.
+
+    Args:
+        out: folder for the checkpoint, ``history.*.jsonl`` and, at the end, ``model/``: a LLaVA-NeXT checkpoint
+            with its processor.
+        recipe: steps, sizes and rates.
+        save_every: steps between checkpoints.
+        bf16: compute in bfloat16; by default where the processor has the instructions for it.
+        compiled: compile the layers (a quarter faster); by default where there is a C++ compiler.
+
+    Returns:
+        The folder of the finished model.
+    """
+    out = Path(out)
+    bf16 = torch.cpu._is_avx512_bf16_supported() if bf16 is None else bf16
+    compiled = shutil.which("g++") is not None if compiled is None else compiled
+    build_processor()  # a faulty environment fails here, in one process
+    if recipe.workers == 1:
+        _work(0, out, recipe, save_every, bf16, compiled)
+    else:
+        with tempfile.TemporaryDirectory() as meeting:
+            arguments = (out, recipe, save_every, bf16, compiled, f"file://{meeting}/workers", os.getpid())
+            multiprocessing.spawn(_work, arguments, recipe.workers)
+    return out / "model"
+
+
+def _work(
+    worker: int,
+    out: Path,
+    recipe: Recipe,
+    save_every: int,
+    bf16: bool,
+    compiled: bool,
+    meeting: str | None = None,
+    parent: int | None = None,
+) -> None:
+    """One worker: its share of every batch, and, for the first, all that is written."""
+    if meeting:
+        torch.set_num_threads(max(1, torch.get_num_threads() // recipe.workers))
+        distributed.init_process_group("gloo", init_method=meeting, rank=worker, world_size=recipe.workers)
+    torch.manual_seed(recipe.seed)
+    model, heads = build_model(), Heads(128)
+    # Written-out attention: with a mask for each row, the backward pass of sdpa takes six times as long on a CPU.
+    model.model.language_model.set_attn_implementation("eager")
+    if compiled:
+        model.model.language_model.compile(dynamic=True)
+    run = _Run(out, recipe, Lessons(model, heads, recipe, bf16, worker, recipe.workers), save_every, parent)
+    run.load()
+    run.tower()
+    run.language()
+    if worker == 0:
+        folder = out / "model"
+        model.save_pretrained(folder)
+        build_processor().save_pretrained(folder)
+        io.write_json(folder / "recipe.json", asdict(recipe) | {"bf16": bf16, "torch": torch.__version__})
+    if meeting:
+        distributed.destroy_process_group()
+
+
+class _Run:
+    """The state of one training run, saved and found again."""
+
+    def __init__(self, out: Path, recipe: Recipe, lessons: Lessons, save_every: int, parent: int | None = None):
+        self.out, self.recipe, self.lessons, self.save_every = Path(out), recipe, lessons, save_every
+        self.parent = parent
+        self.model, self.heads = lessons.model, lessons.heads
+        self.done, self.phase = 0, "tower"
+        self.optimizers = self._optimizers()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices inside the layers (fewer steps to the same loss), AdamW for the rest."""
+        recipe, core = self.recipe, self.model.model
+        sight = [core.vision_tower, self.heads]
+        if self.phase == "tower":
+            return _muon(sight, recipe.rate, recipe.rate / 2, recipe.decay)
+        speech = [core.multi_modal_projector, self.model.lm_head, core.language_model]
+        optimizers = _muon(speech, recipe.rate, recipe.rate / 2, 0.0, extra=[core.image_newline])
+        return optimizers + _muon(sight, recipe.joint_rate, recipe.joint_rate, recipe.decay)
+
+    def save(self, step: int) -> None:
+        if self.lessons.worker:
+            return
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for place, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{place}.{name}": value for name, value in state.items()}
+        io.save_tensors(self.out / "checkpoint.safetensors", tensors, {"phase": self.phase, "step": str(step)})
+
+    def load(self) -> None:
+        if not (self.out / "checkpoint.safetensors").exists():
+            return
+        tensors, meta = io.load_tensors(self.out / "checkpoint.safetensors")
+        self.phase, self.done = meta["phase"], int(meta["step"])
+        parts: dict[str, dict] = {"model": {}, "heads": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            kind, rest = name.split(".", 1)
+            parts[kind][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.heads.load_state_dict(parts["heads"])
+        self.optimizers = self._optimizers()
+        for number, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict] = {}
+            for name, tensor in parts["optimizer"].items():
+                owner, place, entry = name.split(".")
+                if int(owner) == number:
+                    state.setdefault(int(place), {})[entry] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def tower(self) -> None:
+        """Phase one: the vision tower, alone."""
+        if self.phase == "tower":
+            steps = self.recipe.tower_steps
+            self._loop(steps, int(steps * self.recipe.cooldown), self.lessons.look)
+            self.phase, self.done = "language", 0
+            self.optimizers = self._optimizers()
+            self.save(0)
+
+    def language(self) -> None:
+        """Phase two: all parts together."""
+        self._loop(self.recipe.steps, int(self.recipe.stages[-1].steps * self.recipe.cooldown), self.lessons.answer)
+
+    def _loop(self, total: int, cooling: int, lesson) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        first = self.lessons.worker == 0
+        with (self.out / f"history.{self.phase}.jsonl").open("a", buffering=1) as log:
+            steps = range(self.done, total)
+            bar = tqdm(steps, initial=self.done, total=total, desc=self.phase, mininterval=10, disable=not first)
+            for step in bar:
+                if self.parent and os.getppid() != self.parent:
+                    raise SystemExit(1)  # killed, and perhaps begun again: no two runs may write one checkpoint
+                began = time.perf_counter()
+                factor = self.recipe.scale(step, total, cooling)
+                parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = factor * optimizer.defaults["lr"]
+                loss, facts = lesson(step)
+                loss.backward()
+                _average(parameters)
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                if first:
+                    facts |= {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - began, 3)}
+                    log.write(json.dumps(facts) + "\n")
+                    bar.set_postfix({k: v for k, v in facts.items() if isinstance(v, float)}, refresh=False)
+                if (step + 1) % self.save_every == 0 and step + 1 < total:
+                    self.save(step + 1)
+
+
+def _average(parameters: list[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the workers."""
+    if not distributed.is_initialized():
+        return
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
+
+
+def _muon(modules: list[nn.Module], rate: float, rest_rate: float, decay: float, extra=()) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices of the transformer layers of ``modules``, AdamW on everything else in them."""
+    matrices, rest = [], list(extra)
+    for name, parameter in ((n, p) for module in modules for n, p in module.named_parameters()):
+        (matrices if parameter.ndim == 2 and "layers." in name else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, rest_rate, betas=(0.9, 0.98), weight_decay=decay),
+    ]
