@@ -1,0 +1,131 @@
+"""FLOPs and bytes by formula, from configurations alone: nothing is run, nothing is loaded.
+
+A multiply-add counts as two. Attention is counted over the whole square of queries and keys, as ``torch``'s own FLOP
+counter does, although a causal kernel may skip half of it. Norms, activations and softmaxes are left out: they move
+bytes, but next to the matrix products they hardly count.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from tokensel.errors import TokenselError, check_keep
+
+
+def _layer(queries: int, keys: int, width: int, kv_width: int, hidden: int, matrices: int) -> int:
+    """A Transformer layer over ``queries`` new tokens that look at ``keys``; ``matrices`` of its MLP."""
+    attention_width = width  # heads times their width, in all supported models
+    projections = 2 * attention_width * width + 2 * kv_width * width  # queries and output; keys and values
+    return 2 * queries * (projections + matrices * width * hidden) + 4 * queries * keys * attention_width
+
+
+def count_vision(config: PretrainedConfig, tiles: int = 1) -> int:
+    """FLOPs of a CLIP or SigLIP tower over ``tiles`` tiles.
+
+    Args:
+        config: a ``CLIPVisionConfig`` or ``SiglipVisionConfig``.
+        tiles: how many pictures of the tower's own size it is given, the thumbnail among them.
+    """
+    patches = (config.image_size // config.patch_size) ** 2
+    tokens = patches + (config.model_type.startswith("clip"))  # SigLIP has no CLS token
+    width = config.hidden_size
+    embedding = 2 * patches * config.num_channels * config.patch_size**2 * width
+    layer = _layer(tokens, tokens, width, width, config.intermediate_size, 2)
+    return tiles * (embedding + config.num_hidden_layers * layer)
+
+
+def count_trunk(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
+    """FLOPs of a selector over ``tiles`` rows of ``tokens`` tokens, its two-logit head included."""
+    width = config.width
+    layer = _layer(tokens, tokens, width, width, int(width * config.mlp_ratio), 2)
+    return tiles * (config.layers * layer + 2 * tokens * width * 2)
+
+
+def count_projector(config: PretrainedConfig, tokens: int) -> int:
+    """FLOPs of LLaVA's two-layer projector over ``tokens`` visual tokens."""
+    layers = config.vision_feature_layer
+    read = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    width = config.text_config.hidden_size
+    return 2 * tokens * width * (read + width)
+
+
+def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
+    """FLOPs of a language model over ``new`` tokens behind ``past`` cached ones, and of one row of logits.
+
+    Args:
+        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        new: tokens of one row that pass through the layers: the prompt, or 1 in decoding.
+        past: tokens whose keys and values are in the cache.
+
+    Raises:
+        TokenselError: an attention whose heads together are not as wide as the model, which is not counted right.
+    """
+    width = config.hidden_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    if head * config.num_attention_heads != width:
+        raise TokenselError(
+            f"{config.model_type}: {config.num_attention_heads} heads of {head} are not as wide as the model ({width}); "
+            "only such language models are counted"
+        )
+    layer = _layer(new, past + new, width, config.num_key_value_heads * head, config.intermediate_size, 3)
+    return config.num_hidden_layers * layer + 2 * width * config.vocab_size
+
+
+def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:
+    """Bytes of the keys and values of ``tokens`` cached tokens of one row, in numbers of ``bytes_each`` bytes."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * bytes_each
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs until the first token of an answer is there, part by part."""
+
+    encoder: int
+    selector: int
+    projector: int
+    prefill: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.encoder + self.selector + self.projector + self.prefill
+
+    def speedup(self, full: "Cost") -> float:
+        """How many times as fast as ``full`` the first token could come, if time followed the arithmetic."""
+        return full.total / self.total
+
+
+def first_token(
+    config: PretrainedConfig,
+    tiles: int,
+    visual: int,
+    text: int,
+    keep: float = 1.0,
+    newlines: int = 0,
+    selector: PretrainedConfig | None = None,
+) -> Cost:
+    """FLOPs of a LLaVA from pixels to the first token of the answer, for one question.
+
+    Args:
+        config: configuration of the whole model.
+        tiles: tiles of the picture, the thumbnail among them.
+        visual: visual tokens after unpadding, newlines not counted.
+        text: tokens of the prompt besides the picture.
+        keep: fraction of the visual tokens that reach projector and language model, in (0, 1].
+        newlines: newline tokens that reach the language model.
+        selector: configuration of the selector, if one chooses.
+
+    Raises:
+        TokenselError: ``keep`` outside (0, 1].
+    """
+    check_keep(keep)
+    vision = config.vision_config
+    kept = max(1, round(keep * visual)) if visual else 0
+    cells = (vision.image_size // vision.patch_size) ** 2
+    return Cost(
+        encoder=count_vision(vision, tiles),
+        selector=count_trunk(selector, cells, tiles) if selector else 0,
+        projector=count_projector(config, kept),
+        prefill=count_decoder(config.text_config, text + kept + newlines),
+    )
