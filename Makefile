@@ -15,8 +15,9 @@ book: env
 
 test: unit chapters
 
+# One process a core, each with one thread; a file's tests stay together, they share what they set up.
 unit: env
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 # Runs what is not up to date, then runs it again and compares every printed output.
 chapters: env

@@ -1,6 +1,6 @@
 """The small world is what its docstrings say; its training batches are what the stock model sees."""
 
-from dataclasses import replace
+import json
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tokensel.errors import TokenselError
 from tokensel.io import load_tensors
 from tokensel.mini import learn
-from tokensel.mini.batches import layout, pack, tiles
+from tokensel.mini.batches import HEAD, drills, layout, pack, tiles
 from tokensel.mini.lessons import Heads, Lessons
 from tokensel.mini.model import build_model, build_processor, build_tokenizer
 from tokensel.mini.recipe import ONE_TILE, Recipe, Stage
+from tokensel.mini.sheets import Sheet, Sheets
 from tokensel.mini.suite import BENCHMARKS
 from tokensel.mini.world import DRAW, SIZES, draw
 
@@ -72,10 +73,11 @@ def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_mode
 
 def test_packed_questions_see_what_they_would_see_alone(model):
     """Logits behind a page with many questions equal those of the stock forward with each question alone."""
-    page = draw("charts", "train", 5, (64, 128))
-    lessons = Lessons(model, Heads(128), Recipe(), bf16=False)
+    page, size = draw("charts", "train", 5, (64, 128)), (64, 128)
+    lessons = Lessons(model, Heads(128), bf16=False)
+    packed = pack([page.questions], len(lessons.layout(size)), 3, np.random.default_rng(0))
     with torch.no_grad():
-        hidden, packed, _ = lessons.forward([page], (64, 128), Stage("x", 1, 1, (), 3), np.random.default_rng(0))
+        hidden, _, _ = lessons.forward(Sheet(tiles(page), {}, size, ("charts",), packed), tower=False)
         ours = model.lm_head(hidden)[0][packed.labels[0] >= 0]
         processor, rows = build_processor(), []
         for place in np.random.default_rng(0).permutation(len(page.questions))[:3]:
@@ -91,23 +93,31 @@ def test_packed_questions_see_what_they_would_see_alone(model):
 def test_questions_of_a_page_do_not_see_each_other():
     pages = [draw("attributes", "train", index, (64, 128)) for index in range(2)]
     packed = pack([page.questions for page in pages], 10, 3, np.random.default_rng(0))
-    prefix = packed.head + 10
+    prefix, mask = HEAD + 10, packed.mask()
     for row in range(2):
         starts = (packed.positions[row, prefix:] == prefix).nonzero().flatten().tolist()
         assert len(starts) == 3
-        assert (packed.mask[row, 0, prefix + starts[1] :, prefix + starts[0] : prefix + starts[1]] < -1e30).all()
+        assert (mask[row, 0, prefix + starts[1] :, prefix + starts[0] : prefix + starts[1]] < -1e30).all()
+        assert (mask[row, 0, prefix + starts[1] :, :prefix] == 0).all()
+
+
+def test_a_drill_names_one_of_its_options_and_answers_with_its_letter():
+    said = build_tokenizer().batch_decode(drills(np.random.default_rng(0), 2, 3).ids)
+    for turn in "".join(said).split("</s>")[:-1]:
+        question, letter = turn.replace("<pad>", "").split("ASSISTANT:")
+        named, listed = question.strip().removeprefix("which is ").split("? ")
+        assert f"{letter.strip()}. {named}" in listed
 
 
 TINY = Recipe(
-    workers=1,
     tower_steps=2,
     tower_pages=2,
-    stages=(Stage("tile", 2, 2, ONE_TILE, tower=False), Stage("page", 2, 10, SIZES)),
+    stages=(Stage("tile", 2, 2, ONE_TILE, tower=False), Stage("page", 2, 10, SIZES, drills=2)),
 )
 
 
-def train(out, recipe=TINY):
-    return learn.train(out, recipe, save_every=1, bf16=False, compiled=False)
+def train(out, workers=1):
+    return learn.train(out, TINY, save_every=1, device="cpu", workers=workers, bf16=False, compiled=False)
 
 
 def weights(folder):
@@ -118,11 +128,11 @@ def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole")
     calls = {"left": 5}  # stops in the middle of the second phase
 
-    def stop(self, step, real=Lessons.answer):
+    def stop(self, sheet, tower, real=Lessons.answer):
         calls["left"] -= 1
         if calls["left"] == 2:
             raise KeyboardInterrupt
-        return real(self, step)
+        return real(self, sheet, tower)
 
     monkeypatch.setattr(Lessons, "answer", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -133,12 +143,20 @@ def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_two_workers_share_each_batch_and_end_at_the_same_weights_again(tmp_path):
-    alone = Lessons(build_model(), Heads(128), TINY, bf16=False)
-    shares = [Lessons(alone.model, alone.heads, TINY, False, worker, 2) for worker in range(2)]
-    whole, halves = alone._pages(0, 3, 5)[0], [share._pages(0, 3, 5)[0] for share in shares]
-    assert [whole[0::2], whole[1::2]] == halves
-    one, two = (weights(train(tmp_path / name, replace(TINY, workers=2))) for name in ("one", "two"))
+    whole, *halves = (Sheets(TINY, "tower", range(9), {}, worker, count) for worker, count in ((0, 1), (0, 2), (1, 2)))
+    tasks = whole.pages(0, 3, 5)[0]
+    assert [tasks[0::2], tasks[1::2]] == [half.pages(0, 3, 5)[0] for half in halves]
+    one, two = (weights(train(tmp_path / name, workers=2)) for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_history_has_each_step_once_and_counts_right_answers(tmp_path):
+    train(tmp_path)
+    train(tmp_path)  # from its last checkpoint on
+    lines = [json.loads(line) for line in (tmp_path / "history.language.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all(0 <= right <= total for line in lines for right, total in line["tasks"].values())
+    assert "drill" in lines[3]["tasks"] and "drill" not in lines[0]["tasks"]
 
 
 def test_the_finished_folder_loads_as_any_llava_next(tmp_path):

@@ -12,6 +12,7 @@ GROUPS = {
     "Choosing tokens": ("scorers", "budget", "methods"),
     "Inside LLaVA": ("vlm",),
     "Evaluation": ("benchmarks",),
+    "Cost": ("cost",),
     "Figures": ("figures",),
     "The small world": ("mini",),
     "The book": ("book",),

@@ -1,6 +1,6 @@
 """Training batches: tiles as the processor cuts them, and many questions packed behind one picture."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -61,9 +61,24 @@ class Packed:
     ids: Int[Tensor, "pages text"]
     labels: Int[Tensor, "pages text"]  # -100 where nothing is to be said
     weights: Float[Tensor, "pages text"]  # of each label, so that a question's sum to 1
+    block: Int[Tensor, "pages text"]  # number of the question, -1 for padding
     positions: Int[Tensor, "pages total"]
-    mask: Float[Tensor, "pages 1 total total"]  # added to the attention's logits: 0 where a token may look
-    head: int  # text tokens before the picture: <s> USER:
+
+    def mask(self) -> Float[Tensor, "pages 1 total total"]:
+        """What is added to the attention's logits: 0 where a token may look, hugely negative elsewhere."""
+        prefix, total = self.positions.shape[1] - self.ids.shape[1], self.positions.shape[1]
+        itself = torch.eye(self.ids.shape[1], dtype=torch.bool, device=self.ids.device)
+        mask = torch.ones(total, total, dtype=torch.bool, device=self.ids.device).tril().repeat(len(self.ids), 1, 1)
+        mask[:, prefix:, prefix:] &= (self.block[:, :, None] == self.block[:, None, :]) | itself
+        closed = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)
+        return closed[:, None]
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same on a device."""
+        return Packed(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+HEAD = 2  # text tokens before the picture: <s> USER:
 
 
 def pack(
@@ -80,7 +95,7 @@ def pack(
     for questions in pages:
         asked = [questions[int(place)] for place in rng.permutation(len(questions))[:most]]
         rows.append([_turn(tokenizer, *_wording(qa, rng.random(), free, drill)) for qa in asked])
-    head, prefix = 2, 2 + visual  # positions of the first visual and of the first text token after it
+    prefix = HEAD + visual  # the position of the first text token after the picture
     longest = max(sum(len(ids) for ids, _ in row) for row in rows)
     ids = torch.full((len(pages), longest), tokenizer.pad_token_id)
     labels = torch.full((len(pages), longest), -100)
@@ -98,11 +113,7 @@ def pack(
             block[row, at:end] = number
             positions[row, prefix + at : prefix + end] = prefix + torch.arange(len(turn))
             at = end
-    total = prefix + longest
-    mask = torch.ones(total, total, dtype=torch.bool).tril().repeat(len(pages), 1, 1)
-    mask[:, prefix:, prefix:] &= (block[:, :, None] == block[:, None, :]) | torch.eye(longest, dtype=torch.bool)
-    closed = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)
-    return Packed(ids, labels, weights, positions, closed[:, None], head)
+    return Packed(ids, labels, weights, block, positions)
 
 
 def _wording(qa: QA, chance: float, free: float, drill: float) -> tuple[str, str]:

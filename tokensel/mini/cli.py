@@ -14,6 +14,12 @@ def train(
         "_build/mini"
     ),
     seed: Annotated[int, typer.Option(help="seed of weights, pictures and order")] = 0,
+    times: Annotated[float, typer.Option(min=0.01, help="so many times the recipe's steps")] = 1.0,
+    batch: Annotated[float, typer.Option(min=0.1, help="so many times the recipe's pages a step")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="processes that share each batch; by default 2 on a CPU, 1 on a GPU")
+    ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 100,
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--fp32", help="arithmetic; by default bfloat16 where the processor has it")
@@ -23,7 +29,8 @@ def train(
     from tokensel.mini.learn import train as run
     from tokensel.mini.recipe import Recipe
 
-    typer.echo(f"finished: {run(out, Recipe(seed=seed), save_every, bf16)}")
+    recipe = Recipe(seed=seed).scaled(times, batch)
+    typer.echo(f"finished: {run(out, recipe, save_every, device, workers, bf16)}")
 
 
 @app.command()

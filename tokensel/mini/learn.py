@@ -1,25 +1,37 @@
-"""Train the small LLaVA-NeXT by its recipe: one process or several, resumable at any step."""
+"""Train the small LLaVA-NeXT by its recipe: on a GPU, or in a few processes on a CPU; resumable at any step."""
 
 import json
 import os
 import shutil
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed, multiprocessing, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tokensel import io
 from tokensel.mini.lessons import Heads, Lessons
 from tokensel.mini.model import build_model, build_processor
 from tokensel.mini.recipe import Recipe
+from tokensel.mini.sheets import Sheet, Sheets
+
+_FLUSH = 20  # steps between two looks at what the device has counted; each look waits for it
 
 
 def train(
-    out: Path, recipe: Recipe = Recipe(), save_every: int = 100, bf16: bool | None = None, compiled: bool | None = None
+    out: Path,
+    recipe: Recipe = Recipe(),
+    save_every: int = 100,
+    device: str | None = None,
+    workers: int | None = None,
+    bf16: bool | None = None,
+    compiled: bool | None = None,
 ) -> Path:
     """Train the small model from nothing; resumes from ``out/checkpoint.safetensors`` if it is there.
 
@@ -28,23 +40,30 @@ def train(
             with its processor.
         recipe: steps, sizes and rates.
         save_every: steps between checkpoints.
-        bf16: compute in bfloat16; by default where the processor has the instructions for it.
-        compiled: compile the layers (a quarter faster); by default where there is a C++ compiler.
+        device: by default a GPU if there is one, else the CPU.
+        workers: processes that share each batch and average their gradients; by default 1 on a GPU, 2 on a CPU.
+        bf16: compute in bfloat16; by default on a GPU, and on a CPU that has the instructions for it.
+        compiled: compile the language model (a quarter faster on a CPU); by default where there is a C++ compiler.
 
     Returns:
         The folder of the finished model.
     """
-    out = Path(out)
-    bf16 = torch.cpu._is_avx512_bf16_supported() if bf16 is None else bf16
-    compiled = shutil.which("g++") is not None if compiled is None else compiled
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = device == "cpu"
+    settings = {
+        "device": device,
+        "workers": (2 if on_cpu else 1) if workers is None else workers,
+        "bf16": (not on_cpu or torch.cpu._is_avx512_bf16_supported()) if bf16 is None else bf16,
+        "compiled": shutil.which("g++") is not None if compiled is None else compiled,
+    }
     build_processor()  # a faulty environment fails here, in one process
-    if recipe.workers == 1:
-        _work(0, out, recipe, save_every, bf16, compiled)
+    arguments = (Path(out), recipe, save_every, settings)
+    if settings["workers"] == 1:
+        _work(0, *arguments)
     else:
         with tempfile.TemporaryDirectory() as meeting:
-            arguments = (out, recipe, save_every, bf16, compiled, f"file://{meeting}/workers", os.getpid())
-            multiprocessing.spawn(_work, arguments, recipe.workers)
-    return out / "model"
+            multiprocessing.spawn(_work, (*arguments, f"file://{meeting}/workers", os.getpid()), settings["workers"])
+    return Path(out) / "model"
 
 
 def _work(
@@ -52,22 +71,23 @@ def _work(
     out: Path,
     recipe: Recipe,
     save_every: int,
-    bf16: bool,
-    compiled: bool,
+    settings: dict[str, Any],
     meeting: str | None = None,
     parent: int | None = None,
 ) -> None:
     """One worker: its share of every batch, and, for the first, all that is written."""
+    workers, device = settings["workers"], torch.device(settings["device"])
     if meeting:
-        torch.set_num_threads(max(1, torch.get_num_threads() // recipe.workers))
-        distributed.init_process_group("gloo", init_method=meeting, rank=worker, world_size=recipe.workers)
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        distributed.init_process_group("gloo", init_method=meeting, rank=worker, world_size=workers)
     torch.manual_seed(recipe.seed)
-    model, heads = build_model(), Heads(128)
-    # Written-out attention: with a mask for each row, the backward pass of sdpa takes six times as long on a CPU.
-    model.model.language_model.set_attn_implementation("eager")
-    if compiled:
+    model, heads = build_model().to(device), Heads(128).to(device)
+    if device.type == "cpu":
+        # Written-out attention: with a mask for each row, the backward pass of sdpa takes six times as long there.
+        model.model.language_model.set_attn_implementation("eager")
+    if settings["compiled"]:
         model.model.language_model.compile(dynamic=True)
-    run = _Run(out, recipe, Lessons(model, heads, recipe, bf16, worker, recipe.workers), save_every, parent)
+    run = _Run(out, recipe, Lessons(model, heads, settings["bf16"]), save_every, worker, workers, parent)
     run.load()
     run.tower()
     run.language()
@@ -75,7 +95,7 @@ def _work(
         folder = out / "model"
         model.save_pretrained(folder)
         build_processor().save_pretrained(folder)
-        io.write_json(folder / "recipe.json", asdict(recipe) | {"bf16": bf16, "torch": torch.__version__})
+        io.write_json(folder / "recipe.json", asdict(recipe) | settings | {"torch": torch.__version__})
     if meeting:
         distributed.destroy_process_group()
 
@@ -83,9 +103,11 @@ def _work(
 class _Run:
     """The state of one training run, saved and found again."""
 
-    def __init__(self, out: Path, recipe: Recipe, lessons: Lessons, save_every: int, parent: int | None = None):
-        self.out, self.recipe, self.lessons, self.save_every = Path(out), recipe, lessons, save_every
-        self.parent = parent
+    def __init__(
+        self, out: Path, recipe: Recipe, lessons: Lessons, save_every: int, worker: int, workers: int, parent: int | None
+    ):
+        self.out, self.recipe, self.lessons, self.save_every = out, recipe, lessons, save_every
+        self.worker, self.workers, self.parent = worker, workers, parent
         self.model, self.heads = lessons.model, lessons.heads
         self.done, self.phase = 0, "tower"
         self.optimizers = self._optimizers()
@@ -100,8 +122,10 @@ class _Run:
         optimizers = _muon(speech, recipe.rate, recipe.rate / 2, 0.0, extra=[core.image_newline])
         return optimizers + _muon(sight, recipe.joint_rate, recipe.joint_rate, recipe.decay)
 
+    # --- what a killed run leaves behind -------------------------------------------------------------------
+
     def save(self, step: int) -> None:
-        if self.lessons.worker:
+        if self.worker:
             return
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
@@ -130,47 +154,92 @@ class _Run:
                     state.setdefault(int(place), {})[entry] = tensor
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
+    # --- the two phases ------------------------------------------------------------------------------------
+
     def tower(self) -> None:
         """Phase one: the vision tower, alone."""
         if self.phase == "tower":
             steps = self.recipe.tower_steps
-            self._loop(steps, int(steps * self.recipe.cooldown), self.lessons.look)
+            self._loop(steps, int(steps * self.recipe.tower_cooldown), lambda step, sheet: self.lessons.look(sheet))
             self.phase, self.done = "language", 0
             self.optimizers = self._optimizers()
             self.save(0)
 
     def language(self) -> None:
         """Phase two: all parts together."""
-        self._loop(self.recipe.steps, int(self.recipe.stages[-1].steps * self.recipe.cooldown), self.lessons.answer)
+        self._loop(
+            self.recipe.steps,
+            int(self.recipe.stages[-1].steps * self.recipe.cooldown),
+            lambda step, sheet: self.lessons.answer(sheet, self.recipe.stage(step).tower),
+        )
+
+    def _sheets(self, steps: range) -> DataLoader:
+        """Sheets drawn ahead by other processes where a GPU trains; on a CPU they would only take its cores."""
+        sizes = {size for stage in self.recipe.stages for size in stage.sizes}
+        visual = {size: len(self.lessons.layout(size)) for size in sizes}
+        sheets = Sheets(self.recipe, self.phase, steps, visual, self.worker, self.workers)
+        ahead = 0 if self.lessons.device.type == "cpu" else max(1, (os.cpu_count() or 2) - 2)
+        return DataLoader(sheets, batch_size=None, num_workers=ahead, prefetch_factor=4 if ahead else None)
 
     def _loop(self, total: int, cooling: int, lesson) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        first = self.lessons.worker == 0
-        with (self.out / f"history.{self.phase}.jsonl").open("a", buffering=1) as log:
+        history = self.out / f"history.{self.phase}.jsonl"
+        if self.worker == 0 and history.exists():  # what was logged after the checkpoint comes again
+            lines = [line for line in history.read_text().splitlines() if json.loads(line)["step"] < self.done]
+            io.write_text(history, "".join(line + "\n" for line in lines))
+        with history.open("a", buffering=1) if self.worker == 0 else nullcontext() as log:
             steps = range(self.done, total)
-            bar = tqdm(steps, initial=self.done, total=total, desc=self.phase, mininterval=10, disable=not first)
-            for step in bar:
+            bar = tqdm(
+                zip(steps, self._sheets(steps)),
+                initial=self.done,
+                total=total,
+                desc=self.phase,
+                mininterval=10,
+                disable=self.worker > 0,
+            )
+            parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+            counted, began = [], time.perf_counter()
+            for step, sheet in bar:
                 if self.parent and os.getppid() != self.parent:
                     raise SystemExit(1)  # killed, and perhaps begun again: no two runs may write one checkpoint
-                began = time.perf_counter()
                 factor = self.recipe.scale(step, total, cooling)
-                parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
                 for optimizer in self.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = factor * optimizer.defaults["lr"]
-                loss, facts = lesson(step)
+                loss, counts = lesson(step, sheet.to(self.lessons.device))
                 loss.backward()
                 _average(parameters)
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                if first:
-                    facts |= {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - began, 3)}
-                    log.write(json.dumps(facts) + "\n")
+                saving = (step + 1) % self.save_every == 0 and step + 1 < total
+                if self.worker == 0:
+                    counted.append((step, sheet.tasks, loss.detach(), counts))
+                if counted and (len(counted) == _FLUSH or saving or step + 1 == total):
+                    seconds = (time.perf_counter() - began) / len(counted)
+                    for each in counted:
+                        log.write(json.dumps(facts := _facts(*each) | {"seconds": round(seconds, 3)}) + "\n")
                     bar.set_postfix({k: v for k, v in facts.items() if isinstance(v, float)}, refresh=False)
-                if (step + 1) % self.save_every == 0 and step + 1 < total:
+                    counted, began = [], time.perf_counter()
+                if saving:
                     self.save(step + 1)
+
+
+def _facts(step: int, tasks: tuple[str, ...], loss: torch.Tensor, counts: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A line of the history: of the tower's labels the share that is right, of each task right tokens and all."""
+    facts: dict[str, Any] = {"step": step, "loss": round(loss.item(), 4)}
+    found: dict[str, list[int]] = {}
+    for name, count in counts.items():
+        if name == "pages":
+            for task, (right, total) in zip(tasks, count.tolist()):
+                have = found.setdefault(task, [0, 0])
+                found[task] = [have[0] + right, have[1] + total]
+        elif name == "drill":
+            found[name] = count.tolist()
+        elif int(count[1]):
+            facts[name] = round(float(count[0] / count[1]), 4)
+    return facts | ({"tasks": found} if found else {})
 
 
 def _average(parameters: list[nn.Parameter]) -> None:

@@ -9,7 +9,7 @@
 No visual token is ever dropped here: the paper's claim is about models that have never seen a reduced image.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokensel.mini.canvas import TILE
 from tokensel.mini.world import DRAW, SIZES
@@ -17,6 +17,12 @@ from tokensel.mini.world import DRAW, SIZES
 ONE_TILE = ((TILE, TILE),)
 HARD = {"science": 4.0, "mixed": 3.0, "attributes": 2.0, "diagrams": 1.5, "charts": 1.5}
 STRIPS = ((TILE, 2 * TILE), (2 * TILE, TILE))
+
+
+def tiles_of(size: tuple[int, int]) -> int:
+    """Tiles of a page of ``size``; one of several tiles has a thumbnail too."""
+    tiles = -(-size[0] // TILE) * -(-size[1] // TILE)
+    return tiles + (tiles > 1)
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,8 @@ class Stage:
     oftener: dict[str, float] = field(default_factory=dict)  # tasks that are drawn so many times as often
 
     def pages(self, size: tuple[int, int]) -> int:
-        """How many pages of ``size`` make a batch; a page of several tiles has a thumbnail too."""
-        tiles = -(-size[0] // TILE) * -(-size[1] // TILE)
-        return max(1, self.tiles // (tiles + (tiles > 1)))
+        """How many pages of ``size`` make a batch."""
+        return max(1, self.tiles // tiles_of(size))
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,21 @@ class Recipe:
     """All that decides the shipped weights, but for the arithmetic of the machine."""
 
     seed: int = 0
-    workers: int = 2  # processes that share each batch; gradients are averaged
     tower_steps: int = 1600
     tower_pages: int = 24
     print_share: float = 0.6  # of the pages in the first phase that are full of random print
     stages: tuple[Stage, ...] = (
         Stage("tile", 1800, 48, ONE_TILE, tower=False),
         Stage("tile, eyes open", 900, 40, ONE_TILE, oftener=HARD),
-        Stage("mixed", 1000, 64, (*ONE_TILE, *STRIPS, *SIZES[:4]), 6, drills=12, oftener=HARD),
-        Stage("page", 1200, 80, SIZES, 8, drills=4, oftener=HARD),
+        Stage("mixed", 800, 64, (*ONE_TILE, *STRIPS, *SIZES[:4]), 6, drills=12, oftener=HARD),
+        Stage("page", 1700, 80, SIZES, 8, drills=4, oftener={"science": 2.0, "forms": 1.5, "mixed": 1.5, "diagrams": 1.5}),
     )
     rate: float = 3e-3  # of Muon; half of it for AdamW beside it
     joint_rate: float = 5e-4  # of the tower's Muon and AdamW, once the language model has joined it
     decay: float = 0.05  # of weights, but for the language model's embeddings and norms
     warmup: int = 60
-    cooldown: float = 0.4  # share of the first phase, and of the last stage, over which the rate falls to zero
+    tower_cooldown: float = 0.4  # share of the first phase over which the rate falls to zero
+    cooldown: float = 0.7  # the same of the last stage
     print_pages: int = 2  # full of print, beside the pages of each step of the second phase
     free: float = 0.3  # share of multiple-choice questions that are put without their options
     drill: float = 0.15  # share of them that ask for the letter of an option that is named
@@ -65,6 +70,24 @@ class Recipe:
         default_factory=lambda: dict.fromkeys(DRAW, 1.0)
         | {"charts": 1.5, "diagrams": 1.5, "mixed": 1.5, "attributes": 1.5, "describe": 0.6}
     )
+
+    def scaled(self, times: float = 1.0, batch: float = 1.0) -> "Recipe":
+        """The same recipe with ``times`` as many steps of ``batch`` times as many pages: for a machine that can."""
+        return replace(
+            self,
+            tower_steps=round(self.tower_steps * times),
+            tower_pages=round(self.tower_pages * batch),
+            print_pages=round(self.print_pages * batch),
+            stages=tuple(
+                replace(
+                    stage,
+                    steps=round(stage.steps * times),
+                    tiles=round(stage.tiles * batch),
+                    drills=round(stage.drills * batch),
+                )
+                for stage in self.stages
+            ),
+        )
 
     @property
     def steps(self) -> int:

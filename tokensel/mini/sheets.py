@@ -1,0 +1,132 @@
+"""What each training step of the small model is given: pages drawn, cut, labelled and asked about.
+
+A sheet is a function of (recipe, phase, step, worker) and of nothing else, so a killed run resumes to the same weights,
+and sheets can be drawn ahead by other processes.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tokensel.mini.batches import Packed, drills, pack, tiles
+from tokensel.mini.canvas import GROWTH, ILLEGIBLE, OBJECTS, PAPERS, Page
+from tokensel.mini.reading import print_page
+from tokensel.mini.recipe import Recipe
+from tokensel.mini.words import COLORS, SHAPES
+from tokensel.mini.world import SIZES, draw
+
+# what the patches of a page are labelled with, and how many different labels there are besides "nothing"
+LABELS = {
+    "letters": ILLEGIBLE,
+    "shapes": len(SHAPES),
+    "colors": len(COLORS),
+    "objects": len(OBJECTS),
+    "sizes": len(GROWTH) + 1,
+    "papers": len(PAPERS),
+}
+
+
+@dataclass
+class Sheet:
+    """One worker's share of one step.
+
+    Attributes:
+        pixels: tiles, thumbnails first, page by page; those of print, which nothing is asked about, come last.
+        labels: of the patches of each tile.
+        size: of the pages that are asked about, in pixels; ``None`` in the tower's phase.
+        tasks: of these pages, in order.
+        packed: their questions.
+        drill: questions without a picture.
+    """
+
+    pixels: Float[Tensor, "tiles 3 height width"]
+    labels: dict[str, Int[Tensor, "tiles cells"]]
+    size: tuple[int, int] | None = None
+    tasks: tuple[str, ...] = ()
+    packed: Packed | None = None
+    drill: Packed | None = None
+
+    def to(self, device: torch.device) -> "Sheet":
+        """The same on a device."""
+        return replace(
+            self,
+            pixels=self.pixels.to(device, non_blocking=True),
+            labels={name: labels.to(device, non_blocking=True) for name, labels in self.labels.items()},
+            packed=self.packed and self.packed.to(device),
+            drill=self.drill and self.drill.to(device),
+        )
+
+
+class Sheets(Dataset):
+    """The sheets of a range of steps, in order; a map-style dataset, so that a ``DataLoader`` can draw ahead."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        phase: str,
+        steps: range,
+        visual: dict[tuple[int, int], int],
+        worker: int = 0,
+        workers: int = 1,
+    ):
+        """
+        Args:
+            recipe: what is drawn.
+            phase: "tower" or "language".
+            steps: the steps whose sheets are wanted.
+            visual: visual tokens of a page, by its size.
+            worker, workers: which share of each step.
+        """
+        self.recipe, self.phase, self.steps, self.visual = recipe, phase, steps, visual
+        self.worker, self.workers = worker, workers
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, place: int) -> Sheet:
+        step = self.steps[place]
+        return self.look(step) if self.phase == "tower" else self.answer(step)
+
+    def _rng(self, purpose: int, step: int) -> np.random.Generator:
+        return np.random.default_rng([self.recipe.seed, purpose, step, self.worker])
+
+    def pages(self, purpose: int, step: int, count: int, size=None, oftener=None) -> tuple[tuple[str, ...], list[Page]]:
+        """This worker's share of the ``count`` pages of ``step``: their tasks and themselves."""
+        rng = np.random.default_rng([self.recipe.seed, purpose, step])
+        weights = np.array([weight * (oftener or {}).get(task, 1.0) for task, weight in self.recipe.weights.items()])
+        names = [str(name) for name in rng.choice(list(self.recipe.weights), count, p=weights / weights.sum())]
+        mine = range(self.worker, count, self.workers)
+        first = step * 1000 + 10**9 * purpose  # no page comes twice
+        return tuple(names[place] for place in mine), [draw(names[place], "train", first + place, size) for place in mine]
+
+    def look(self, step: int) -> Sheet:
+        """For the tower alone: pages of the world and pages of print."""
+        _, pages = self.pages(0, step, self.recipe.tower_pages)
+        rng = self._rng(1, step)
+        pages = [
+            print_page(rng, SIZES[int(rng.integers(len(SIZES)))]) if rng.random() < self.recipe.print_share else page
+            for page in pages
+        ]
+        return Sheet(torch.cat([tiles(page) for page in pages]), _labels(pages))
+
+    def answer(self, step: int) -> Sheet:
+        """For all parts together: pages of one size with their questions, some print, some drills."""
+        recipe, stage = self.recipe, self.recipe.stage(step)
+        sizes = np.random.default_rng([recipe.seed, 2, step])
+        size = stage.sizes[int(sizes.integers(len(stage.sizes)))]
+        names, pages = self.pages(3, step, stage.pages(size), size, stage.oftener)
+        rng = self._rng(4, step)
+        asked = [page.questions for page in pages]
+        packed = pack(asked, self.visual[size], stage.questions, rng, recipe.free, recipe.drill)
+        printed = [print_page(rng, (128, 128)) for _ in range(recipe.print_pages // self.workers if stage.tower else 0)]
+        drill = drills(rng, max(1, stage.drills // self.workers), 8) if stage.drills else None
+        every = pages + printed
+        return Sheet(torch.cat([tiles(page) for page in every]), _labels(every), size, names, packed, drill)
+
+
+def _labels(pages: list[Page]) -> dict[str, Int[Tensor, "tiles cells"]]:
+    return {name: torch.from_numpy(np.concatenate([getattr(page, name) for page in pages])).flatten(1) for name in LABELS}
