@@ -10,7 +10,7 @@ GROUPS = {
     "Encoders and pictures": ("encoders", "tower", "images", "cache", "feed"),
     "Training": ("training", "train_config", "optimisation", "checkpoints", "judging"),
     "Choosing tokens": ("scorers", "budget", "methods"),
-    "Inside LLaVA": ("vlm",),
+    "Inside LLaVA": ("vlm", "schedules"),
     "Evaluation": ("benchmarks",),
     "Cost": ("cost",),
     "Figures": ("figures",),

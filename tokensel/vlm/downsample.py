@@ -116,7 +116,7 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
             (source < 0)[:, None], core.image_newline.to(projected), projected[source.clamp(min=0)]
         )
     return Reduced(
-        assemble(encoded, kept, visual, options.positions),
+        *assemble(encoded, kept, visual, options.positions),
         n_visual=encoded.per_row(cells),
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~layout.cell),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from tokensel.errors import TokenselError
+from tokensel.schedules.prune import Schedule, check_options, pruned
 from tokensel.scorers import Scorer
 from tokensel.vlm.reduce import Reduced, reduce_inputs
 
@@ -90,10 +92,27 @@ class Vlm:
         return batch.to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
-    def generate(self, reduced: Reduced, max_new_tokens: int = 64, **options: Any) -> list[str]:
-        """What the model writes for each row: the new text alone, greedy unless ``options`` say otherwise."""
+    def generate(
+        self, reduced: Reduced, max_new_tokens: int = 64, schedule: Schedule | None = None, **options: Any
+    ) -> list[str]:
+        """What the model writes for each row: the new text alone, greedy unless ``options`` say otherwise.
+
+        Args:
+            reduced: the prompts.
+            max_new_tokens: where to stop at the latest.
+            schedule: drops further visual tokens inside the language model, see :mod:`tokensel.schedules`.
+            options: for ``model.generate``.
+
+        Raises:
+            TokenselError: options under which a schedule cannot work, or a schedule that does not fit the model.
+        """
         options = {"do_sample": False} | options
-        out = self.model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
+        inside = nullcontext()
+        if schedule is not None:
+            check_options(options)
+            inside = pruned(self.model, reduced.visual, reduced["attention_mask"], schedule)
+        with inside:
+            out = self.model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
         decode = self.processor.tokenizer.batch_decode
         return [
             text.strip() for text in decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -27,18 +27,21 @@ class Reduced(dict):
         n_visual: visual tokens that reach the language model, row by row; newlines are not counted.
         n_visual_full: the same when nothing is dropped.
         n_newline: newlines that reach the language model.
+        visual: True in the prompt's columns that hold visual tokens or newlines.
         kept: True for the cells of each tile that are kept (``None`` where the tiles were encoded anew).
     """
 
     def __init__(
         self,
         inputs: dict[str, Tensor],
+        visual: Bool[Tensor, "rows length"],
         n_visual: Int[Tensor, "rows"],
         n_visual_full: Int[Tensor, "rows"],
         n_newline: Int[Tensor, "rows"],
         kept: Bool[Tensor, "tiles tokens"] | None = None,
     ):
         super().__init__(inputs)
+        self.visual = visual
         self.n_visual = n_visual
         self.n_visual_full = n_visual_full
         self.n_newline = n_newline
@@ -47,7 +50,7 @@ class Reduced(dict):
 
 def assemble(
     encoded: Encoded, kept: Bool[Tensor, "packed"], visual: Float[Tensor, "kept width"], positions: str
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Bool[Tensor, "rows length"]]:
     """Build the shortened prompt: text and kept visual tokens in their old order, padded anew on the left.
 
     Args:
@@ -55,6 +58,9 @@ def assemble(
         kept: packed tokens that stay.
         visual: their embeddings, in packed order.
         positions: "compact" or "original".
+
+    Returns:
+        Inputs for ``generate``, and True where a visual token or newline stands.
     """
     stay = encoded.attention_mask.clone()
     stay[encoded.places[:, 0], encoded.places[:, 1]] = kept
@@ -73,7 +79,7 @@ def assemble(
     if positions == "original":
         place = (encoded.attention_mask.long().cumsum(1) - 1).clamp(min=0)
         out["position_ids"] = place.gather(1, order).masked_fill(~mask, 0)
-    return out
+    return out, slots
 
 
 def _pad_id(encoded: Encoded) -> int:
@@ -139,7 +145,7 @@ def reduce(
         cells = choose_cells(layout, scores, keep, options)
     kept = add_newlines(layout, cells, options.newline)
     return Reduced(
-        assemble(encoded, kept, _visual(encoded, kept), options.positions),
+        *assemble(encoded, kept, _visual(encoded, kept), options.positions),
         n_visual=encoded.per_row(cells),
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~layout.cell),
