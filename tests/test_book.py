@@ -183,7 +183,8 @@ def test_merge_takes_prose_from_the_source_and_outputs_from_the_run(clone):
 def test_site_is_built_strictly_and_reads_without_a_network(clone):
     for name in ("_config.yml", "references.bib"):
         shutil.copy(ROOT / name, clone)
-    shutil.copytree(ROOT / "_vendor", clone / "_vendor")
+    for folder in ("_static", "_vendor"):
+        shutil.copytree(ROOT / folder, clone / folder)
     (clone / "index.md").write_text("# A book\n\n{cite}`allakhverdov2025less`\n")
     (clone / "references.md").write_text("# References\n\n```{bibliography}\n```\n")
     toc = clone / "_toc.yml"

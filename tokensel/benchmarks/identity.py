@@ -23,6 +23,7 @@ CODE = (
     "layers.py",
     "methods.py",
     "positions.py",
+    "schedules",
     "scorers",
     "selector.py",
     "tower.py",
