@@ -49,7 +49,8 @@ def hub_options(name: str | os.PathLike) -> dict[str, bool]:
                 return {"local_files_only": True}
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TokenselError(
-            f"{name}: no such folder, nor to be had from the hub ({reason}); give a local folder or a hub id"
+            f"'{name}': no such folder, not in the cache, nor to be had from the hub ({reason}); "
+            f"give a local folder or a hub id, or run `hf download {name}` while online"
         ) from None
 
 

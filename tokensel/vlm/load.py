@@ -4,11 +4,9 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL.Image import Image
 from safetensors import SafetensorError
 from transformers import (
@@ -21,6 +19,7 @@ from transformers import (
 )
 
 from tokensel.errors import TokenselError
+from tokensel.hub import hub_options
 from tokensel.schedules.prune import Schedule, check_options, pruned
 from tokensel.scorers import Scorer
 from tokensel.vlm.reduce import Reduced, reduce_inputs
@@ -141,30 +140,6 @@ class Vlm:
         return self.generate(reduce_inputs(self.model, inputs, scorer, keep, **choices), max_new_tokens)[0]
 
 
-def _source(name: str | os.PathLike) -> dict[str, bool]:
-    """Loading options for a folder ({}), the hub ({}), or the cache alone where the hub is out of reach.
-
-    One question to the hub decides; left to itself, loading would try each file for half a minute first.
-
-    Raises:
-        TokenselError: no folder, not in the cache, and not on the hub or the hub out of reach.
-    """
-    if Path(name).is_dir():
-        return {}
-    try:
-        HfApi().model_info(str(name), timeout=10)
-        return {}
-    except Exception as error:  # connection errors have other classes in every version of the client
-        if not isinstance(error, ValueError) and isinstance(
-            try_to_load_from_cache(str(name), "config.json"), str
-        ):
-            return {"local_files_only": True}
-        raise TokenselError(
-            f"model '{name}' is no folder, not in the cache, and the hub does not give it ({_reason(error)}); "
-            f"give a local folder, or run `hf download {name}` while online"
-        ) from None
-
-
 def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -189,7 +164,7 @@ def load_vlm(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    options = _source(name)
+    options = hub_options(name)
     try:
         config = AutoConfig.from_pretrained(name, **options)
         if not hasattr(config, "image_grid_pinpoints"):
