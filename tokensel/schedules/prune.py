@@ -123,7 +123,9 @@ class Pruning:
         self.total = visual.sum(1)
         self.columns: dict[int, Int[Tensor, "rows kept"]] = {}
         self.order: Tensor | None = None  # columns of the prompt that are left, padding at the left
-        self.ok: dict[int, Tensor] = {}  # by layer, which of them are real
+        self.left: Tensor | None = None  # which of them are real; None if all are and the model needs no mask
+        self.ok: dict[int, Tensor | None] = {}  # the same by layer, for the tokens that follow the prompt
+        self.given: dict[str, Any] = {}  # what the layers up to the next drop are given, computed once
         self.scores: Tensor | None = None
         self.hooks = [decoder.layers[0].register_forward_pre_hook(self._begin)]
         for layer in schedule.layers():
@@ -159,12 +161,9 @@ class Pruning:
                 return args, kwargs | {"attention_mask": self._step_mask(index, hidden, kwargs["past_key_values"])}
             if index in self.schedule.layers():
                 hidden = self._shorten(index, hidden)
-            self.ok[index] = self.real.gather(1, self.order)
-            cosine, sine = (_gather(part, self.order) for part in kwargs["position_embeddings"])
-            kwargs = kwargs | {"position_embeddings": (cosine, sine), "attention_mask": self._prompt_mask(index, hidden)}
-            if kwargs.get("position_ids") is not None:
-                kwargs["position_ids"] = _gather(kwargs["position_ids"], self.order)
-            return (hidden, *args[1:]), kwargs
+                self.given = self._prompt(hidden, kwargs)
+            self.ok[index] = self.left
+            return (hidden, *args[1:]), kwargs | self.given
 
         return hook
 
@@ -187,23 +186,26 @@ class Pruning:
         self.columns[index] = self.order.masked_fill(~real_after, -1)
         return _gather(hidden, chosen)
 
-    def _prompt_mask(self, index: int, hidden: Tensor) -> Tensor | None:
-        ok, length = self.ok[index], hidden.shape[1]
-        if bool(ok.all()) and self._takes_none():
-            return None
+    def _prompt(self, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positions and mask of what is left, out of those of the whole prompt."""
+        real, length = self.real.gather(1, self.order), hidden.shape[1]
+        needs_none = self.decoder.config._attn_implementation == "sdpa" and bool(real.all())
+        self.left = None if needs_none else real
+        given = {"position_embeddings": tuple(_gather(part, self.order) for part in kwargs["position_embeddings"])}
+        if kwargs.get("position_ids") is not None:
+            given["position_ids"] = _gather(kwargs["position_ids"], self.order)
+        if needs_none:
+            return given | {"attention_mask": None}
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=hidden.device)  # padding looks at itself: no softmax over nothing
-        return self._as_given((causal & ok[:, None, :] | itself)[:, None], hidden)
+        return given | {"attention_mask": self._as_given((causal & real[:, None, :] | itself)[:, None], hidden)}
 
     def _step_mask(self, index: int, hidden: Tensor, cache: Cache) -> Tensor | None:
         ok = self.ok[index]
-        if bool(ok.all()) and self._takes_none():
+        if ok is None:
             return None
         new = cache.layers[index].keys.shape[-2] + 1 - ok.shape[1]
         return self._as_given(torch.cat([ok, ok.new_ones(len(ok), new)], 1)[:, None, None], hidden)
-
-    def _takes_none(self) -> bool:
-        return self.decoder.config._attn_implementation == "sdpa"
 
     def _as_given(self, mask: Bool[Tensor, "rows 1 queries keys"], hidden: Tensor) -> Tensor:
         if self.decoder.config._attn_implementation == "sdpa":
