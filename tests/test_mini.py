@@ -75,13 +75,12 @@ def test_packed_questions_see_what_they_would_see_alone(model):
     """Logits behind a page with many questions equal those of the stock forward with each question alone."""
     page, size = draw("charts", "train", 5, (64, 128)), (64, 128)
     lessons = Lessons(model, Heads(128), bf16=False)
-    packed = pack([page.questions], len(lessons.layout(size)), 3, np.random.default_rng(0))
+    packed = pack([page.questions[:3]], len(lessons.layout(size)), np.random.default_rng(0))
     with torch.no_grad():
         hidden, _, _ = lessons.forward(Sheet(tiles(page), {}, size, ("charts",), packed), tower=False)
         ours = model.lm_head(hidden)[0][packed.labels[0] >= 0]
         processor, rows = build_processor(), []
-        for place in np.random.default_rng(0).permutation(len(page.questions))[:3]:
-            qa = page.questions[int(place)]
+        for qa in page.questions[:3]:
             prompt = f"USER:<image>\n{qa.question}ASSISTANT:"
             inputs = processor(images=page.image, text=prompt + f"{qa.answers[0]}</s>", return_tensors="pt")
             inputs["pixel_values"] = tiles(page)[None]
@@ -92,7 +91,7 @@ def test_packed_questions_see_what_they_would_see_alone(model):
 
 def test_questions_of_a_page_do_not_see_each_other():
     pages = [draw("attributes", "train", index, (64, 128)) for index in range(2)]
-    packed = pack([page.questions for page in pages], 10, 3, np.random.default_rng(0))
+    packed = pack([page.questions[:3] for page in pages], 10, np.random.default_rng(0))
     prefix, mask = HEAD + 10, packed.mask()
     for row in range(2):
         starts = (packed.positions[row, prefix:] == prefix).nonzero().flatten().tolist()

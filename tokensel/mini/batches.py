@@ -82,19 +82,16 @@ HEAD = 2  # text tokens before the picture: <s> USER:
 
 
 def pack(
-    pages: list[list[QA]], visual: int, most: int, rng: np.random.Generator, free: float = 0.0, drill: float = 0.0
+    pages: list[list[QA]], visual: int, rng: np.random.Generator, free: float = 0.0, drill: float = 0.0
 ) -> Packed:
-    """Choose at most ``most`` of the questions of each page and pack them behind its ``visual`` visual tokens.
+    """Pack the questions of each page behind its ``visual`` visual tokens.
 
     A row is: <s> USER: | visual tokens | newline, question, answer, question, answer, ...
     A share ``free`` of the multiple-choice questions is put without options, to be answered in words; a share
     ``drill`` asks for the letter of an option that is named, which teaches what the letters are for.
     """
     tokenizer = build_tokenizer()
-    rows = []
-    for questions in pages:
-        asked = [questions[int(place)] for place in rng.permutation(len(questions))[:most]]
-        rows.append([_turn(tokenizer, *_wording(qa, rng.random(), free, drill)) for qa in asked])
+    rows = [[_turn(tokenizer, *_wording(qa, rng.random(), free, drill)) for qa in questions] for questions in pages]
     prefix = HEAD + visual  # the position of the first text token after the picture
     longest = max(sum(len(ids) for ids, _ in row) for row in rows)
     ids = torch.full((len(pages), longest), tokenizer.pad_token_id)
@@ -136,7 +133,7 @@ def drills(rng: np.random.Generator, rows: int, each: int) -> Packed:
     for _ in range(rows):
         options = [[str(option) for option in rng.permutation(pools[int(place)])[:4]] for place in rng.integers(5, size=each)]
         asked.append([choice(rng, f"which is {four[0]}?", four[0], four, "drill") for four in options])
-    return pack(asked, 0, each, rng)
+    return pack(asked, 0, rng)
 
 
 @lru_cache(maxsize=65536)

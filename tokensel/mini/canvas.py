@@ -1,5 +1,6 @@
 """A sheet to draw on that remembers what stands where, patch by patch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -41,10 +42,14 @@ class Page:
     thumbnail first, as LLaVA-NeXT orders tiles; 0 means nothing there, or not known. ``objects`` and ``sizes`` mark only
     the patch in which a shape has its centre or an arrow its head, so that things can be counted and compared;
     ``papers`` is what the whole page is drawn on. A page of a single tile has no thumbnail.
+
+    ``practice`` are exercises for the small model's training, never put by a benchmark: the same facts asked about from
+    another side (which field a value belongs to, at which corner a shape lies).
     """
 
     image: Image.Image
     questions: list[QA]
+    practice: list[QA]
     letters: np.ndarray
     shapes: np.ndarray
     colors: np.ndarray
@@ -133,8 +138,8 @@ class Canvas:
         self.pen.rectangle(box, fill=rgb or COLORS[color])
         ImageDraw.Draw(self.color_map).rectangle(box, fill=list(COLORS).index(color) + 1)
 
-    def page(self, questions: list[QA]) -> Page:
-        """Close the sheet: the picture, its questions and the labels of its patches."""
+    def page(self, questions: list[QA], practice: Sequence[tuple[str, str]] = ()) -> Page:
+        """Close the sheet: the picture, its questions, exercises (question, answer) and the labels of its patches."""
         rows, columns = self.grid
         letters, objects, sizes, papers = np.zeros((4, 1 + rows * columns, CELLS, CELLS), np.int64)
         for char, x, y in self.glyphs:
@@ -147,7 +152,8 @@ class Canvas:
             papers[:] = PAPERS.index(self.kind) + 1
         labels = (letters, self._cells(self.shape_map), self._cells(self.color_map), objects, sizes, papers)
         first = int(rows * columns == 1)  # the thumbnail of a single tile would be the tile
-        return Page(self.image, questions, *(each[first:] for each in labels))
+        exercises = [QA(question, [answer], "practice") for question, answer in practice]
+        return Page(self.image, questions, exercises, *(each[first:] for each in labels))
 
     def _places(self, x: float, y: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """(tile, row, column) of the patch that holds the point (x, y), in the thumbnail and in the tiles."""

@@ -50,6 +50,24 @@ def _sheet(rng: np.random.Generator, size: tuple[int, int], kind: str | None = N
     return Canvas(paper(rng, size, kind), kind)
 
 
+def _exercises(canvas: Canvas) -> list[tuple[str, str]]:
+    """Exercises about the shapes on ``canvas``: how many of each, and of what comes once, where it lies."""
+    shapes = [(kind, x, y) for kind, x, y, _ in canvas.objects if kind in SHAPES]
+    kinds = [kind for kind, _, _ in shapes]
+    practice = [(f"how many are a {kind}?", str(kinds.count(kind))) for kind in sorted(set(kinds))]
+    alone = [(kind, x, y) for kind, x, y in shapes if kinds.count(kind) == 1]
+    for kind, x, y in alone:
+        down = "" if abs(y - canvas.height / 2) < 6 else "top" if y < canvas.height / 2 else "bottom"
+        along = "" if abs(x - canvas.width / 2) < 6 else "left" if x < canvas.width / 2 else "right"
+        practice.append((f"the {kind} is at the ?", f"{down} {along}".strip() or "no"))
+    for (kind, x, y), (other, a, b) in zip(alone, alone[1:] + alone[:1]):
+        if abs(abs(x - a) - abs(y - b)) > 8:
+            across = abs(x - a) > abs(y - b)
+            answer = ("left of" if x < a else "right of") if across else ("above" if y < b else "below")
+            practice.append((f"the {kind} is ? the {other}.", answer))
+    return practice
+
+
 def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """Things with a colour, a shape and a place (mirrors GQA)."""
     canvas = _sheet(rng, size)
@@ -73,7 +91,7 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
         true = {"left of": dx < 0, "right of": dx > 0, "above": dy < 0, "below": dy > 0}[asked]
         question = f"is the {things[first][0]} {asked} the {things[second][0]}?"
         questions.append(QA(question, ["yes" if true else "no"], "relation"))
-    return canvas.page(questions)
+    return canvas.page(questions, _exercises(canvas))
 
 
 def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -91,7 +109,8 @@ def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
     for kind, (x, y, radius) in zip(rng.permutation(kinds), spots):
         color = _pick(rng, list(COLORS))
         canvas.shape(str(kind), color, x, y, radius, _tint(rng, color))
-    return canvas.page([choice(rng, f"how many of these are a {shape}?", str(count), list("1234"), "counting")])
+    asked = choice(rng, f"how many of these are a {shape}?", str(count), list("1234"), "counting")
+    return canvas.page([asked], _exercises(canvas))
 
 
 def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -119,7 +138,9 @@ def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
         questions.append(choice(rng, f"what comes before the {following}?", shape, list(SHAPES), "before"))
     questions.append(choice(rng, "what comes first?", order[0][0], list(SHAPES), "first"))
     questions.append(choice(rng, "what comes last?", order[-1][0], list(SHAPES), "last"))
-    return canvas.page(questions)
+    ends = ("left", "right") if across else ("top", "bottom")
+    practice = [(f"the {which} is at the ?", ends[forward == (which == "last")]) for which in ("first", "last")]
+    return canvas.page(questions, practice)
 
 
 def _arrow(canvas: Canvas, start, end, gap: float) -> None:
@@ -153,7 +174,7 @@ def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         choice(rng, "which shape is at the top?", things[0][0], shapes, "spatial reasoning"),
         choice(rng, "which shape is at the bottom?", things[-1][0], shapes, "spatial reasoning"),
     ]
-    return canvas.page(questions)
+    return canvas.page(questions, _exercises(canvas))
 
 
 def scene(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -164,4 +185,5 @@ def scene(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     things = _kinds(rng, len(spots), unique=False)
     for (shape, color), (x, y, radius) in zip(things, spots):
         canvas.shape(shape, color, x, y, radius, _tint(rng, color))
-    return canvas.page([QA("describe the scene.", [", ".join(f"{c} {s}" for s, c in things)], "scene")])
+    listed = ", ".join(f"{color} {shape}" for shape, color in things)
+    return canvas.page([QA("describe the scene.", [listed], "scene")], _exercises(canvas))

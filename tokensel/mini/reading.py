@@ -54,7 +54,7 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     fields = [field for field in FIELDS if len(field) == 3] if narrow and not stacked else FIELDS
     keys = [str(key) for key in rng.choice(fields, min(len(tops), len(fields)), replace=False)]
     column = margin + advance * (max(map(len, keys)) + 1) + int(rng.integers(0, 3 if narrow else 12))
-    questions, floor = [], -1
+    questions, practice, floor = [], [], -1
     for key, top in zip(keys, tops):
         top = canvas.snap_y(max(top, floor), points)
         if top + points > canvas.height:
@@ -74,7 +74,8 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
             canvas.text(margin + int(rng.integers(0, 5)), below, value, value_font, (advance, points), ink(rng))
             floor = below + points + 2
         questions.append(QA(f"what is the {key}?", [value], "stacked" if stacked else "inline"))
-    return canvas.page(questions)
+        practice.append((f"what is {value}?", key))
+    return canvas.page(questions, practice)
 
 
 def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -91,7 +92,7 @@ def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     values = [number(rng, split, 1, room) for _ in tops]
     most = max(int(value) for value in values)
     canvas.pen.line((left, 0, left, canvas.height), fill=(90, 90, 90))
-    questions, floor = [], -1
+    questions, practice, floor = [], [], -1
     for label, color, value, top in zip(labels, colors, values, tops):
         top = canvas.snap_y(max(top, floor), points)
         if top + points > canvas.height:
@@ -103,7 +104,8 @@ def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         canvas.text(left + length + gap, top, value, font, (advance, points), (30, 30, 30))
         questions.append(QA(f"what is the value of {label}?", [value], "label"))
         questions.append(QA(f"what is the value of the {color} bar?", [value], "color"))
-    return canvas.page(questions)
+        practice += [(f"what color is {label}?", color), (f"what is the {color} bar?", label)]
+    return canvas.page(questions, practice)
 
 
 def poster(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -116,7 +118,7 @@ def poster(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     spots = sorted(map(tuple, spots[: max(1, int(rng.integers(len(spots) // 2, len(spots) + 1)))]))
     titles = [str(title) for title in rng.choice(TITLES, len(spots), replace=False)]
     colors = [str(color) for color in rng.permutation(list(COLORS))[: len(spots)]]
-    questions, cell = [], (canvas.height // rows, canvas.width // columns)
+    questions, practice, cell = [], [], (canvas.height // rows, canvas.width // columns)
     for (row, column), title, color in zip(spots, titles, colors):
         y = canvas.snap_y(row * cell[0] + int(rng.integers(1, 5)), points + 3)
         below = canvas.snap_y(y + points + 4, points)
@@ -131,7 +133,9 @@ def poster(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         canvas.text(x + 2, below, value, body, (advance, points), ink(rng))
         questions.append(QA(f"what is under {title}?", [value], "title"))
         questions.append(QA(f"what is under the {color} heading?", [value], "color"))
-    return canvas.page(questions)
+        practice += [(f"what color is {title}?", color), (f"what is the {color} heading?", title)]
+        practice.append((f"what is above {value}?", title))
+    return canvas.page(questions, practice)
 
 
 def scene_text(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -139,7 +143,7 @@ def scene_text(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
     canvas = Canvas(paper(rng, size, _pick(rng, ("stripes", "checks", "dots", "grain"))) * rng.uniform(0.75, 1.0))
     count = int(rng.integers(1, 4))
     colors = [str(color) for color in rng.permutation(list(COLORS))[:count]]
-    questions, floor = [], int(rng.integers(2, 20))
+    questions, practice, floor = [], [], int(rng.integers(2, 20))
     for color in colors:
         font, (advance, points) = _pick(rng, FONTS), _pick(rng, SIZES)
         value = _value(rng, split, 5)
@@ -153,9 +157,10 @@ def scene_text(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
         canvas.text(x, y, value, font, (advance, points), (20, 20, 20) if light else (250, 250, 250))
         floor = y + points + int(rng.integers(4, 24))
         questions.append(QA(f"what does the {color} sign say?", [value], "color"))
+        practice.append((f"what color is {value}?", color))
     if len(questions) == 1:
         questions.append(QA("what does the sign say?", questions[0].answers, "single"))
-    return canvas.page(questions)
+    return canvas.page(questions, practice)
 
 
 def text_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -175,7 +180,10 @@ def text_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Pa
             if rng.random() < 0.4:
                 break
         floor = top + points + 1
-    return canvas.page([QA("transcribe the page.", [" ".join(said)], "page")])
+    practice = [("what comes first?", said[0]), ("what comes last?", said[-1])] if said else []
+    for before, after in zip(said, said[1:]):
+        practice += [(f"what comes after {before}?", after), (f"what comes before {after}?", before)]
+    return canvas.page([QA("transcribe the page.", [" ".join(said)], "page")], practice)
 
 
 def print_page(rng: np.random.Generator, size: tuple[int, int]) -> Page:

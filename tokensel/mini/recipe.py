@@ -34,6 +34,7 @@ class Stage:
     tiles: int
     sizes: tuple[tuple[int, int], ...]
     questions: int = 4  # at most, a page
+    practice: int = 4  # exercises about the same page beside them, at most
     tower: bool = True  # whether the vision tower goes on learning
     drills: int = 0  # rows of eight questions without a picture, the letter of a named option, beside the pages
     oftener: dict[str, float] = field(default_factory=dict)  # tasks that are drawn so many times as often

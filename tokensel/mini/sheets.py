@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokensel.mini.batches import Packed, drills, pack, tiles
-from tokensel.mini.canvas import GROWTH, ILLEGIBLE, OBJECTS, PAPERS, Page
+from tokensel.mini.canvas import GROWTH, ILLEGIBLE, OBJECTS, PAPERS, QA, Page
 from tokensel.mini.reading import print_page
 from tokensel.mini.recipe import Recipe
 from tokensel.mini.words import COLORS, SHAPES
@@ -100,7 +100,7 @@ class Sheets(Dataset):
         weights = np.array([weight * (oftener or {}).get(task, 1.0) for task, weight in self.recipe.weights.items()])
         names = [str(name) for name in rng.choice(list(self.recipe.weights), count, p=weights / weights.sum())]
         mine = range(self.worker, count, self.workers)
-        first = step * 1000 + 10**9 * purpose  # no page comes twice
+        first = step * 1000 + 10**9 * (purpose + 100 * self.recipe.seed)  # no page comes twice
         return tuple(names[place] for place in mine), [draw(names[place], "train", first + place, size) for place in mine]
 
     def look(self, step: int) -> Sheet:
@@ -120,12 +120,17 @@ class Sheets(Dataset):
         size = stage.sizes[int(sizes.integers(len(stage.sizes)))]
         names, pages = self.pages(3, step, stage.pages(size), size, stage.oftener)
         rng = self._rng(4, step)
-        asked = [page.questions for page in pages]
-        packed = pack(asked, self.visual[size], stage.questions, rng, recipe.free, recipe.drill)
+        asked = [_some(rng, page.questions, stage.questions) + _some(rng, page.practice, stage.practice) for page in pages]
+        packed = pack(asked, self.visual[size], rng, recipe.free, recipe.drill)
         printed = [print_page(rng, (128, 128)) for _ in range(recipe.print_pages // self.workers if stage.tower else 0)]
         drill = drills(rng, max(1, stage.drills // self.workers), 8) if stage.drills else None
         every = pages + printed
         return Sheet(torch.cat([tiles(page) for page in every]), _labels(every), size, names, packed, drill)
+
+
+def _some(rng: np.random.Generator, questions: list[QA], most: int) -> list[QA]:
+    """At most ``most`` of ``questions``, in random order."""
+    return [questions[int(place)] for place in rng.permutation(len(questions))[:most]]
 
 
 def _labels(pages: list[Page]) -> dict[str, Int[Tensor, "tiles cells"]]:
