@@ -53,6 +53,12 @@ def count_trunk(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
     return tiles * (config.layers * layer + 2 * tokens * width * 2)
 
 
+def count_training(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
+    """FLOPs of one training step of a selector and its reconstructor; going back takes twice what going forth does."""
+    head = 2 * tiles * tokens * config.width**2  # the reconstructor's, in place of the selector's two logits
+    return 3 * (2 * count_trunk(config, tokens, tiles) - 4 * tiles * tokens * config.width + head)
+
+
 def count_projector(config: PretrainedConfig, tokens: int) -> int:
     """FLOPs of LLaVA's two-layer projector over ``tokens`` visual tokens."""
     layers = config.vision_feature_layer

@@ -212,10 +212,9 @@ def _report(
     config: CostConfig, subject: Subject, machine: dict[str, Any], rounds: Rounds, found: list[dict[str, Any]]
 ) -> dict[str, Any]:
     model, selector = subject.model, subject.selector
-    drawn = config.random_weights or config.model in SHAPES
     return {
         "model": config.model,
-        "weights": "random, in the true shape: how long a model takes does not depend on its weights" if drawn else "its own",
+        "weights": weights_of(config),
         "selector": config.selector or f"random weights, {selector.config.layers} layers of width {selector.config.width}",
         "parameters": {
             "encoder": model.base_model.vision_tower.num_parameters(),
@@ -234,6 +233,13 @@ def _report(
         "ideal": IDEAL,
         "rows": found,
     }
+
+
+def weights_of(config: CostConfig) -> str:
+    """Where the weights come from, for the record."""
+    if config.random_weights or config.model in SHAPES:
+        return "random, in the true shape: how long a model takes does not depend on its weights"
+    return "its own"
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
