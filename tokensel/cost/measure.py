@@ -74,12 +74,11 @@ def measure(config: CostConfig, progress: bool = True, model: PreTrainedModel | 
     with tqdm(total=total, desc="cost", unit="answer", disable=not progress, file=sys.stderr) as bar:
         for block in blocks:
             inputs = make_inputs(subject.model, block.image, block.rows, config.text, config.seed)
-            done = rounds.of(block)
-            missing = max(0, config.repetitions - len(done))
+            missing = max(0, config.repetitions - len(rounds.of(block)))
             bar.update((config.repetitions - missing + (0 if missing else config.warmup)) * len(ways))
             for number in range(-config.warmup if missing else 0, missing):
                 times = {}
-                for condition in _rotated(ways, len(done)):
+                for condition in _rotated(ways, len(rounds.of(block))):
                     times[" ".join(map(str, condition))] = _answer(subject, condition, inputs, block)
                     bar.update(1)
                 if number >= 0:
@@ -104,7 +103,7 @@ def _answer(subject: Subject, condition: Condition, inputs: dict[str, torch.Tens
 
 
 class Rounds:
-    """The rounds that are done, on disk after each: by block, how long each condition took."""
+    """The rounds that are done, on disk after each: by block, what was timed in each."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -120,7 +119,7 @@ class Rounds:
         """The rounds of one block, in order."""
         return [each for each in self.all if each["block"] == asdict(block)]
 
-    def add(self, block: Block, times: dict[str, dict[str, Any]]) -> None:
+    def add(self, block: Block, times: dict[str, Any]) -> None:
         """Keep one more."""
         self.all.append({"block": asdict(block), "sitting": self.sitting, "times": times})
         write_json(self.path, self.all)
