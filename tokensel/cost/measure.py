@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from tokensel.benchmarks.identity import command_line, environment
+from tokensel.benchmarks.identity import code_digest, command_line, environment
 from tokensel.benchmarks.records import digest
 from tokensel.cost.config import CostConfig
 from tokensel.cost.count import (
@@ -64,10 +64,7 @@ def measure(config: CostConfig, progress: bool = True, model: PreTrainedModel | 
         torch.set_num_threads(config.threads)
     subject = Subject.of(config, model)
     machine = environment(subject.model.device) | {"threads": torch.get_num_threads()}
-    out = Path(config.out)
-    # rounds of another measurement, or of this one on another machine, are left alone
-    named = digest([{k: v for k, v in asdict(config).items() if k not in ("out", "repetitions")}, machine])
-    rounds = Rounds(out / f"{config.name}.rounds" / f"{named}.json")
+    rounds = Rounds.of_measurement("answers", config, machine)
     found, ways = [], conditions(config)
     blocks = [Block(image, rows) for image in config.images for rows in config.batch_sizes]
     total = len(blocks) * (config.warmup + config.repetitions) * len(ways)
@@ -84,7 +81,7 @@ def measure(config: CostConfig, progress: bool = True, model: PreTrainedModel | 
                 if number >= 0:
                     rounds.add(block, times)
             found += summarise(config, subject, block, encode(subject.model, inputs), rounds.of(block)[: config.repetitions])
-    return write_json(out / f"{config.name}.json", _report(config, subject, machine, rounds, found))
+    return write_json(Path(config.out) / f"{config.name}.json", _report(config, subject, machine, rounds, found))
 
 
 def _rotated(ways: list[Condition], by: int) -> list[Condition]:
@@ -104,6 +101,13 @@ def _answer(subject: Subject, condition: Condition, inputs: dict[str, torch.Tens
 
 class Rounds:
     """The rounds that are done, on disk after each: by block, what was timed in each."""
+
+    @classmethod
+    def of_measurement(cls, what: str, config: CostConfig, machine: dict[str, Any]) -> "Rounds":
+        """Those of one measurement; another one, another machine or other code has rounds of its own."""
+        asked = {key: value for key, value in asdict(config).items() if key not in ("out", "repetitions")}
+        named = digest([what, asked, machine, code_digest()])
+        return cls(Path(config.out) / f"{config.name}.rounds" / f"{named}.json")
 
     def __init__(self, path: Path):
         self.path = path
@@ -141,7 +145,8 @@ def summarise(
             lengths = stock[0]["length"], mine[0]["length"]
             ideal["further_token"] = step_bytes(text, lengths[0], rows, size) / step_bytes(text, lengths[1], rows, size)
         row = asdict(block) | condition._asdict() | {"repetitions": len(rounds)}
-        row |= {"n_visual": mine[0]["n_visual"], "length": mine[0]["length"]}
+        kept = mine[0]["n_visual"]
+        row |= {"n_visual": int(encoded.n_visual[0]) if kept is None else kept, "length": mine[0]["length"]}
         for clock in CLOCKS:
             row[clock] = spread([each[clock] for each in mine])
             gain = spread([before[clock] / after[clock] for before, after in zip(stock, mine)])
