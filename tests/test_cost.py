@@ -1,5 +1,6 @@
 """The formulas agree with torch's own FLOP counter, and with the bytes of a real cache."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,8 +20,8 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 
 from tokensel.autoencoder import Autoencoder
 from tokensel.cost import (
+    count_answer,
     count_decoder,
-    count_layers,
     count_projector,
     count_training,
     count_trunk,
@@ -89,7 +90,7 @@ def test_a_language_model_under_a_schedule():
     visual[:, 5:55] = True
     with pruned(model, visual, torch.ones_like(ids), FastV(layer=1, keep=0.2)):
         run = counted(lambda: model(ids, logits_to_keep=1, use_cache=True))
-    assert count_layers(config, [60, 20, 20]) == pytest.approx(run, rel=0.02)
+    assert count_answer(config, 10, np.array([[50, 10, 10]])) == pytest.approx(run, rel=0.02)
 
 
 def test_bytes_of_a_step_are_the_weights_and_the_cache():

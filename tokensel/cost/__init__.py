@@ -2,13 +2,14 @@
 
 from tokensel.cost.count import (
     Cost,
+    count_answer,
     count_decoder,
-    count_layers,
     count_projector,
     count_training,
     count_trunk,
     count_vision,
     first_token,
+    held_tokens,
     kv_bytes,
     layers_read,
     step_bytes,
@@ -16,13 +17,14 @@ from tokensel.cost.count import (
 
 __all__ = [
     "Cost",
+    "count_answer",
     "count_decoder",
-    "count_layers",
     "count_projector",
     "count_training",
     "count_trunk",
     "count_vision",
     "first_token",
+    "held_tokens",
     "kv_bytes",
     "layers_read",
     "step_bytes",

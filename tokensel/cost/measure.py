@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from tokensel.benchmarks.identity import code_digest, command_line, environment
 from tokensel.benchmarks.records import digest
 from tokensel.cost.config import CostConfig
 from tokensel.cost.count import (
-    Cost, count_layers, count_projector, count_trunk, count_vision, first_token, layers_read, step_bytes,
+    Cost, count_answer, count_decoder, count_projector, count_vision, first_token, layers_read, step_bytes,
 )  # fmt: skip
 from tokensel.cost.shapes import SHAPES
 from tokensel.cost.subject import FULL, Condition, Subject, conditions, make_inputs, schedule_of
 from tokensel.cost.timing import PHASES, time_answer
 from tokensel.errors import TokenselError
 from tokensel.io import write_json
-from tokensel.methods import METHODS
+from tokensel.methods import check_method
 from tokensel.vlm import Encoded, encode
 from tokensel.vlm.downsample import coarse_grid
 
@@ -192,22 +192,24 @@ def counted(
         cost = first_token(model, tiles, visual, text, newlines=newlines)
     elif (schedule := schedule_of(condition, config)) is not None:
         whole = first_token(model, tiles, visual, text, newlines=newlines, encoder_layers=read)
-        shares = map(schedule.entering, range(model.text_config.num_hidden_layers))
-        entering = [text + round(share * (visual + newlines)) for share in shares]
-        cost = Cost(whole.encoder, 0, whole.projector, count_layers(model.text_config, entering))
+        entering, share = [], 1.0
+        for layer in range(model.text_config.num_hidden_layers):
+            share = schedule.entering(layer) if layer in schedule.layers() else share
+            entering.append(round(share * (visual + newlines)))
+        cost = replace(whole, prefill=count_answer(model.text_config, text, np.array([entering])))
     elif condition.method == "none":
-        cost = Cost(0, 0, 0, count_layers(model.text_config, [text] * model.text_config.num_hidden_layers))
+        cost = Cost(0, 0, 0, count_decoder(model.text_config, text))
     elif condition.method == "downsample":
         side = model.vision_config.image_size // model.vision_config.patch_size
         high, wide = coarse_grid(condition.keep, side)
         cost = Cost(
-            count_vision(model.vision_config, tiles, read, high * wide),
+            count_vision(model.vision_config, tiles, high * wide, read),
             0,
             count_projector(model, tiles * high * wide),
-            count_layers(model.text_config, [length] * model.text_config.num_hidden_layers),
+            count_decoder(model.text_config, length),
         )
     else:
-        mine = subject.selector.config if METHODS[condition.method].scorer == "selector" else None
+        mine = subject.selector.config if check_method(condition.method).scorer == "selector" else None
         cost = first_token(model, tiles, visual, text, condition.keep, newlines, mine, read)
     return Cost(*(rows * part for part in asdict(cost).values()))
 

@@ -98,7 +98,7 @@ class Workshop:
         """Of one call of each."""
         return {
             "multiply": self.products * self._product(),
-            "encode": count_vision(self.llava.vision_config, self._shape()[1], layers_read(self.llava)),
+            "encode": count_vision(self.llava.vision_config, self._shape()[1], layers=layers_read(self.llava)),
             "train": count_training(self.selector, *self._shape()),
         }
 
