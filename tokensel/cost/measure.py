@@ -221,7 +221,7 @@ def _report(
     return {
         "model": config.model,
         "weights": weights_of(config),
-        "selector": config.selector or f"random weights, {selector.config.layers} layers of width {selector.config.width}",
+        "selector": config.selector or f"random weights, {selector.config.layers} x Transformer layer of width {selector.config.width}",
         "parameters": {
             "encoder": model.base_model.vision_tower.num_parameters(),
             "language_model": model.base_model.language_model.num_parameters(),
