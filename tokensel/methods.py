@@ -15,6 +15,7 @@ from tokensel.vlm.choose import Choices
 from tokensel.vlm.downsample import downsample
 from tokensel.vlm.encode import Encoded, encode
 from tokensel.vlm.load import Vlm
+from tokensel.vlm.native import native
 from tokensel.vlm.reduce import Reduced, reduce
 
 
@@ -95,8 +96,14 @@ def _downsample(batch: Batch, keep: float | None, scorer: Scorer | None, choices
     return downsample(batch.seeing, keep, **vars(choices))
 
 
+def _native(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
+    """All tokens, compressed as the model does it on its own."""
+    return native(batch.seeing, batch.vlm.native)
+
+
 METHODS: dict[str, Method] = {
     "full": Method(_full, uses_keep=False),
+    "native": Method(_native, uses_keep=False),
     "none": Method(_none, uses_keep=False),
     **{name: Method(_scored, uses_seed=name == "random", scorer=name) for name in SCORERS},
     "downsample": Method(_downsample),

@@ -1,11 +1,13 @@
 """The model under evaluation with its scorers, and what identifies the answers it gives."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from tokensel.benchmarks.config import EvalConfig
+from tokensel.benchmarks.config import KEEPS, SHORT_KEEPS, EvalConfig
 from tokensel.benchmarks.identity import checkpoint_digest, code_digest
 from tokensel.benchmarks.results import Condition
+from tokensel.benchmarks.shards import local_device
 from tokensel.errors import TokenselError
 from tokensel.methods import METHODS
 from tokensel.scorers import Scorer, make_scorer
@@ -17,12 +19,11 @@ class Asker:
     """Loads the model once, the selector when it is needed, and each scorer once for all budgets."""
 
     def __init__(self, config: EvalConfig):
-        self.config = config
         self.vlm: Vlm = load_vlm(
-            config.model,
-            None if config.device == "auto" else config.device,
-            None if config.dtype == "auto" else config.dtype,
+            config.model, local_device(config.device), None if config.dtype == "auto" else config.dtype
         )
+        keeps = config.keeps or (SHORT_KEEPS if self.vlm.native else KEEPS)
+        self.config = replace(config, keeps=keeps)
         self.scorers: dict[tuple[str, int], Scorer] = {}
 
     @cached_property
@@ -49,10 +50,17 @@ class Asker:
         return self.scorers[key]
 
     def check_fit(self) -> None:
-        """Raise ``TokenselError`` before any work where the selector does not fit the model."""
-        if "selector" not in self.config.methods:
+        """Raise ``TokenselError`` before any work where a method, or the selector, does not fit the model."""
+        methods, model = self.config.methods, self.vlm.model.config
+        if "cls" in methods and model.vision_feature_select_strategy != "default":
+            raise TokenselError(
+                f"method cls: the vision tower of {self.config.model} has no CLS token; leave the method out"
+            )
+        if "native" in methods and self.vlm.native is None:
+            raise TokenselError(f"method native: {self.config.model} has no compression of its own; leave the method out")
+        if "selector" not in methods:
             return
-        vision, layers = self.vlm.model.config.vision_config, self.vlm.model.config.vision_feature_layer
+        vision, layers = model.vision_config, model.vision_feature_layer
         width = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
         if (mine := self.selector.config.width) != width:
             raise TokenselError(

@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tokensel.benchmarks.results import Condition, parse_pairs
+from tokensel.benchmarks.shards import Shard
 from tokensel.benchmarks.table import Benchmark, load_suite
 from tokensel.errors import TokenselError, check_keep
 
 KEEPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+SHORT_KEEPS = KEEPS[:6]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -18,13 +20,16 @@ class EvalConfig:
 
     Attributes:
         model: folder or hub id of the vision-language model.
-        suite: dotted name of a module with a table ``BENCHMARKS``.
+        suite: dotted name of a module with a table ``BENCHMARKS``; ``tokensel.benchmarks.paper`` has the paper's ten.
+        data: folder with the questions, for a suite that would fetch them from the hub.
         benchmarks: names from the suite; empty means all.
         methods: names from :data:`tokensel.methods.METHODS`. ``full`` and ``none`` are run once, the others
             per keep.
-        keeps: fractions of the visual tokens to keep, each in (0, 1].
+        keeps: fractions of the visual tokens to keep, each in (0, 1]; none means those of the paper for the model: 0.1 to
+            0.9, and 0.1 to 0.6 where the model's own packing interpolates (Sec. 5.2: beyond, the context outgrows what the
+            model was trained on).
         n: questions a benchmark, from the front of the split; ``None`` means all.
-        split: split of every benchmark.
+        split: split of every benchmark; ``test`` is the one that is scored, whatever its own name.
         seed: of the bootstrap, and of ``random`` where ``seeds`` is empty.
         seeds: seeds of ``random``, each a row of its own.
         selector: folder or hub id of the trained selector, for the method ``selector``.
@@ -32,15 +37,17 @@ class EvalConfig:
         device, dtype: of the model; ``auto`` takes a GPU and its 16-bit floats where there is one.
         budget, thumbnail, newline, positions: the choices of the seam, see :mod:`tokensel.vlm`.
         compare: pairs ``method:against`` for the table of paired differences.
+        shard: ``i/n`` for part ``i`` of a sweep that ``n`` machines or jobs share.
         out: folder of the tables; the records lie below it.
         name: file name of the tables, without ending.
     """
 
     model: str
     suite: str = "tokensel.mini.suite"
+    data: str | None = None
     benchmarks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("full", "none", "random", "selector")
-    keeps: tuple[float, ...] = KEEPS
+    keeps: tuple[float, ...] = ()
     n: int | None = 400
     split: str = "test"
     seed: int = 0
@@ -54,6 +61,7 @@ class EvalConfig:
     newline: str = "keep"
     positions: str = "compact"
     compare: tuple[str, ...] = ("selector:random",)
+    shard: str = "1/1"
     out: str = "_build/results"
     name: str = "evaluate"
 
@@ -74,6 +82,7 @@ class EvalConfig:
         if "selector" in self.methods and self.selector is None:
             raise TokenselError("method selector: give the folder or hub id of a trained one with --selector")
         parse_pairs(self.compare)
+        Shard.of(self.shard)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EvalConfig":
@@ -104,7 +113,7 @@ class EvalConfig:
 
     def suite_benchmarks(self) -> dict[str, Benchmark]:
         """The benchmarks asked for; raises ``TokenselError`` for an unknown suite or name."""
-        return load_suite(self.suite, self.benchmarks)
+        return load_suite(self.suite, self.benchmarks, self.data)
 
     def conditions(self) -> list[Condition]:
         """Every way in which each question is asked, in the order of the table.

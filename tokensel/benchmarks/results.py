@@ -14,6 +14,7 @@ from tokensel.errors import TokenselError
 from tokensel.io import write_text
 
 TABLE = ("model", "benchmark", "group", "method", "keep", "metric", "score", "ci_low", "ci_high", "n", "seed")
+CATEGORIES = (*TABLE[:3], "category", *TABLE[3:])
 DIFFERENCES = (
     "model", "benchmark", "group", "method", "against", "keep", "metric",
     "difference", "ci_low", "ci_high", "n", "seed",
@@ -34,12 +35,63 @@ Scores = dict[Condition, Sequence[float] | np.ndarray]
 """Scores of one benchmark: for each condition one score a question, the questions in one order throughout."""
 
 
-def score_rows(model: str, benchmark: Benchmark, scores: Scores, *, seed: int = 0) -> list[Row]:
+@dataclass(frozen=True)
+class Sheet:
+    """The scores of one benchmark as they are averaged, see ``Benchmark.aggregate``.
+
+    Attributes:
+        scores: for each condition one score a question; rows of which all must be right are one question here.
+        strata: the class of each question where the score is the mean of the classes' means, else ``None``.
+        categories: what each question is about; "" where the benchmark does not say.
+    """
+
+    scores: Scores
+    strata: np.ndarray | None
+    categories: np.ndarray
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, scores: Scores, clusters: Sequence[str], categories: Sequence[str]) -> "Sheet":
+        """From one score a row, in the benchmark's order."""
+        columns = {condition: np.asarray(each, dtype=np.float64) for condition, each in scores.items()}
+        names = np.asarray(categories)
+        if benchmark.aggregate != "all":
+            return cls(columns, np.asarray(clusters) if benchmark.aggregate == "macro" else None, names)
+        _, first, circle = np.unique(np.asarray(clusters), return_index=True, return_inverse=True)
+
+        def worst(column: np.ndarray) -> np.ndarray:
+            out = np.ones(len(first))
+            np.minimum.at(out, circle, column)
+            return out
+
+        return cls({condition: worst(column) for condition, column in columns.items()}, None, names[first])
+
+    def by_category(self) -> "dict[str, Sheet]":
+        """The same for each category, by name."""
+
+        def part(rows: np.ndarray) -> Sheet:
+            scores = {condition: column[rows] for condition, column in self.scores.items()}
+            return Sheet(scores, None if self.strata is None else self.strata[rows], self.categories[rows])
+
+        return {str(name): part(self.categories == name) for name in np.unique(self.categories) if name}
+
+
+def category_rows(model: str, benchmark: Benchmark, sheet: Sheet, *, seed: int = 0) -> list[Row]:
+    """As :func:`score_rows`, for each category of the benchmark's questions."""
+    return [
+        {**row, "category": name}
+        for name, part in sheet.by_category().items()
+        for row in score_rows(model, benchmark, part.scores, seed=seed, strata=part.strata)
+    ]
+
+
+def score_rows(
+    model: str, benchmark: Benchmark, scores: Scores, *, seed: int = 0, strata: np.ndarray | None = None
+) -> list[Row]:
     """Rows of the long table for one benchmark, in the order of ``scores``; ``seed`` fixes the bootstrap."""
     if not scores:
         return []
     columns = np.array(list(scores.values()), dtype=np.float64).T
-    mean, low, high = bootstrap(columns, seed=seed)
+    mean, low, high = bootstrap(columns, seed=seed, strata=strata)
     return [
         {
             "model": model,
@@ -59,7 +111,13 @@ def score_rows(model: str, benchmark: Benchmark, scores: Scores, *, seed: int = 
 
 
 def difference_rows(
-    model: str, benchmark: Benchmark, scores: Scores, pairs: Iterable[tuple[str, str]], *, seed: int = 0
+    model: str,
+    benchmark: Benchmark,
+    scores: Scores,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    seed: int = 0,
+    strata: np.ndarray | None = None,
 ) -> list[Row]:
     """Paired differences ``method - against``, question by question, at each keep of ``method``.
 
@@ -76,7 +134,7 @@ def difference_rows(
                 columns.append(ours - theirs)
     if not columns:
         return []
-    mean, low, high = bootstrap(np.stack(columns, axis=1), seed=seed)
+    mean, low, high = bootstrap(np.stack(columns, axis=1), seed=seed, strata=strata)
     return [
         {
             "model": model,

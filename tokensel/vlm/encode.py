@@ -144,7 +144,7 @@ def encode(
     """
     core, config = model.base_model, model.config
     if not hasattr(core, "pack_image_features"):
-        raise TokenselError(f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT model")
+        raise TokenselError(f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT or LLaVA-OneVision")
     ids = inputs["input_ids"]
     mask = (
         inputs["attention_mask"].bool()

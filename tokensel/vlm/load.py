@@ -22,12 +22,17 @@ from tokensel.errors import TokenselError
 from tokensel.hub import hub_options
 from tokensel.schedules.prune import Schedule, check_options, pruned
 from tokensel.scorers import Scorer
+from tokensel.vlm.native import LlavaOnevisionProcessor, switch_off
 from tokensel.vlm.reduce import Reduced, reduce_inputs
 
 
 @dataclass
 class Vlm:
     """A vision-language model of transformers and what turns pictures and questions into its inputs.
+
+    Attributes:
+        model, processor, name: the model, its processor, and the folder or hub id they came from.
+        native: how the model would compress on its own, now switched off (see :mod:`tokensel.vlm.native`); or ``None``.
 
     >>> vlm = load_vlm("llava-hf/llava-v1.6-mistral-7b-hf")
     >>> selector = make_scorer("selector", selector="folder or hub id")
@@ -37,6 +42,7 @@ class Vlm:
     model: PreTrainedModel
     processor: ProcessorMixin
     name: str
+    native: str | None = None
 
     def prompt(self, question: str, image: bool | int = True) -> str:
         """The user's turn in the model's own chat template, with ``image`` pictures before the question.
@@ -69,19 +75,16 @@ class Vlm:
             raise TokenselError(
                 f"{len(rows)} rows of images for {len(prompts)} prompts: give as many as prompts"
             )
-        flat = [
-            i.convert("RGB")
-            for row in rows
-            if row is not None
-            for i in ([row] if isinstance(row, Image) else row)
-        ]
+        several = [[] if row is None else [row] if isinstance(row, Image) else row for row in rows]
+        # by row: LLaVA-OneVision leaves the images of a row with several of them uncut
+        nested = [[image.convert("RGB") for image in row] for row in several if len(row)]
         tokenizer = self.processor.tokenizer
         # templates may begin with the token that the tokenizer would put there again
         begun = tokenizer.bos_token is not None and all(
             prompt.startswith(tokenizer.bos_token) for prompt in prompts
         )
         batch = self.processor(
-            images=flat or None,
+            images=nested or None,
             text=list(prompts),
             padding=True,
             padding_side="left",
@@ -150,7 +153,9 @@ def load_vlm(
     dtype: torch.dtype | str | None = None,
     attn: str | None = None,
 ) -> Vlm:
-    """Load a LLaVA-NeXT and its processor from a local folder or the Hugging Face hub.
+    """Load a LLaVA-NeXT or LLaVA-OneVision and its processor from a local folder or the Hugging Face hub.
+
+    OneVision's interpolation of visual tokens is switched off (Sec. 5.2 of the paper), see :mod:`tokensel.vlm.native`.
 
     Args:
         name: folder or hub id, such as ``llava-hf/llava-v1.6-mistral-7b-hf``.
@@ -169,9 +174,11 @@ def load_vlm(
         config = AutoConfig.from_pretrained(name, **options)
         if not hasattr(config, "image_grid_pinpoints"):
             raise TokenselError(
-                f"{name} is a {config.model_type}, which cuts no image tiles: give a LLaVA-NeXT"
+                f"{name} is a {config.model_type}, which cuts no image tiles: give a LLaVA-NeXT "
+                "or LLaVA-OneVision"
             )
-        processor = AutoProcessor.from_pretrained(name, **options)
+        kind = LlavaOnevisionProcessor if config.model_type == "llava_onevision" else AutoProcessor
+        processor = kind.from_pretrained(name, **options)
         model, report = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=attn, output_loading_info=True, **options
         )
@@ -183,10 +190,10 @@ def load_vlm(
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise TokenselError(
-            f"{name} holds no LLaVA-NeXT with its processor ({_reason(error)}); give a folder or hub id that does"
+            f"{name} holds no LLaVA with its processor ({_reason(error)}); give a folder or hub id that does"
         ) from None
     if report["missing_keys"]:
         raise TokenselError(
             f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again"
         )
-    return Vlm(model.to(device).eval(), processor, str(name))
+    return Vlm(model.to(device).eval(), processor, str(name), switch_off(model, processor))
