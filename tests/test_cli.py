@@ -73,7 +73,7 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("command", "config", "renamed"),
-    [(cli.train, TrainConfig, {}), (cli.evaluate, EvalConfig, {"whole", "progress"})],
+    [(cli.train, TrainConfig, {"ps"}), (cli.evaluate, EvalConfig, {"whole", "progress"})],
 )
 def test_options_and_defaults_are_those_of_the_configuration(command, config, renamed):
     options = {name: p.default for name, p in inspect.signature(command).parameters.items()}
@@ -105,6 +105,16 @@ def test_values_reach_the_configuration(monkeypatch):
     assert seen == [(EvalConfig(**told, newline="row"), False)]
     run("evaluate", "--model", "m", "--methods", "full", "--all")
     assert seen[1][0].n is None and seen[1][1]
+
+
+def test_several_p_are_trained_one_after_the_other(monkeypatch):
+    seen = []
+    monkeypatch.setattr("tokensel.training.train", seen.append)
+    result = run("train", "--images", "i", "--encoder", "e", "--out", "o", "--ps", "0.1,.5", "--steps", "7")
+    assert [(config.p, config.out, config.steps) for config in seen] == [(0.1, "o/p-0.1", 7), (0.5, "o/p-0.5", 7)]
+    assert result.output.split()[1::2] == [f"o/p-{p}/{name}" for p in (0.1, 0.5) for name in ("selector", "reconstructor")]
+    result = run("train", "--images", "i", "--encoder", "e", "--out", "o", "--ps", "0.1,2")
+    assert isinstance(result.exception, TokenselError) and len(seen) == 2
 
 
 def test_an_error_is_one_line_and_status_1(monkeypatch, capsys):

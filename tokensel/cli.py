@@ -64,6 +64,10 @@ def train(
     heads: Annotated[int | None, _option("Attention heads; by default 64 channels each.", _MODEL)] = None,
     mlp_ratio: Annotated[float, _option("Inner width of the MLP over the width.", _MODEL)] = 4.0,
     p: Annotated[float, _option("Proportion of tokens below which keeping is free, Eq. (3).", _LOSS)] = 0.3,
+    ps: Annotated[
+        str,
+        _option("Several p, comma-separated: a training each, in <out>/p-<p>; --cache saves encoding anew.", _LOSS),
+    ] = "",
     tau_start: Annotated[float, _option("Gumbel-Softmax temperature at the first step.", _LOSS)] = 1.0,
     tau_end: Annotated[float, _option("Gumbel-Softmax temperature at the last step.", _LOSS)] = 0.5,
     steps: Annotated[int, _option("Optimiser steps.", _STEPS)] = 10_000,
@@ -90,20 +94,23 @@ def train(
     Run it again with the same options to go on after an interruption. Several processes:
     `accelerate launch -m tokensel train ...`
     """
-    values = locals()
+    values = {key: value for key, value in locals().items() if key != "ps"}
     from tokensel.train_config import TrainConfig
 
-    config = TrainConfig.from_dict(values)  # before the heavy import: bad values are told at once
+    several = [{"p": each, "out": f"{out}/p-{each:g}"} for each in _list("ps", ps, float)]
+    # before the heavy import: bad values are told at once
+    configs = [TrainConfig.from_dict(values | each) for each in several or [{}]]
     from tokensel.training import train as run
 
     _quiet()
-    run(config)
-    typer.echo(f"selector: {out}/selector\nreconstructor: {out}/reconstructor")
+    for config in configs:
+        run(config)
+        typer.echo(f"selector: {config.out}/selector\nreconstructor: {config.out}/reconstructor")
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, _option("LLaVA-NeXT: folder or hub id.", _MODEL)],
+    model: Annotated[str, _option("LLaVA-NeXT or LLaVA-OneVision: folder or hub id.", _MODEL)],
     selector: Annotated[str | None, _option("Trained selector: folder or hub id.", _MODEL)] = None,
     device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _MODEL)] = "auto",
     dtype: Annotated[
@@ -111,12 +118,19 @@ def evaluate(
         _option("auto: float32 on a CPU, the checkpoint's own on a GPU.", _MODEL),
     ] = "auto",
     suite: Annotated[
-        str, _option("Module with a table BENCHMARKS, by its dotted name.", _DATA)
+        str,
+        _option("Module with a table BENCHMARKS; the paper's ten are tokensel.benchmarks.paper.", _DATA),
     ] = "tokensel.mini.suite",
+    data: Annotated[
+        str | None,
+        _option("Folder with a folder of parquet files for each benchmark, instead of the hub.", _DATA),
+    ] = None,
     benchmarks: Annotated[
         str, _option("Benchmarks of the suite, comma-separated; all by default.", _DATA)
     ] = "",
-    split: Annotated[str, _option("Split of every benchmark.", _DATA)] = "test",
+    split: Annotated[
+        str, _option("Split of every benchmark; test is the one that is scored.", _DATA)
+    ] = "test",
     n: Annotated[int, _option("Questions a benchmark, from the front of the split.", _DATA)] = 400,
     whole: Annotated[
         bool, _option("Every question of the split, whatever --n says.", _DATA, "--all")
@@ -124,17 +138,25 @@ def evaluate(
     methods: Annotated[
         str,
         _option(
-            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample.", _RUN
+            "Comma-separated: full, native, none, selector, random, uniform, norm, cls, diversity, downsample.",
+            _RUN,
         ),
     ] = "full,none,random,selector",
     keeps: Annotated[
-        str, _option("Fractions of the visual tokens to keep, comma-separated.", _RUN)
-    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+        str,
+        _option(
+            "Fractions of the visual tokens to keep, comma-separated; by default 0.1 to 0.9, OneVision to 0.6.",
+            _RUN,
+        ),
+    ] = "",
     seed: Annotated[int, _option("Seed of random selection and of the bootstrap.", _RUN)] = 0,
     seeds: Annotated[
         str, _option("Several seeds of random selection, comma-separated, a row each.", _RUN)
     ] = "",
     batch_size: Annotated[int, _option("Questions at a time; changes speed only.", _RUN)] = 32,
+    shard: Annotated[
+        str, _option("Part i of n of the sweep, as i/n, for several jobs or machines.", _RUN)
+    ] = "1/1",
     progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
     budget: Annotated[Literal["image", "tile"], _option("What the kept fraction is of.", _SEAM)] = "image",
     thumbnail: Annotated[
@@ -154,9 +176,10 @@ def evaluate(
     out: Annotated[str, _option("Folder of the tables, records below it.", _TABLES)] = "_build/results",
     name: Annotated[str, _option("File name of the tables, without ending.", _TABLES)] = "evaluate",
 ) -> None:
-    """Ask a LLaVA-NeXT every question under every method and budget; write a long table with intervals.
+    """Ask a LLaVA every question under every method and budget; write a long table with intervals.
 
     Run it again with the same options to go on after an interruption: what is answered is not asked again.
+    Several processes: `accelerate launch -m tokensel evaluate ...`; several machines that share --out: --shard.
     """
     values = {key: value for key, value in locals().items() if key not in ("whole", "progress")}
     from tokensel.benchmarks.config import EvalConfig
@@ -168,7 +191,13 @@ def evaluate(
     from tokensel.benchmarks.runner import evaluate as run
 
     done = run(config, progress)
-    typer.echo(f"{done.computed} answers asked\n{done.table}\n{done.differences}\n{done.provenance}")
+    typer.echo(f"{done.computed} answers asked")
+    if done.left:
+        typer.echo(f"{done.left} answers are left to the other parts; the last part to end writes the tables")
+        return
+    for path in (done.table, done.differences, done.categories, done.provenance):
+        if path:
+            typer.echo(path)
 
 
 def _list(option: str, text: str, kind: Callable[[str], Any]) -> tuple:
