@@ -32,7 +32,7 @@ SIGLIP = dict(
 )  # fmt: skip
 MISTRAL = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-    vocab_size=32064, max_position_embeddings=32768, sliding_window=None, rms_norm_eps=1e-5,
+    vocab_size=32064, max_position_embeddings=32768, rope_theta=1e6, sliding_window=None, rms_norm_eps=1e-5,
 )  # fmt: skip
 VICUNA = dict(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
@@ -40,11 +40,11 @@ VICUNA = dict(
 )  # fmt: skip
 QWEN2_7B = dict(
     hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-    vocab_size=152128, max_position_embeddings=32768,
+    vocab_size=152128, max_position_embeddings=32768, rope_theta=1e6,
 )  # fmt: skip
 QWEN2_HALF_B = dict(
     hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-    vocab_size=152000, max_position_embeddings=32768, tie_word_embeddings=True,
+    vocab_size=152000, max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=True,
 )  # fmt: skip
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
