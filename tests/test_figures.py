@@ -111,6 +111,6 @@ def test_labels_keep_their_distance_and_stay_in_order():
 def test_every_method_of_the_library_has_its_own_colour():
     from tokensel.scorers import SCORERS
 
-    known = {*SCORERS, "full", "none", "downsample"}
+    known = {*SCORERS, "full", "none", "downsample", "native"}
     assert known <= set(style.COLOURS)
     assert len({style.colour(name) for name in known}) == len(known)

@@ -27,7 +27,7 @@ def ask(vlm, method, keep=0.3, **options):
     return prepare(vlm, IMAGES, QUESTIONS, method, keep, keys=[1, 2], **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "native"])  # which needs a LLaVA-OneVision
 def test_every_method_gives_generate_what_it_needs(vlm, selector, method):
     reduced = ask(vlm, method, scorer=selector if method == "selector" else None)
     answers = vlm.generate(reduced, max_new_tokens=4)

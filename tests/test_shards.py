@@ -73,10 +73,11 @@ def answers_of_whole_lines(out: Path) -> dict:
 
 
 def test_two_processes_at_once(whole, tmp_path):
-    """What ``accelerate launch --num_processes 2`` starts, here without a GPU."""
+    """``accelerate launch`` starts them as for two GPUs; they work on the processor."""
     config, table = whole
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "tokensel", "evaluate",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tokensel", "evaluate",
         "--model", config.model, "--suite", "suite_tiny", "--benchmarks", "page,choice", "--methods", "full,none,random",
         "--keeps", "0.3", "--compare", "random:none", "--n", "11", "--batch-size", "2", "--out", tmp_path, "--device", "cpu",
         "--no-progress",

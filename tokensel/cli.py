@@ -139,7 +139,7 @@ def evaluate(
     methods: Annotated[
         str,
         _option(
-            "Comma-separated: full, native, none, selector, random, uniform, norm, cls, diversity, downsample.",
+            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample, native.",
             _RUN,
         ),
     ] = "full,none,random,selector",

@@ -103,10 +103,10 @@ def _native(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Ch
 
 METHODS: dict[str, Method] = {
     "full": Method(_full, uses_keep=False),
-    "native": Method(_native, uses_keep=False),
     "none": Method(_none, uses_keep=False),
     **{name: Method(_scored, uses_seed=name == "random", scorer=name) for name in SCORERS},
     "downsample": Method(_downsample),
+    "native": Method(_native, uses_keep=False),
 }
 
 

@@ -12,7 +12,7 @@ from tokensel.errors import TokenselError
 from tokensel.figures import style
 
 COLUMNS = ("model", "benchmark", "group", "method", "keep", "metric", "score", "ci_low", "ci_high", "n", "seed")
-FLAT = ("full", "none")  # methods that do not depend on keep: dashed lines
+FLAT = ("full", "none", "native")  # methods that do not depend on keep: dashed lines
 LOUD = ("selector", "random")  # the paper's contrast, drawn over the rest
 
 

@@ -18,6 +18,7 @@ COLOURS = {
     "cls": "#8C6D31",
     "diversity": BLACK,
     "downsample": GREY,
+    "native": YELLOW,
 }
 MARKERS = {
     "selector": "o",
@@ -35,6 +36,7 @@ LABELS = {
     "norm": "feature norm",
     "cls": "CLS attention",
     "downsample": "down-sampling",
+    "native": "own interpolation",
 }
 
 
