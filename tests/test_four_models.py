@@ -52,7 +52,8 @@ def test_from_loading_to_scoring(vlm, tmp_path):
     assert encoded.layout.tiles == [tiles for tiles, _, _ in counts]
     assert encoded.n_visual.tolist() == [cells for _, cells, _ in counts]
     assert encoded.features.tokens.shape[1:] == ((vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
-    assert (logits(vlm.model, reduce(encoded))[:, -1] - logits(vlm.model, inputs)[:, -1]).abs().max() == 0.0
+    one = vlm.inputs(images[1:], [vlm.prompt(questions[1])])
+    assert (logits(vlm.model, reduce(encode(vlm.model, one))) - logits(vlm.model, one)).abs().max() == 0.0
 
     selector = TokenSelector(SelectorConfig(width=vision.hidden_size, layers=1))
     reduced = reduce(encoded, make_scorer("selector", selector=selector), 0.1)

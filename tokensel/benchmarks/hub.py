@@ -110,7 +110,8 @@ class HubData:
         """Raw rows, pictures left encoded."""
         if self.folder:
             files = [str(file) for file in self._files(config, split)]
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+            # by default whole row groups are read, of which pages of documents make a gigabyte
+            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, batch_size=_ROWS)
         else:
             rows = datasets.load_dataset(self.path, config, split=split, streaming=True)
         for name, feature in (rows.features or {}).items():
