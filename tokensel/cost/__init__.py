@@ -1,5 +1,27 @@
 """What an answer costs: FLOPs and bytes, counted by formula."""
 
-from tokensel.cost.count import Cost, count_decoder, count_projector, count_trunk, count_vision, first_token, kv_bytes
+from tokensel.cost.answers import answer_costs
+from tokensel.cost.count import (
+    Cost,
+    count_answer,
+    count_decoder,
+    count_projector,
+    count_trunk,
+    count_vision,
+    first_token,
+    held_tokens,
+    kv_bytes,
+)
 
-__all__ = ["Cost", "count_decoder", "count_projector", "count_trunk", "count_vision", "first_token", "kv_bytes"]
+__all__ = [
+    "Cost",
+    "answer_costs",
+    "count_answer",
+    "count_decoder",
+    "count_projector",
+    "count_trunk",
+    "count_vision",
+    "first_token",
+    "held_tokens",
+    "kv_bytes",
+]

@@ -5,28 +5,36 @@ counter does, although a causal kernel may skip half of it. Norms, activations a
 bytes, but next to the matrix products they hardly count.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
+from jaxtyping import Int
 from transformers import PretrainedConfig
 
 from tokensel.errors import TokenselError, check_keep
 
 
-def _layer(queries: int, keys: int, width: int, kv_width: int, hidden: int, matrices: int) -> int:
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def _layer(queries: Count, keys: Count, width: int, kv_width: int, hidden: int, matrices: int) -> Count:
     """A Transformer layer over ``queries`` new tokens that look at ``keys``; ``matrices`` of its MLP."""
     attention_width = width  # heads times their width, in all supported models
     projections = 2 * attention_width * width + 2 * kv_width * width  # queries and output; keys and values
     return 2 * queries * (projections + matrices * width * hidden) + 4 * queries * keys * attention_width
 
 
-def count_vision(config: PretrainedConfig, tiles: int = 1) -> int:
+def count_vision(config: PretrainedConfig, tiles: int = 1, patches: int | None = None) -> int:
     """FLOPs of a CLIP or SigLIP tower over ``tiles`` tiles.
 
     Args:
         config: a ``CLIPVisionConfig`` or ``SiglipVisionConfig``.
-        tiles: how many pictures of the tower's own size it is given, the thumbnail among them.
+        tiles: how many pictures it is given, the thumbnail among them.
+        patches: of each tile, as many as at the tower's own size by default.
     """
-    patches = (config.image_size // config.patch_size) ** 2
+    patches = patches or (config.image_size // config.patch_size) ** 2
     tokens = patches + (config.model_type.startswith("clip"))  # SigLIP has no CLS token
     width = config.hidden_size
     embedding = 2 * patches * config.num_channels * config.patch_size**2 * width
@@ -60,6 +68,11 @@ def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
     Raises:
         TokenselError: an attention whose heads together are not as wide as the model, which is not counted right.
     """
+    layer = _decoder_layer(config, new, past + new)
+    return config.num_hidden_layers * layer + 2 * config.hidden_size * config.vocab_size
+
+
+def _decoder_layer(config: PretrainedConfig, queries: Count, keys: Count) -> Count:
     width = config.hidden_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     if head * config.num_attention_heads != width:
@@ -67,8 +80,43 @@ def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
             f"{config.model_type}: {config.num_attention_heads} heads of {head} are not as wide as the model ({width}); "
             "only such language models are counted"
         )
-    layer = _layer(new, past + new, width, config.num_key_value_heads * head, config.intermediate_size, 3)
-    return config.num_hidden_layers * layer + 2 * width * config.vocab_size
+    return _layer(queries, keys, width, config.num_key_value_heads * head, config.intermediate_size, 3)
+
+
+def held_tokens(text: int, visual: Int[np.ndarray, "steps layers"]) -> Int[np.ndarray, "steps layers"]:
+    """Tokens of one row that each layer has in its cache after each generation step.
+
+    Args:
+        text: tokens of the prompt besides the picture.
+        visual: visual tokens, newlines among them, that each layer holds at each step; step 0 reads the prompt, and every
+            further step adds a token of the answer.
+    """
+    return text + visual + np.arange(len(visual))[:, None]
+
+
+def count_answer(
+    config: PretrainedConfig,
+    text: int,
+    visual: Int[np.ndarray, "steps layers"],
+    ranked: Iterable[tuple[int, int]] = (),
+) -> int:
+    """FLOPs of a language model that reads a prompt and writes an answer while visual tokens leave.
+
+    Args:
+        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        text: tokens of the prompt besides the picture.
+        visual: see :func:`held_tokens`; a step a token of the answer.
+        ranked: step and layer of every row of attention that was computed on top of the model's own, to rank tokens.
+
+    Raises:
+        TokenselError: as :func:`count_decoder`.
+    """
+    held, width = held_tokens(text, visual), config.hidden_size
+    queries = np.where(np.arange(len(held))[:, None] == 0, held, 1)
+    layers = int(_decoder_layer(config, queries, held).sum())
+    # the token's query once more, and its product with every key
+    ranking = sum(2 * width * width + 2 * int(held[step, layer]) * width for step, layer in ranked)
+    return layers + len(held) * 2 * width * config.vocab_size + ranking
 
 
 def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:

@@ -46,6 +46,13 @@ class Encoded:
         """Visual tokens of each row when nothing is dropped; newlines are not counted."""
         return self.per_row(self.layout.cell)
 
+    @property
+    def n_tiles(self) -> Int[Tensor, "rows"]:
+        """Tiles of each row's images, the thumbnails among them."""
+        counts = torch.zeros(len(self.input_ids), dtype=torch.long, device=self.input_ids.device)
+        tiles = torch.as_tensor(self.layout.tiles, dtype=torch.long, device=counts.device)
+        return counts.index_add(0, _row_of_image(self.layout, self.places), tiles)
+
     def per_row(self, packed: Bool[Tensor, "packed"]) -> Int[Tensor, "rows"]:
         """Count the True entries of a mask over packed tokens, row by row."""
         return torch.bincount(self.places[packed][:, 0], minlength=self.input_ids.shape[0])
@@ -94,6 +101,12 @@ class Encoded:
                 keys=None if keys is None else keys[first],
             ),
         )
+
+
+def _row_of_image(layout: Layout, places: Int[Tensor, "packed 2"]) -> Int[Tensor, "images"]:
+    """The row in which each image's first placeholder stands."""
+    images = torch.arange(len(layout.tiles), device=places.device)
+    return places[torch.searchsorted(layout.image, images), 0].contiguous()
 
 
 def content_keys(pixel_values: Float[Tensor, "tiles 3 height width"]) -> Int[Tensor, "tiles"]:
@@ -174,8 +187,7 @@ def encode(
             "tokens: let the processor make both together"
         )
     if pixels is not None:
-        images = torch.arange(len(layout.tiles), device=ids.device)
-        row_of_image = places[torch.searchsorted(layout.image, images), 0].contiguous()
+        row_of_image = _row_of_image(layout, places)
         if not torch.equal(row_of_image[layout.image], places[:, 0]):
             raise TokenselError(
                 "the placeholders of one image stand in two rows: let the processor make the rows"
