@@ -65,7 +65,7 @@ def test_pairing_narrows_the_interval_of_a_difference():
     row = difference_rows("m", BENCHMARK, scores, [("selector", "random")])[0]
     assert row["difference"] == pytest.approx(0.02)
     assert row["ci_low"] == pytest.approx(0.02) and row["ci_high"] == pytest.approx(0.02)
-    alone = score_rows("m", BENCHMARK, scores)
+    alone = score_rows("m", BENCHMARK, scores, scores, scores)
     assert alone[0]["ci_high"] - alone[0]["ci_low"] > 0.05
 
 
@@ -91,14 +91,17 @@ def test_seeds_are_averaged_and_a_single_row_stands_for_every_keep():
 
 
 def test_the_long_table_has_the_columns_of_the_contract(tmp_path):
-    rows = score_rows("mini", BENCHMARK, {Condition("random", 0.1, 7): [0.0, 1.0, 1.0]})
+    condition = Condition("random", 0.1, 7)
+    costs = ({condition: [1e12, 2e12, 3e12]}, {condition: [10.0, 20.0, 40.0]})
+    rows = score_rows("mini", BENCHMARK, {condition: [0.0, 1.0, 1.0]}, *costs)
     path = write_table(tmp_path / "a.csv", rows)
-    assert TABLE == tuple("model benchmark group method keep metric score ci_low ci_high n seed".split())
+    columns = "model benchmark group method keep metric score ci_low ci_high n seed flops kv_bytes"
+    assert TABLE == tuple(columns.split())
     lines = list(csv.DictReader(path.read_text().splitlines()))
     assert list(lines[0]) == list(TABLE)
     assert lines[0] | {"ci_low": "", "ci_high": ""} == dict(
         model="mini", benchmark="words", group="reading", method="random", keep="0.1", metric="anls",
-        score="0.666667", ci_low="", ci_high="", n="3", seed="7",
+        score="0.666667", ci_low="", ci_high="", n="3", seed="7", flops="2e+12", kv_bytes="23.3333",
     )  # fmt: skip
     assert write_table(tmp_path / "b.csv", [], DIFFERENCES).read_text() == ",".join(DIFFERENCES) + "\n"
 

@@ -24,9 +24,10 @@ from tokensel.benchmarks.results import (
     score_rows,
     write_table,
 )
+from tokensel.cost import answer_costs
 from tokensel.errors import TokenselError
 from tokensel.io import write_json
-from tokensel.methods import METHODS, Batch, prepare
+from tokensel.methods import Batch, check_method, prepare
 
 _WINDOW = 8  # batches of which the questions are sorted by length; bounds how many pictures are in memory
 _SPOT_CHECKS = 16  # pictures of recorded questions that are compared before the records are continued
@@ -89,10 +90,17 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
         with progress_bar(total, done=total - missing, unit="answers", shown=progress) as bar:
             for each, mine in zip(questions, shelves):
                 _ask(asker, each, mine, bar)
-    scores = [_scores(each, mine) for each, mine in zip(questions, shelves)]
+    scores, flops, kv_bytes = (
+        [_column(name, each, mine) for each, mine in zip(questions, shelves)]
+        for name in ("score", "flops", "kv_bytes")
+    )
     pairs = parse_pairs(config.compare)
     tables = list(zip(benchmarks.values(), scores))
-    rows = [row for each in tables for row in score_rows(asker.name, *each, seed=config.seed)]
+    rows = [
+        row
+        for each, *costs in zip(tables, flops, kv_bytes)
+        for row in score_rows(asker.name, *each, *costs, seed=config.seed)
+    ]
     differences = [
         row for each in tables for row in difference_rows(asker.name, *each, pairs, seed=config.seed)
     ]
@@ -125,7 +133,7 @@ def _open_shelves(asker: Asker, questions: Questions, folder: Path) -> dict[Cond
     benchmark, shelves = questions.benchmark, {}
     for condition in asker.config.conditions():
         task = {"metric": benchmark.metric, "max_new_tokens": benchmark.max_new_tokens}
-        made = digest(asker.identity(condition.method) | task)
+        made = digest(asker.identity(condition) | task)
         file = f"keep-{condition.keep:g}_seed-{condition.seed}_{made}.jsonl"
         path = folder / benchmark.name / condition.method / file
         shelves[condition] = _Shelf(path, read_records(path))
@@ -198,19 +206,19 @@ def _answer(
 ) -> list[Record]:
     """One record for each question of the batch under one condition."""
     config, benchmark, started = asker.config, questions.benchmark, time.perf_counter()
-    keep = condition.keep if METHODS[condition.method].uses_keep else 1.0
+    row = check_method(condition.method)
     try:
         reduced = prepare(
             asker.vlm,
             batch.images,
             batch.questions,
             condition.method,
-            keep,
+            condition.keep if row.uses_keep else 1.0,
             config.choices(),
             scorer=asker.scorer(condition),
             batch=batch,
         )
-        predictions = asker.vlm.generate(reduced, benchmark.max_new_tokens)
+        written = asker.vlm.write(reduced, benchmark.max_new_tokens, asker.schedule(condition))
     except torch.OutOfMemoryError:
         raise TokenselError(
             f"out of memory with {config.batch_size} questions at a time: give a smaller --batch-size; "
@@ -218,6 +226,9 @@ def _answer(
         ) from None
     seconds = round((time.perf_counter() - started) / len(indices), 4)
     counts = zip(reduced.n_visual.tolist(), reduced.n_visual_full.tolist())
+    costs = answer_costs(
+        asker.vlm.model, reduced, written, asker.selector.config if row.scorer == "selector" else None
+    )
     return [
         {
             "question_id": questions.ids[i],
@@ -233,12 +244,16 @@ def _answer(
             "score": questions.score(i, prediction),
             "n_visual": n_visual,
             "n_visual_full": n_visual_full,
+            "flops": flops,
+            "kv_bytes": kv_bytes,
             "seconds": seconds,
         }
-        for i, picture, prediction, (n_visual, n_visual_full) in zip(indices, digests, predictions, counts)
+        for i, picture, prediction, (n_visual, n_visual_full), (flops, kv_bytes) in zip(
+            indices, digests, written.texts, counts, costs
+        )
     ]
 
 
-def _scores(questions: Questions, shelves: dict[Condition, _Shelf]) -> Scores:
-    """The scores of every condition, in the order of the questions."""
-    return {c: [shelf.records[name]["score"] for name in questions.ids] for c, shelf in shelves.items()}
+def _column(field: str, questions: Questions, shelves: dict[Condition, _Shelf]) -> Scores:
+    """A field of the records of every condition, in the order of the questions."""
+    return {c: [float(shelf.records[name][field]) for name in questions.ids] for c, shelf in shelves.items()}

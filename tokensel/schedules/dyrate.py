@@ -85,12 +85,16 @@ class RatePredictor(CoreModel):
         Raises:
             TokenselError: another number of heads than it was made for.
         """
-        if mass.shape[-2] != self.config.heads:
+        self.check_heads(mass.shape[-2])
+        return self.linear(mass.flatten(-2).to(self.linear.weight))
+
+    def check_heads(self, heads: int) -> None:
+        """Raise ``TokenselError`` where a model has another number of attention heads than the predictor was made for."""
+        if heads != self.config.heads:
             raise TokenselError(
-                f"the model has {mass.shape[-2]} attention heads but this rate predictor was made for {self.config.heads}: "
+                f"the model has {heads} attention heads but this rate predictor was made for {self.config.heads}: "
                 "use the model it was trained on, or train one with `python -m tokensel dyrate`"
             )
-        return self.linear(mass.flatten(-2).to(self.linear.weight))
 
     @property
     def keeps(self) -> Float[Tensor, "rates"]:
