@@ -116,9 +116,9 @@ def check_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
+    if name in SCHEDULES:
+        return replace(METHODS["full"], uses_keep=SCHEDULES[name].uses_keep, schedule=name)
     before, _, inside = name.rpartition("+")
-    if inside in SCHEDULES and not before:
-        return replace(METHODS["full"], uses_keep=SCHEDULES[inside].uses_keep, schedule=inside)
     if inside in SCHEDULES and before in METHODS and METHODS[before].chooses:
         return replace(METHODS[before], schedule=inside)
     raise TokenselError(
