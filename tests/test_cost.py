@@ -29,6 +29,7 @@ from tokensel.cost import (
     first_token,
     held_tokens,
     kv_bytes,
+    step_bytes,
 )
 from tokensel.errors import TokenselError
 from tokensel.schedules import Exponential, FastV, Vtw, pruned
@@ -96,6 +97,14 @@ def test_an_answer_from_which_tokens_leave_is_counted_as_it_is_computed(schedule
         assert len(ranked) == {"fastv": 1, "vtw": 0, "exponential": steps - 1}[schedule.name]
     assert count_answer(config, text, left, ranked) == pytest.approx(spent, rel=0.005)
     assert held_tokens(text, left)[-1, 0] == text + visual + steps - 1
+
+
+def test_bytes_of_a_step_are_those_of_weights_and_cache():
+    config = LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=300)
+    model = AutoModelForCausalLM.from_config(config)
+    matrices = [w for name, w in model.named_parameters() if w.dim() == 2 and "embed" not in name]
+    assert step_bytes(config, 0, bytes_each=4) == sum(weight.nbytes for weight in matrices)
+    assert step_bytes(config, 50, 3) - step_bytes(config, 0) == 3 * kv_bytes(config, 50)
 
 
 def test_what_an_answer_takes_from_pixels_to_its_end():

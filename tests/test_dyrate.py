@@ -98,11 +98,11 @@ def test_a_dropped_token_still_has_a_slope():
     given = masks.clone().requires_grad_()
     last(given).backward()
     step = torch.zeros_like(masks)
-    step[:, 2, column] = 1e-3
+    step[:, 2, column] = 0.02  # in 32 bits a smaller one would measure rounding
     with torch.no_grad():
-        difference = (last(masks + step) - last(masks)) / 1e-3
+        difference = (last(masks + step) - last(masks)) / 0.02
     assert abs(float(difference)) > 1e-3
-    assert float(given.grad[0, 2, column]) == pytest.approx(float(difference), rel=0.05)
+    assert float(given.grad[0, 2, column]) == pytest.approx(float(difference), rel=0.03)
 
 
 def test_a_heavy_weight_on_compute_drops_tokens_and_none_keeps_them(config):

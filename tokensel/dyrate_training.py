@@ -12,7 +12,6 @@ not depend on one another, and the masks of all steps follow from one pass throu
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -45,7 +44,6 @@ from tokensel.vlm.load import Vlm, load_vlm
 from tokensel.vlm.reduce import reduce
 
 _GONE = 1e-6  # weight of a dropped token in the softmax: the logarithm of 0 has no slope
-_WHOLE = 0.9  # probability of keeping everything, before the first step
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,6 @@ def train_dyrate(config: DyRateConfig, vlm: Vlm | None = None) -> tuple[RatePred
     shape = {"heads": heads, "layer": config.layer, "rates": config.rates}
     predictor = seeded(lambda: RatePredictor(RateConfig(**shape)), config.seed).to(model.device)
     lesson = RateLesson(model, predictor)
-    _keep_all(predictor)
     optimizer, out = adamw(predictor, config), Path(config.out) if config.out else None
     digest = checkpoint_digest(config.model, getattr(model.config, "_commit_hash", None))
     identity = f"{digest} {config.suite} {config.split} {' '.join(f'{each.benchmark.name}:{len(each)}' for each in data)}"
@@ -282,14 +279,6 @@ def train_dyrate(config: DyRateConfig, vlm: Vlm | None = None) -> tuple[RatePred
     if out:
         predictor.to("cpu").save_pretrained(out / "dyrate")
     return predictor, history.records
-
-
-@torch.no_grad()
-def _keep_all(predictor: RatePredictor) -> None:
-    """Start by keeping everything most of the time: rates drawn evenly would leave nothing after a few steps."""
-    predictor.linear.weight.zero_()
-    predictor.linear.bias.zero_()
-    predictor.linear.bias[0] = math.log(_WHOLE / (1 - _WHOLE) * (predictor.config.rates - 1))
 
 
 def _draw(vlm: Vlm, data: list[Questions], config: DyRateConfig, step: int) -> tuple:

@@ -11,6 +11,7 @@ from tokensel.cost.count import (
     first_token,
     held_tokens,
     kv_bytes,
+    step_bytes,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "first_token",
     "held_tokens",
     "kv_bytes",
+    "step_bytes",
 ]

@@ -125,6 +125,22 @@ def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * bytes_each
 
 
+def step_bytes(config: PretrainedConfig, held: int, rows: int = 1, bytes_each: int = 2) -> int:
+    """Bytes that one step of decoding has to read: the weights once, and the keys and values of every row.
+
+    Next to these its arithmetic hardly counts, so that the ratio of two such numbers bounds what dropping tokens can gain.
+
+    Args:
+        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        held: tokens that each row has in its cache.
+        rows: answers that are written at a time.
+        bytes_each: bytes of a number.
+    """
+    # a product with a matrix takes two FLOPs for each of its weights; no token looks at any other here
+    weights = (config.num_hidden_layers * _decoder_layer(config, 1, 0)) // 2 + config.hidden_size * config.vocab_size
+    return weights * bytes_each + rows * kv_bytes(config, held, bytes_each)
+
+
 @dataclass(frozen=True)
 class Cost:
     """FLOPs until the first token of an answer is there, part by part."""

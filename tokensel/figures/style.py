@@ -18,6 +18,12 @@ COLOURS = {
     "cls": "#8C6D31",
     "diversity": BLACK,
     "downsample": GREY,
+    "fastv": BLUE,
+    "vtw": RED,
+    "dyrate": BLACK,
+    "fixed": SKY,
+    "exponential": PURPLE,
+    "selector+fastv": "#8C6D31",
 }
 MARKERS = {
     "selector": "o",
@@ -27,6 +33,13 @@ MARKERS = {
     "cls": "v",
     "diversity": "P",
     "downsample": "X",
+    "full": "*",
+    "fastv": "s",
+    "vtw": "X",
+    "dyrate": "P",
+    "fixed": "^",
+    "exponential": "v",
+    "selector+fastv": "D",
 }
 LABELS = {
     "full": "all tokens",
@@ -35,6 +48,12 @@ LABELS = {
     "norm": "feature norm",
     "cls": "CLS attention",
     "downsample": "down-sampling",
+    "fastv": "FastV",
+    "vtw": "VTW",
+    "dyrate": "DyRate",
+    "fixed": "fixed rate",
+    "exponential": "exponential rate",
+    "selector+fastv": "selector, then FastV",
 }
 
 
