@@ -1,7 +1,9 @@
 """What an answer costs: FLOPs and bytes counted by formula, time and memory measured."""
 
+from tokensel.cost.answers import answer_costs
 from tokensel.cost.count import (
     Cost,
+    count_answer,
     count_decoder,
     count_layers,
     count_projector,
@@ -9,6 +11,7 @@ from tokensel.cost.count import (
     count_trunk,
     count_vision,
     first_token,
+    held_tokens,
     kv_bytes,
     layers_read,
     step_bytes,
@@ -16,6 +19,8 @@ from tokensel.cost.count import (
 
 __all__ = [
     "Cost",
+    "answer_costs",
+    "count_answer",
     "count_decoder",
     "count_layers",
     "count_projector",
@@ -23,6 +28,7 @@ __all__ = [
     "count_trunk",
     "count_vision",
     "first_token",
+    "held_tokens",
     "kv_bytes",
     "layers_read",
     "step_bytes",

@@ -5,15 +5,21 @@ counter does, although a causal kernel may skip half of it. Norms, activations a
 bytes, but next to the matrix products they hardly count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
+from jaxtyping import Int
 from transformers import PretrainedConfig
 
 from tokensel.errors import TokenselError, check_keep
 
 
-def _layer(queries: int, keys: int, width: int, kv_width: int, hidden: int, matrices: int) -> int:
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def _layer(queries: Count, keys: Count, width: int, kv_width: int, hidden: int, matrices: int) -> Count:
     """A Transformer layer over ``queries`` new tokens that look at ``keys``; ``matrices`` of its MLP."""
     attention_width = width  # heads times their width, in all supported models
     projections = 2 * attention_width * width + 2 * kv_width * width  # queries and output; keys and values
@@ -92,6 +98,11 @@ def count_layers(config: PretrainedConfig, entering: Sequence[int], past: int = 
     Raises:
         TokenselError: as there.
     """
+    layers = sum(_decoder_layer(config, new, past + new) for new in entering)
+    return layers + 2 * config.hidden_size * config.vocab_size
+
+
+def _decoder_layer(config: PretrainedConfig, queries: Count, keys: Count) -> Count:
     width = config.hidden_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     if head * config.num_attention_heads != width:
@@ -99,9 +110,43 @@ def count_layers(config: PretrainedConfig, entering: Sequence[int], past: int = 
             f"{config.model_type}: {config.num_attention_heads} heads of {head} are not as wide as the model ({width}); "
             "only such language models are counted"
         )
-    kv_width = config.num_key_value_heads * head
-    layers = (_layer(new, past + new, width, kv_width, config.intermediate_size, 3) for new in entering)
-    return sum(layers) + 2 * width * config.vocab_size
+    return _layer(queries, keys, width, config.num_key_value_heads * head, config.intermediate_size, 3)
+
+
+def held_tokens(text: int, visual: Int[np.ndarray, "steps layers"]) -> Int[np.ndarray, "steps layers"]:
+    """Tokens of one row that each layer has in its cache after each generation step.
+
+    Args:
+        text: tokens of the prompt besides the picture.
+        visual: visual tokens, newlines among them, that each layer holds at each step; step 0 reads the prompt, and every
+            further step adds a token of the answer.
+    """
+    return text + visual + np.arange(len(visual))[:, None]
+
+
+def count_answer(
+    config: PretrainedConfig,
+    text: int,
+    visual: Int[np.ndarray, "steps layers"],
+    ranked: Iterable[tuple[int, int]] = (),
+) -> int:
+    """FLOPs of a language model that reads a prompt and writes an answer while visual tokens leave.
+
+    Args:
+        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        text: tokens of the prompt besides the picture.
+        visual: see :func:`held_tokens`; a step a token of the answer.
+        ranked: step and layer of every row of attention that was computed on top of the model's own, to rank tokens.
+
+    Raises:
+        TokenselError: as :func:`count_decoder`.
+    """
+    held, width = held_tokens(text, visual), config.hidden_size
+    queries = np.where(np.arange(len(held))[:, None] == 0, held, 1)
+    layers = int(_decoder_layer(config, queries, held).sum())
+    # the token's query once more, and its product with every key
+    ranking = sum(2 * width * width + 2 * int(held[step, layer]) * width for step, layer in ranked)
+    return layers + len(held) * 2 * width * config.vocab_size + ranking
 
 
 def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:
@@ -110,13 +155,20 @@ def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * bytes_each
 
 
-def step_bytes(config: PretrainedConfig, past: int, rows: int = 1, bytes_each: int = 2) -> int:
-    """Bytes read to make one further token in each of ``rows`` rows: the weights once, and every row's cache.
+def step_bytes(config: PretrainedConfig, held: int, rows: int = 1, bytes_each: int = 2) -> int:
+    """Bytes that one step of decoding has to read: the weights once, and the keys and values of every row.
 
-    Decoding does so little arithmetic with each number that reading them is what takes the time.
+    Next to these its arithmetic hardly counts, so that the ratio of two such numbers bounds what dropping tokens can gain.
+
+    Args:
+        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        held: tokens that each row has in its cache.
+        rows: answers that are written at a time.
+        bytes_each: bytes of a number.
     """
-    multiplied = count_layers(config, [1] * config.num_hidden_layers, -1) // 2  # no keys: weights alone, one multiply-add each
-    return multiplied * bytes_each + rows * kv_bytes(config, past, bytes_each)
+    # a product with a matrix takes two FLOPs for each of its weights; no token looks at any other here
+    weights = (config.num_hidden_layers * _decoder_layer(config, 1, 0)) // 2 + config.hidden_size * config.vocab_size
+    return weights * bytes_each + rows * kv_bytes(config, held, bytes_each)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -155,6 +155,20 @@ def anyres(
     for k in range(1, columns):
         right.axvline(k * side - 0.5, color="white", linewidth=1.0)
     return figure
+
+
+def left_cells(
+    encoded: Encoded, visual: Bool[Tensor, "1 length"], columns: Int[Tensor, "left"]
+) -> Bool[Tensor, "tiles tokens"]:
+    """Which cells of the tiles are still there when a schedule has left only some columns of an unreduced prompt.
+
+    Args:
+        encoded: one question.
+        visual: True at the prompt's visual tokens, newlines among them.
+        columns: those that are left, as :class:`tokensel.schedules.prune.Drop` has them.
+    """
+    places = visual[0].nonzero()[:, 0]  # the column of each packed token
+    return encoded.layout.spread(torch.isin(places, columns))
 
 
 def pictures(

@@ -19,6 +19,12 @@ COLOURS = {
     "diversity": BLACK,
     "downsample": GREY,
     "native": YELLOW,
+    "fastv": BLUE,
+    "vtw": RED,
+    "dyrate": BLACK,
+    "fixed": SKY,
+    "exponential": PURPLE,
+    "selector+fastv": "#8C6D31",
 }
 MARKERS = {
     "selector": "o",
@@ -28,6 +34,13 @@ MARKERS = {
     "cls": "v",
     "diversity": "P",
     "downsample": "X",
+    "full": "*",
+    "fastv": "s",
+    "vtw": "X",
+    "dyrate": "P",
+    "fixed": "^",
+    "exponential": "v",
+    "selector+fastv": "D",
 }
 LABELS = {
     "full": "all tokens",
@@ -37,6 +50,12 @@ LABELS = {
     "cls": "CLS attention",
     "downsample": "down-sampling",
     "native": "own interpolation",
+    "fastv": "FastV",
+    "vtw": "VTW",
+    "dyrate": "DyRate",
+    "fixed": "fixed rate",
+    "exponential": "exponential rate",
+    "selector+fastv": "selector, then FastV",
 }
 
 
