@@ -26,8 +26,8 @@ class EvalConfig:
         methods: names from :data:`tokensel.methods.METHODS`. ``full`` and ``none`` are run once, the others
             per keep.
         keeps: fractions of the visual tokens to keep, each in (0, 1]; none means those of the paper for the model: 0.1 to
-            0.9, and 0.1 to 0.6 where the model's own packing interpolates (Sec. 5.2: beyond, the context outgrows what the
-            model was trained on).
+            0.9, and 0.1 to 0.6 where the model's own packing interpolates (Sec. 5.2: answers got worse where the context
+            outgrew the model's own).
         n: questions a benchmark, from the front of the split; ``None`` means all.
         split: split of every benchmark; ``test`` is the one that is scored, whatever its own name.
         seed: of the bootstrap, and of ``random`` where ``seeds`` is empty.
