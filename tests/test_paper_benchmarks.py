@@ -5,6 +5,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -188,6 +189,25 @@ def test_the_first_questions_are_fetched_once(data, monkeypatch):
         write_parquet(file, rows[:2], ("image",))
     assert questions(data, "chartqa", 2).prompts[0].startswith("new?") and len(written) == 3
     write_benchmark(data / "chartqa", "chartqa", [question["row"] for question in PROMPTS["chartqa"]])
+
+
+def test_from_the_hub_the_newest_commit_is_read_and_recorded(data, monkeypatch):
+    load_dataset, asked = datasets.load_dataset, []
+
+    def hub(*names, **options):
+        if names[0] == "parquet":
+            return load_dataset(*names, **options)
+        asked.append((*names, options["split"], options["revision"], options["streaming"]))
+        files = sorted(str(file) for file in (data / "gqa" / names[1]).glob("*.parquet"))
+        return load_dataset("parquet", data_files=files, split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.setattr("tokensel.benchmarks.hub.HfApi.dataset_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
+    loaded = load_questions(BENCHMARKS["gqa"], "test", 2)
+    assert loaded.prompts == [question["prompt"] for question in PROMPTS["gqa"]][:2]
+    assert loaded.source == "lmms-lab/GQA testdev_balanced_instructions testdev c0ffee"
+    configs = ("testdev_balanced_instructions", "testdev_balanced_images")
+    assert asked == [("lmms-lab/GQA", name, "testdev", "c0ffee", True) for name in configs]
 
 
 def test_a_number_of_mmbench_questions_comes_with_all_their_rotations(data):

@@ -27,8 +27,8 @@ class EvalConfig:
             (``full``, ``none``, ``vtw``, ``dyrate``) are run once, the others per keep.
         keeps: fractions of the visual tokens to keep, each in (0, 1], by what chooses them before the language model, or
             where nothing does, by the schedule inside; none means those of the paper for the model: 0.1 to 0.9, and 0.1 to
-            0.6 where the model's own packing interpolates (Sec. 5.2: beyond, the context outgrows what the model was
-            trained on).
+            0.6 where the model's own packing interpolates (Sec. 5.2: answers got worse where the context outgrew the
+            model's own).
         inside: the fraction that a schedule keeps of what was chosen before, as FastV in ``selector+fastv``.
         layer: the first layer that FastV and the fixed and exponential rates shorten.
         vtw_layer: the first layer that sees no image under VTW; half of the layers by default, as in its paper.

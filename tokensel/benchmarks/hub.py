@@ -34,6 +34,7 @@ class HubData:
         pictures: configuration that holds the pictures by their ``id``, where the rows have only an ``imageId`` (GQA).
         circles: ``n`` counts clusters, each with all its rows, and not rows (MMBench).
         folder: a local copy to read instead; see :meth:`below`.
+        revision: commit on the hub; by default the newest, which is then recorded.
     """
 
     path: str
@@ -45,6 +46,7 @@ class HubData:
     pictures: str | None = None
     circles: bool = False
     folder: Path | None = None
+    revision: str | None = None
 
     def below(self, data: str, name: str) -> "HubData":
         """The same benchmark, read from ``data/<name>`` or ``data/<last part of the hub id>``: parquet files as on the hub.
@@ -67,6 +69,8 @@ class HubData:
         Raises:
             TokenselError: the hub is out of reach and no folder was given, no such split, or rows of another making.
         """
+        if not (self.folder or self.revision):
+            return replace(self, revision=self._newest())(split, n)
         split = self.split if split == TEST else split
         source = self._source(split)
         module = inspect.getsource(inspect.getmodule(self.read))
@@ -85,11 +89,13 @@ class HubData:
         if self.folder:
             files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files(self.config, split)]
             return f"{self.folder} {self.config or ''} {split} {digest(files)}"
+        return f"{self.path} {self.config or ''} {split} {self.revision}"
+
+    def _newest(self) -> str:
         try:
-            commit = HfApi().dataset_info(self.path, timeout=10).sha
+            return HfApi().dataset_info(self.path, timeout=10).sha
         except Exception as error:  # the client's connection errors have other classes in each of its versions
             raise self._missing(error) from None
-        return f"{self.path} {self.config or ''} {split} {commit}"
 
     def _missing(self, error: Exception) -> TokenselError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -113,7 +119,7 @@ class HubData:
             # by default whole row groups are read, of which pages of documents make a gigabyte
             rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, batch_size=_ROWS)
         else:
-            rows = datasets.load_dataset(self.path, config, split=split, streaming=True)
+            rows = datasets.load_dataset(self.path, config, split=split, revision=self.revision, streaming=True)
         for name, feature in (rows.features or {}).items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))

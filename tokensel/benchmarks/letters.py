@@ -1,6 +1,7 @@
 """Which option does an answer name? The rules of lmms-eval 0.7.3, benchmark by benchmark.
 
-They differ from one benchmark to the next, and a score moves by points with the rule, so each keeps its own. In one thing all
+They differ from one benchmark to the next, and a score moves by points with the rule, so each keeps its own. (MMMU's goes back to
+the evaluation of its authors, github.com/MMMU-Benchmark/MMMU; MMBench's to VLMEvalKit.) In one thing all
 of them differ from lmms-eval here: nothing is drawn by chance. Where MMMU's rule draws an option at random for an answer that
 names none, and MMBench's asks a second model (or draws), the answer counts as wrong.
 """
