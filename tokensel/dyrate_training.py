@@ -12,6 +12,7 @@ not depend on one another, and the masks of all steps follow from one pass throu
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -43,7 +44,7 @@ from tokensel.vlm.forced import IGNORED, Forced, force
 from tokensel.vlm.load import Vlm, load_vlm
 from tokensel.vlm.reduce import reduce
 
-_GONE = 1e-6  # weight of a dropped token in the softmax: the logarithm of 0 has no slope
+_GONE = math.log(1e-6)  # what is added to the attention's logits at a dropped token: its weight becomes a millionth
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,11 @@ class RateLesson:
 def attention_mask(
     masks: Float[Tensor, "rows steps prompt"], forced: Forced
 ) -> Float[Tensor, "rows 1 columns columns"]:
-    """What is added to the logits of the attention: the logarithm of each token's weight, 0 or hugely negative.
+    """What is added to the logits of the attention: 0 at tokens that are kept, hugely negative at those that have gone.
 
-    All of the prompt sees what step 0 kept, every token behind it what its own step kept.
+    All of the prompt sees what step 0 kept, every token behind it what its own step kept. Between 0 and 1 it is a straight
+    line. The logarithm of the mask would be truer to a weight in between, but its slope at 0 knows no bound: one token that
+    should not have gone then outweighs all others, and in trials the fraction kept rose whatever compute was to count for.
     """
     prompt, columns = forced.visual.shape[1], forced.types.shape[1]
     seen = torch.cat([masks[:, :1].expand(-1, prompt - 1, -1), masks], 1)  # [rows, columns, prompt]
@@ -213,7 +216,7 @@ def attention_mask(
     causal = torch.ones(columns, columns, dtype=torch.bool, device=seen.device).tril()
     itself = torch.eye(columns, dtype=torch.bool, device=seen.device)  # padding looks at itself: no softmax over nothing
     allowed = causal & forced.inputs["attention_mask"].bool()[:, None] | itself
-    added = (_GONE + (1 - _GONE) * weight).log()
+    added = (1 - weight) * _GONE
     return added.masked_fill(~allowed, torch.finfo(added.dtype).min)[:, None]
 
 
