@@ -24,7 +24,6 @@ from tokensel.cost import (
     answer_costs,
     count_answer,
     count_decoder,
-    count_layers,
     count_projector,
     count_training,
     count_trunk,
@@ -96,7 +95,7 @@ def test_a_language_model_under_a_schedule():
     visual[:, 5:55] = True
     with pruned(model, visual, torch.ones_like(ids), FastV(layer=1, keep=0.2)):
         run = counted(lambda: model(ids, logits_to_keep=1, use_cache=True))
-    assert count_layers(config, [60, 20, 20]) == pytest.approx(run, rel=0.02)
+    assert count_answer(config, 10, np.array([[50, 10, 10]])) == pytest.approx(run, rel=0.02)
 
 
 def test_bytes_of_a_step_are_the_weights_and_the_cache():

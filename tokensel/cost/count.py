@@ -5,7 +5,7 @@ counter does, although a causal kernel may skip half of it. Norms, activations a
 bytes, but next to the matrix products they hardly count.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,18 +27,18 @@ def _layer(queries: Count, keys: Count, width: int, kv_width: int, hidden: int, 
 
 
 def count_vision(
-    config: PretrainedConfig, tiles: int = 1, layers: int | None = None, patches: int | None = None
+    config: PretrainedConfig, tiles: int = 1, patches: int | None = None, layers: int | None = None
 ) -> int:
     """FLOPs of a CLIP or SigLIP tower over ``tiles`` tiles.
 
     Args:
         config: a ``CLIPVisionConfig`` or ``SiglipVisionConfig``.
-        tiles: how many pictures of one size it is given, the thumbnail among them.
+        tiles: how many pictures it is given, the thumbnail among them.
+        patches: of each tile, as many as at the tower's own size by default.
         layers: how many of its layers are run; all by default.
-        patches: of one picture; by default those of the tower's own size.
     """
     layers = config.num_hidden_layers if layers is None else layers
-    patches = (config.image_size // config.patch_size) ** 2 if patches is None else patches
+    patches = patches or (config.image_size // config.patch_size) ** 2
     tokens = patches + (config.model_type.startswith("clip"))  # SigLIP has no CLS token
     width = config.hidden_size
     embedding = 2 * patches * config.num_channels * config.patch_size**2 * width
@@ -84,22 +84,8 @@ def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
     Raises:
         TokenselError: an attention whose heads together are not as wide as the model, which is not counted right.
     """
-    return count_layers(config, [new] * config.num_hidden_layers, past)
-
-
-def count_layers(config: PretrainedConfig, entering: Sequence[int], past: int = 0) -> int:
-    """:func:`count_decoder` where not every layer is entered by as many tokens, as under a schedule.
-
-    Args:
-        config: as there.
-        entering: tokens that enter each layer.
-        past: as there.
-
-    Raises:
-        TokenselError: as there.
-    """
-    layers = sum(_decoder_layer(config, new, past + new) for new in entering)
-    return layers + 2 * config.hidden_size * config.vocab_size
+    layer = _decoder_layer(config, new, past + new)
+    return config.num_hidden_layers * layer + 2 * config.hidden_size * config.vocab_size
 
 
 def _decoder_layer(config: PretrainedConfig, queries: Count, keys: Count) -> Count:
@@ -220,7 +206,7 @@ def first_token(
     kept = max(1, round(keep * visual)) if visual else 0
     cells = (vision.image_size // vision.patch_size) ** 2
     return Cost(
-        encoder=count_vision(vision, tiles, encoder_layers),
+        encoder=count_vision(vision, tiles, layers=encoder_layers),
         selector=count_trunk(selector, cells, tiles) if selector else 0,
         projector=count_projector(config, kept),
         prefill=count_decoder(config.text_config, text + kept + newlines),
