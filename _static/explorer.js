@@ -20,7 +20,7 @@
     element("select", {}, ...pairs.map(([value, text]) => element("option", { value, textContent: text })));
 
   const verdict = (score) =>
-    score === null || score === undefined ? "" : score === 1 ? "right" : score === 0 ? "wrong" : `${score.toFixed(2)} of 1`;
+    score === null || score === undefined ? "" : score === 1 ? "right" : score === 0 ? "wrong" : `partly right (${score.toFixed(2)})`;
 
   const percent = (share) => `${+(100 * share).toFixed(1)} %`;
 

@@ -125,3 +125,43 @@ def test_links_inside_the_book_arrive(visit):
                 if unquote(fragment) not in anchors[file]:
                     astray.append(f"{name} -> {target}")
     assert astray == []
+
+
+EXPLORERS = [name for name in PAGES if 'class="explorer"' in (SITE / name).read_text(encoding="utf-8")]
+
+
+def test_the_book_has_an_explorer():
+    assert EXPLORERS
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_explorer_answers_to_keyboard_and_pointer(name, visit):
+    page = visit(name)
+    box = page.locator(".explorer[data-ready]").first
+    controls = box.locator("select, input")
+    status = box.locator(".explorer-status")
+    drawn = "box => [...box.querySelectorAll('canvas')].map(canvas => canvas.toDataURL()).join()"
+    controls.first.focus()
+    for number in range(controls.count()):  # reached by Tab, each changed by a key
+        control = controls.nth(number)
+        assert control.evaluate("control => control === document.activeElement")
+        before = (status.text_content(), box.evaluate(drawn))
+        page.keyboard.press("ArrowDown" if control.evaluate("c => c.localName") == "select" else "ArrowRight")
+        page.wait_for_function("([s, text]) => s.textContent !== text", arg=[status.element_handle(), before[0]])
+        assert box.evaluate(drawn) != before[1]
+        page.keyboard.press("Tab")
+    slider = box.locator("input[type=range]")
+    before = status.text_content()
+    slider.click(position={"x": 2, "y": slider.bounding_box()["height"] / 2})
+    page.wait_for_function("([s, text]) => s.textContent !== text", arg=[status.element_handle(), before])
+    assert slider.input_value() == slider.get_attribute("min")
+    assert not box.locator(".explorer-still").is_visible()
+    assert page.trouble == []
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_explorer_is_a_still_figure_without_javascript(name, visit):
+    page = visit(name, java_script_enabled=False)
+    still = page.locator(".explorer-still img").first
+    assert still.is_visible() and len(still.get_attribute("alt")) > 60
+    assert page.locator(".explorer :is(select, input)").count() == 0
