@@ -3,8 +3,11 @@
 Needs the book (`make book`) and a Chromium; `TOKENSEL_BROWSER=required` turns a missing one into a failure.
 """
 
+import functools
+import http.server
 import os
 import shutil
+import threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
@@ -68,7 +71,8 @@ def visit(browser):
             "request",
             lambda r: urlsplit(r.url).scheme in ("file", "data", "blob") or page.trouble.append(f"asks for {r.url}"),
         )
-        page.goto((SITE / name).as_uri(), wait_until="load")
+        file, _, query = name.partition("?")
+        page.goto(f"{(SITE / file).as_uri()}?{query}", wait_until="load")
         return page
 
     yield open_page
@@ -101,6 +105,34 @@ def test_page_passes_axe(name, theme, visit):
     assert page.evaluate("document.documentElement.dataset.theme") == theme
     results = Axe().run(page, options=AXE)
     assert results.violations_count == 0, results.generate_report()
+
+
+def test_search_finds_without_a_network(visit):
+    page = visit("search.html?q=hinge")
+    page.locator("#search-results li a").first.wait_for()
+    assert any("04_training" in link for link in _targets(page))
+    assert page.trouble == []
+
+
+def test_book_opens_from_a_server_and_is_small(browser):
+    handler = functools.partial(QuietHandler, directory=SITE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = f"http://127.0.0.1:{server.server_port}/"
+        page, asked = browser.new_page(), []
+        page.on("request", lambda request: asked.append(request.url))
+        assert page.goto(home, wait_until="load").ok
+        page.close()
+        server.shutdown()
+    assert asked and all(url.startswith((home, "data:")) for url in asked)
+    assert sum(file.stat().st_size for file in SITE.rglob("*") if file.is_file()) <= 60e6
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves without a line for every request."""
+
+    def log_message(self, *_) -> None:
+        pass
 
 
 def _targets(page) -> set[str]:
