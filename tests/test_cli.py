@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tokensel import cli
 from tokensel.benchmarks.config import EvalConfig
+from tokensel.cost.config import CostConfig
 from tokensel.errors import TokenselError
 from tokensel.train_config import TrainConfig
 
@@ -30,17 +31,17 @@ def ended(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return (exit_info.value.code or 0, *capsys.readouterr())
 
 
-def test_help_lists_the_four_commands_without_loading_torch():
+def test_help_lists_the_commands_without_loading_torch():
     code = "import sys; from tokensel import cli; sys.argv[1:] = ['--help']\n"
     code += "try: cli.main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "evaluate", "mini", "book"):
+    for command in ("train", "evaluate", "cost", "mini", "book"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "cost"])
 def test_every_option_has_a_line_of_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -65,7 +66,7 @@ def inner_commands(command: str) -> dict:
     return typer.main.get_group(__import__(module, fromlist=["app"]).app).commands
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "mini", "book"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "cost", "mini", "book"])
 def test_unknown_options_are_refused(command, monkeypatch, capsys):
     code, _, told = ended(monkeypatch, capsys, command, "--no-such-option", "1")
     assert code == 2 and "--no-such-option" in told
@@ -73,7 +74,7 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("command", "config", "renamed"),
-    [(cli.train, TrainConfig, {}), (cli.evaluate, EvalConfig, {"whole", "progress"})],
+    [(cli.train, TrainConfig, {}), (cli.evaluate, EvalConfig, {"whole", "progress"}), (cli.cost, CostConfig, {"training", "progress"})],
 )
 def test_options_and_defaults_are_those_of_the_configuration(command, config, renamed):
     options = {name: p.default for name, p in inspect.signature(command).parameters.items()}

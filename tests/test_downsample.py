@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ask, logits, noise_image, tiny_vlm
 
-from tokensel.features import Features
 from tokensel.vlm import Encoded, Vlm, downsample, encode, reduce
 from tokensel.vlm.downsample import _pack_coarse, coarse_grid
 from tokensel.vlm.layout import read_layout, tile_counts
@@ -79,9 +78,6 @@ def layouts(vlm):
         counts = tile_counts(vlm.model, {"image_sizes": sizes})
         layout = read_layout(vlm.model.model, counts, 36, sizes)
         ids = torch.full((1, len(layout.source)), vlm.model.config.image_token_id)
-        features = Features(torch.zeros(sum(counts), 36, 1))
-        return Encoded(
-            vlm.model, ids, torch.ones_like(ids).bool(), ids.nonzero(), features, layout, None, sizes
-        )
+        return Encoded(vlm.model, ids, torch.ones_like(ids).bool(), ids.nonzero(), layout, None, sizes)
 
     return make

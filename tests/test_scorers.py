@@ -196,6 +196,17 @@ def test_selector_from_a_folder(tmp_path):
     assert torch.equal(loaded(batch), make_scorer("selector", selector=selector())(batch))
 
 
+def test_the_selector_works_in_the_precision_of_the_features_and_stays_what_it_was():
+    model, batch = TokenSelector.from_pretrained("data/mini/selector"), features(tokens=64, channels=128)
+    scorer = make_scorer("selector", selector=model)
+    exact, half = scorer(batch), scorer(batch.to(dtype=torch.bfloat16))
+    assert {weight.dtype for weight in scorer._fit(batch.tokens.bfloat16()).parameters()} == {torch.bfloat16}
+    assert half.dtype == torch.float32 and len(half.unique()) > 0.99 * half.numel()  # rounded scores would tie
+    same = top_fraction(exact, 0.3) == top_fraction(half, 0.3)
+    assert same.float().mean() > 0.95
+    assert model.dtype == torch.float32 and torch.equal(scorer(batch), exact)
+
+
 def test_selector_of_another_width_is_refused_in_one_line():
     with pytest.raises(
         TokenselError, match="width 64, these have 32: give the selector that belongs"

@@ -1,6 +1,7 @@
-"""``python -m tokensel``: train, evaluate, mini, book. What a command needs is imported when it runs."""
+"""``python -m tokensel``: train, evaluate, cost, mini, book. What a command needs is imported when it runs."""
 
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -169,6 +170,67 @@ def evaluate(
 
     done = run(config, progress)
     typer.echo(f"{done.computed} answers asked\n{done.table}\n{done.differences}\n{done.provenance}")
+
+
+@app.command()
+def cost(
+    model: Annotated[
+        str, _option("LLaVA-NeXT: folder or hub id; or llava-next-0.5b, llava-next-7b: true size, random weights.", _MODEL)
+    ],
+    random_weights: Annotated[
+        bool, _option("Take only the configuration of the model; speed does not depend on its weights.", _MODEL)
+    ] = False,
+    selector: Annotated[
+        str | None, _option("Trained selector: folder or hub id; by default random weights.", _MODEL)
+    ] = None,
+    selector_layers: Annotated[int, _option("Transformer layers of a selector at random weights.", _MODEL)] = 3,
+    methods: Annotated[
+        str,
+        _option(
+            "Comma-separated, beside the stock model: selector, random, uniform, norm, cls, diversity, downsample, none, "
+            "fastv, vtw.", _RUN,
+        ),
+    ] = "selector",
+    keeps: Annotated[str, _option("Fractions of the visual tokens to keep, comma-separated.", _RUN)] = "0.5,0.3,0.1",
+    batch_sizes: Annotated[str, _option("Questions at a time, comma-separated.", _DATA)] = "1",
+    images: Annotated[str, _option("Sizes of pictures as HEIGHTxWIDTH, comma-separated.", _DATA)] = "480x640",
+    text: Annotated[int, _option("Tokens of the prompt besides the picture.", _DATA)] = 60,
+    new_tokens: Annotated[int, _option("Tokens of an answer.", _DATA)] = 9,
+    repetitions: Annotated[int, _option("Rounds of all conditions; 10 at least.", _RUN)] = 10,
+    warmup: Annotated[int, _option("Rounds before those that count.", _RUN)] = 1,
+    schedule_layer: Annotated[int, _option("Layer at whose entrance fastv or vtw drops.", _RUN)] = 2,
+    device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _MODEL)] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        _option("auto: float32 on a CPU, 16 bits on a GPU.", _MODEL),
+    ] = "auto",
+    attn: Annotated[str, _option("Attention of transformers: sdpa, flash_attention_2 ...", _MODEL)] = "sdpa",
+    threads: Annotated[int, _option("Threads of the CPU; 0 leaves them as they are.", _RUN)] = 0,
+    seed: Annotated[int, _option("Seed of weights, pictures and random selection.", _RUN)] = 0,
+    training: Annotated[
+        bool, _option("Measure training a selector for the model's tower, not answering.", _RUN)
+    ] = False,
+    progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
+    out: Annotated[str, _option("Folder of the results.", _TABLES)] = "_build/results",
+    name: Annotated[str, _option("File name of the results, without ending.", _TABLES)] = "cost",
+) -> None:
+    """Measure time to the first token, time per further token and memory, as ratios to the stock model and to the ideal.
+
+    Run it again with the same options to go on after an interruption: rounds that are done are not run again.
+    """
+    values = {key: value for key, value in locals().items() if key not in ("training", "progress")}
+    from tokensel.cost.config import CostConfig
+
+    kinds = {"methods": str, "keeps": float, "batch_sizes": int, "images": str}
+    values |= {key: _list(key, values[key], kind) for key, kind in kinds.items()}
+    _quiet()
+    config = CostConfig(**values)
+    if training:
+        from tokensel.cost.training import lines, measure
+    else:
+        from tokensel.cost.measure import lines, measure
+    path = measure(config, progress)
+    typer.echo("\n".join([*lines(json.loads(path.read_text(encoding="utf-8"))), str(path)]))
 
 
 def _list(option: str, text: str, kind: Callable[[str], Any]) -> tuple:

@@ -81,7 +81,8 @@ class Trunk(nn.Module):
             )
         if valid is not None and valid.all():
             valid = None  # the same computation, bit for bit, as for rows without padding
-        x = (features - self.center) / self.spread
+        # the statistics are single precision also where the weights are not
+        x = ((features - self.center) / self.spread).to(self.position_scale.dtype)
         attend = None
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0.0)  # padding may hold anything, NaN included

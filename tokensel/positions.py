@@ -52,6 +52,7 @@ def codes(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or a table made while answering could not be trained with later
 def _cached(tokens: int, channels: int, device: torch.device) -> Tensor:
     return sincos(tokens, channels).to(device)
 

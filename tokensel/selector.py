@@ -124,7 +124,9 @@ class TokenSelector(CoreModel):
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens 2"]:
         """The drop and the keep logit of every token."""
-        return self.head(self.trunk(features, valid)).float()
+        # in single precision, as scores that are rounded would tie
+        tokens = self.trunk(features, valid).float()
+        return nn.functional.linear(tokens, self.head.weight.float(), self.head.bias.float())
 
     def scores(
         self,

@@ -11,21 +11,38 @@ from transformers import PreTrainedModel
 from tokensel.errors import TokenselError
 
 
-def encoder_layers(tower: nn.Module) -> nn.ModuleList:
-    """The Transformer layers of a vision tower, whose outputs are its ``hidden_states[1:]``.
+def encoder_layers(tower: nn.Module) -> tuple[nn.Module, str]:
+    """Where the Transformer layers of a vision tower are, whose outputs are its ``hidden_states[1:]``.
+
+    Returns:
+        The module that holds them in one ``ModuleList``, and the name by which it does.
 
     Raises:
         TokenselError: they are not to be found as one list.
     """
     count = tower.config.num_hidden_layers
     lists = [
-        module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == count
+        (parent, name)
+        for parent in tower.modules()
+        for name, module in parent.named_children()
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if len(lists) != 1:
         raise TokenselError(
             f"no single list of {count} layers in a {type(tower).__name__}: give a CLIP or SigLIP tower"
         )
     return lists[0]
+
+
+@contextmanager
+def _only(parent: nn.Module, name: str, count: int) -> Iterator[None]:
+    """While this lasts, ``parent`` has only the first ``count`` of its layers: nobody reads what the others make."""
+    layers = getattr(parent, name)
+    setattr(parent, name, layers[:count])
+    try:
+        yield
+    finally:
+        setattr(parent, name, layers)
 
 
 @contextmanager
@@ -55,14 +72,10 @@ def cls_row(
     The row is softmaxed with CLS itself in it, as the tower does, so it sums to less than 1 without it.
     """
     tiles, count, channels = keys.shape
-    query = (
-        queries[:, :1].float().view(tiles, 1, heads, channels // heads).transpose(1, 2)
-    )  # [tiles, heads, 1, d]
-    key = (
-        keys.float().view(tiles, count, heads, channels // heads).permute(0, 2, 3, 1)
-    )  # [tiles, heads, d, all]
-    weights = (query @ key * (channels // heads) ** -0.5).softmax(-1)  # [tiles, heads, 1, all]
-    return weights.mean(1)[:, 0, 1:]
+    # one query: summing products reads the keys once as they lie, where a matrix product would turn them round first
+    products = (queries[:, :1].float() * keys.float()).view(tiles, count, heads, channels // heads)
+    weights = (products.sum(-1) * (channels // heads) ** -0.5).softmax(1)  # [tiles, all, heads]
+    return weights.mean(-1)[:, 1:]
 
 
 @torch.no_grad()
@@ -74,6 +87,8 @@ def run_tower(
     interpolate: bool = False,
 ) -> tuple[Float[Tensor, "tiles tokens channels"], Float[Tensor, "tiles tokens"] | None]:
     """Features of the tiles, chosen from the tower's hidden states exactly as LLaVA does before projecting.
+
+    The tower's layers after the last one wanted are not run.
 
     Args:
         tower: a ``CLIPVisionModel``, ``SiglipVisionModel`` or the like.
@@ -91,7 +106,8 @@ def run_tower(
         TokenselError: the tower has no such layer, or is of a kind unknown here.
     """
     wanted = [layer] if isinstance(layer, int) else list(layer)
-    encoder = encoder_layers(tower)
+    parent, name = encoder_layers(tower)
+    encoder = getattr(parent, name)
     for index in wanted:
         if index == 0 or not -len(encoder) <= index <= len(encoder):
             raise TokenselError(
@@ -104,7 +120,8 @@ def run_tower(
     if drop_cls:
         modules |= {"queries": attention.q_proj, "keys": attention.k_proj}
     options = {"interpolate_pos_encoding": True} if interpolate else {}
-    with _listen(modules) as heard:
+    last = max(index % (len(encoder) + 1) for index in wanted)
+    with _listen(modules) as heard, _only(parent, name, last):
         tower(pixel_values, **options)
     tokens = torch.cat([heard[f"layer {i}"] for i in wanted], dim=-1)
     if not drop_cls:

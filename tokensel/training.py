@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokensel.autoencoder import Autoencoder, MaskedAutoencoder, Statistics
@@ -107,18 +108,8 @@ def train(
     with closing(feed.batches(progress.step, config.batch_size, mine, config.seed)) as batches, bar:
         for step in range(progress.step, config.steps):
             batch = next(batches).to(accelerator.device)
-            tau = temperature(step, config)
-            shape = (config.batch_size, batch.tokens.shape[1], 2)
-            noise = gumbel_noise(*shape, generator=generator(config.seed, "noise", step))[mine]
-            with autocast(accelerator, config):
-                reconstructed, mask = whole(batch.tokens, batch.valid, tau, noise.to(accelerator.device))
-            loss, l_rec, l_pr = objective(
-                reconstructed, batch.tokens, mask, config.p, progress.scale, batch.valid,
-                mean=mean_over_processes(accelerator, batch.valid),
-            )  # fmt: skip
-            descend(accelerator, whole, optimizer, loss, step, config)
-
-            recent.append((step + 1, tau, torch.stack([loss, l_rec, l_pr]).detach()))
+            values = train_step(accelerator, whole, optimizer, batch, step, config, progress.scale, mine)
+            recent.append((step + 1, temperature(step, config), values))
             for name in sorted(set(feed.skipped) - told):
                 told.add(name)
                 tqdm.write(f"skipped {name}: cannot be read", file=sys.stderr)
@@ -148,6 +139,43 @@ def train(
         model.reconstructor.save_pretrained(out / "reconstructor")
     accelerator.wait_for_everyone()
     return Trained(model.selector, model.reconstructor, history.records, skipped)
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Features,
+    step: int,
+    config: TrainConfig,
+    scale: float,
+    mine: slice = slice(None),
+) -> Float[Tensor, "3"]:
+    """One step on one batch: draw the masks, reconstruct, and descend along Eq. (7).
+
+    Args:
+        accelerator, model, optimizer: the :class:`~tokensel.autoencoder.Autoencoder` and what trains it.
+        batch: the features of this process's slice of the batch, on the device.
+        step: its number, from 0, on which noise, temperature and learning rate depend.
+        config: all choices.
+        scale: the distance that counts as 1.
+        mine: this process's slice.
+
+    Returns:
+        The loss, L_rec and L_pr, on the device.
+    """
+    shape = (config.batch_size, batch.tokens.shape[1], 2)
+    noise = gumbel_noise(*shape, generator=generator(config.seed, "noise", step))[mine]
+    with autocast(accelerator, config):
+        reconstructed, mask = model(
+            batch.tokens, batch.valid, temperature(step, config), noise.to(accelerator.device)
+        )
+    loss, l_rec, l_pr = objective(
+        reconstructed, batch.tokens, mask, config.p, scale, batch.valid,
+        mean=mean_over_processes(accelerator, batch.valid),
+    )  # fmt: skip
+    descend(accelerator, model, optimizer, loss, step, config)
+    return torch.stack([loss, l_rec, l_pr]).detach()
 
 
 def open_feed(

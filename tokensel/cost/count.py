@@ -5,6 +5,7 @@ counter does, although a causal kernel may skip half of it. Norms, activations a
 bytes, but next to the matrix products they hardly count.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -19,19 +20,30 @@ def _layer(queries: int, keys: int, width: int, kv_width: int, hidden: int, matr
     return 2 * queries * (projections + matrices * width * hidden) + 4 * queries * keys * attention_width
 
 
-def count_vision(config: PretrainedConfig, tiles: int = 1) -> int:
+def count_vision(
+    config: PretrainedConfig, tiles: int = 1, layers: int | None = None, patches: int | None = None
+) -> int:
     """FLOPs of a CLIP or SigLIP tower over ``tiles`` tiles.
 
     Args:
         config: a ``CLIPVisionConfig`` or ``SiglipVisionConfig``.
-        tiles: how many pictures of the tower's own size it is given, the thumbnail among them.
+        tiles: how many pictures of one size it is given, the thumbnail among them.
+        layers: how many of its layers are run; all by default.
+        patches: of one picture; by default those of the tower's own size.
     """
-    patches = (config.image_size // config.patch_size) ** 2
+    layers = config.num_hidden_layers if layers is None else layers
+    patches = (config.image_size // config.patch_size) ** 2 if patches is None else patches
     tokens = patches + (config.model_type.startswith("clip"))  # SigLIP has no CLS token
     width = config.hidden_size
     embedding = 2 * patches * config.num_channels * config.patch_size**2 * width
     layer = _layer(tokens, tokens, width, width, config.intermediate_size, 2)
-    return tiles * (embedding + config.num_hidden_layers * layer)
+    return tiles * (embedding + layers * layer)
+
+
+def layers_read(config: PretrainedConfig) -> int:
+    """How many layers of its tower a LLaVA needs: those up to the last whose output it reads."""
+    read, count = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    return max(index % (count + 1) for index in ([read] if isinstance(read, int) else read))
 
 
 def count_trunk(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
@@ -39,6 +51,12 @@ def count_trunk(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
     width = config.width
     layer = _layer(tokens, tokens, width, width, int(width * config.mlp_ratio), 2)
     return tiles * (config.layers * layer + 2 * tokens * width * 2)
+
+
+def count_training(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
+    """FLOPs of one training step of a selector and its reconstructor; going back takes twice what going forth does."""
+    head = 2 * tiles * tokens * config.width**2  # the reconstructor's, in place of the selector's two logits
+    return 3 * (2 * count_trunk(config, tokens, tiles) - 4 * tiles * tokens * config.width + head)
 
 
 def count_projector(config: PretrainedConfig, tokens: int) -> int:
@@ -60,6 +78,20 @@ def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
     Raises:
         TokenselError: an attention whose heads together are not as wide as the model, which is not counted right.
     """
+    return count_layers(config, [new] * config.num_hidden_layers, past)
+
+
+def count_layers(config: PretrainedConfig, entering: Sequence[int], past: int = 0) -> int:
+    """:func:`count_decoder` where not every layer is entered by as many tokens, as under a schedule.
+
+    Args:
+        config: as there.
+        entering: tokens that enter each layer.
+        past: as there.
+
+    Raises:
+        TokenselError: as there.
+    """
     width = config.hidden_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     if head * config.num_attention_heads != width:
@@ -67,14 +99,24 @@ def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
             f"{config.model_type}: {config.num_attention_heads} heads of {head} are not as wide as the model ({width}); "
             "only such language models are counted"
         )
-    layer = _layer(new, past + new, width, config.num_key_value_heads * head, config.intermediate_size, 3)
-    return config.num_hidden_layers * layer + 2 * width * config.vocab_size
+    kv_width = config.num_key_value_heads * head
+    layers = (_layer(new, past + new, width, kv_width, config.intermediate_size, 3) for new in entering)
+    return sum(layers) + 2 * width * config.vocab_size
 
 
 def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:
     """Bytes of the keys and values of ``tokens`` cached tokens of one row, in numbers of ``bytes_each`` bytes."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * bytes_each
+
+
+def step_bytes(config: PretrainedConfig, past: int, rows: int = 1, bytes_each: int = 2) -> int:
+    """Bytes read to make one further token in each of ``rows`` rows: the weights once, and every row's cache.
+
+    Decoding does so little arithmetic with each number that reading them is what takes the time.
+    """
+    multiplied = count_layers(config, [1] * config.num_hidden_layers, -1) // 2  # no keys: weights alone, one multiply-add each
+    return multiplied * bytes_each + rows * kv_bytes(config, past, bytes_each)
 
 
 @dataclass(frozen=True)
@@ -104,6 +146,7 @@ def first_token(
     keep: float = 1.0,
     newlines: int = 0,
     selector: PretrainedConfig | None = None,
+    encoder_layers: int | None = None,
 ) -> Cost:
     """FLOPs of a LLaVA from pixels to the first token of the answer, for one question.
 
@@ -115,6 +158,7 @@ def first_token(
         keep: fraction of the visual tokens that reach projector and language model, in (0, 1].
         newlines: newline tokens that reach the language model.
         selector: configuration of the selector, if one chooses.
+        encoder_layers: how many layers of the tower are run; by default all, as the stock model does.
 
     Raises:
         TokenselError: ``keep`` outside (0, 1].
@@ -124,7 +168,7 @@ def first_token(
     kept = max(1, round(keep * visual)) if visual else 0
     cells = (vision.image_size // vision.patch_size) ** 2
     return Cost(
-        encoder=count_vision(vision, tiles),
+        encoder=count_vision(vision, tiles, encoder_layers),
         selector=count_trunk(selector, cells, tiles) if selector else 0,
         projector=count_projector(config, kept),
         prefill=count_decoder(config.text_config, text + kept + newlines),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokensel.mini.batches import Packed, layout, patch_pixels
-from tokensel.mini.canvas import ILLEGIBLE
+from tokensel.mini.canvas import CELLS, ILLEGIBLE
 from tokensel.mini.recipe import tiles_of
 from tokensel.mini.sheets import LABELS, Sheet
 
@@ -22,6 +22,7 @@ class Heads(nn.Module):
         self.patch = nn.ModuleDict({name: nn.Linear(width, count + 1) for name, count in LABELS.items()})
         self.pixels = nn.Linear(width, 48)
         self.holds = nn.Linear(width, sum(LABELS.values()))
+        self.cell = nn.Linear(width, CELLS * CELLS)
 
 
 class Lessons:
@@ -55,6 +56,9 @@ class Lessons:
         holds = self.heads.holds(seen.pooler_output).float()
         loss = functional.binary_cross_entropy_with_logits(holds, torch.cat(present, 1).float())
         loss = loss + 0.3 * functional.mse_loss(self.heads.pixels(patches).float(), patch_pixels(sheet.pixels))
+        # Where a patch lies in its tile: asked only what it shows, the tower forgets, and nothing after it can find out.
+        cells = torch.arange(patches.shape[1], device=self.device).expand(len(patches), -1)
+        loss = loss + 0.3 * functional.cross_entropy(self.heads.cell(patches).float().transpose(1, 2), cells)
         for name, count in LABELS.items():
             weight = torch.ones(count + 1, device=self.device)
             weight[0] = 0.3 if name in RARE else 1.0

@@ -2,9 +2,9 @@
 
 1. The vision tower alone learns from dense labels what each patch shows, and its CLS token what the tile holds, on
    the world's pages and on pages full of random print, from which letters are learnt ten times as fast.
-2. Projector and language model join it and learn to answer, from single tiles to full pages; on the larger ones the tower goes on
-   with its labels beside them. A model that starts on full pages learns nothing for a long time: finding and copying
-   first appear in short contexts.
+2. Projector and language model join it and learn to answer, from single tiles to full pages, on which the tower goes on
+   with its labels. A model that starts on full pages learns nothing for a long time: finding and copying first
+   appear in short contexts. Exercises about the same page (``Page.practice``) stand beside the questions.
 
 No visual token is ever dropped here: the paper's claim is about models that have never seen a reduced image.
 """
@@ -16,6 +16,7 @@ from tokensel.mini.world import DRAW, SIZES
 
 ONE_TILE = ((TILE, TILE),)
 HARD = {"science": 4.0, "mixed": 3.0, "attributes": 2.0, "diagrams": 1.5, "charts": 1.5}
+MANY = {"science": 2.0, "attributes": 1.5, "posters": 1.6, "forms": 1.5, "diagrams": 1.3, "scene_text": 1.4, "transcribe": 1.3}
 STRIPS = ((TILE, 2 * TILE), (2 * TILE, TILE))
 
 
@@ -56,14 +57,14 @@ class Recipe:
         Stage("tile", 1800, 48, ONE_TILE, tower=False),
         Stage("tile, eyes open", 900, 40, ONE_TILE, oftener=HARD),
         Stage("mixed", 800, 64, (*ONE_TILE, *STRIPS, *SIZES[:4]), 6, drills=12, oftener=HARD),
-        Stage("page", 1700, 80, SIZES, 8, drills=4, oftener={"science": 2.0, "forms": 1.5, "mixed": 1.5, "diagrams": 1.5}),
+        Stage("page", 5000, 80, SIZES, 8, drills=2, oftener=MANY),
     )
     rate: float = 3e-3  # of Muon; half of it for AdamW beside it
     joint_rate: float = 5e-4  # of the tower's Muon and AdamW, once the language model has joined it
     decay: float = 0.05  # of weights, but for the language model's embeddings and norms
     warmup: int = 60
     tower_cooldown: float = 0.4  # share of the first phase over which the rate falls to zero
-    cooldown: float = 0.7  # the same of the last stage
+    cooldown: float = 1.0  # the same of the last stage
     print_pages: int = 2  # full of print, beside the pages of each step of the second phase
     free: float = 0.3  # share of multiple-choice questions that are put without their options
     drill: float = 0.15  # share of them that ask for the letter of an option that is named

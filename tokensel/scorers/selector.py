@@ -1,6 +1,7 @@
 """The trained selector of the paper behind the scorers' signature."""
 
 import os
+from copy import deepcopy
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,7 @@ class SelectorScorer:
         """
         loaded = selector if isinstance(selector, TokenSelector) else TokenSelector.from_pretrained(selector)
         self.selector = loaded.eval()
+        self._fitted: dict[tuple[torch.device, torch.dtype], TokenSelector] = {}
 
     @torch.no_grad()
     def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]:
@@ -47,5 +49,17 @@ class SelectorScorer:
                 f"the selector was trained for features of width {width}, these have {tokens.shape[-1]}: "
                 "give the selector that belongs to this vision encoder"
             )
-        self.selector.to(tokens.device)
-        return self.selector.scores(tokens.to(self.selector.dtype), features.valid).float()
+        return self._fit(tokens).scores(tokens, features.valid).float()
+
+    def _fit(self, tokens: Float[Tensor, "tiles tokens channels"]) -> TokenSelector:
+        """The selector on the features' device and in their precision: single precision beside a model in half would cost
+        several times the time. The statistics of the features stay in single precision."""
+        key = (tokens.device, tokens.dtype)
+        if key not in self._fitted:
+            if key == (self.selector.device, self.selector.dtype):
+                self._fitted[key] = self.selector
+            else:
+                self._fitted[key] = deepcopy(self.selector).to(tokens.device)
+                for weight in self._fitted[key].parameters():
+                    weight.data = weight.data.to(tokens.dtype)
+        return self._fitted[key]

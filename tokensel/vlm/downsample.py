@@ -25,9 +25,9 @@ def coarse_grid(keep: float, side: int) -> tuple[int, int]:
     )
 
 
-def _spots(coarse: int, fine: int, device: torch.device) -> Int[Tensor, "coarse"]:
+def _spots(coarse: int, fine: int) -> Int[Tensor, "coarse"]:
     """The fine cells in which the centres of ``coarse`` cells of the same extent lie (all different)."""
-    return ((torch.arange(coarse, device=device) * 2 + 1) * fine) // max(2 * coarse, 1)
+    return ((torch.arange(coarse) * 2 + 1) * fine) // max(2 * coarse, 1)
 
 
 def _pack_coarse(
@@ -38,28 +38,28 @@ def _pack_coarse(
     Returns:
         Index of the coarse cell within the image's tiles (-1 = newline), and place in its full packing.
     """
-    (rows, cols), device = grid, encoded.input_ids.device
+    rows, cols = grid
     config, tiles = encoded.model.config, encoded.layout.tiles[image]
-    base = torch.arange(rows * cols, device=device)
-    base_place = (_spots(rows, side, device)[:, None] * side + _spots(cols, side, device)[None, :]).flatten()
+    base = torch.arange(rows * cols)
+    base_place = (_spots(rows, side)[:, None] * side + _spots(cols, side)[None, :]).flatten()
     mine = encoded.layout.image == image
     ends = int((~encoded.layout.cell[mine]).sum())  # rows of the full map, each ended by a newline
-    newline = torch.tensor([-1], device=device)
+    newline = torch.tensor([-1])
     if tiles == 1:
         return torch.cat([base, newline]), torch.cat([base_place, newline + 1 + side * side])
     size = encoded.image_sizes[image].tolist()
     high, wide = get_anyres_image_grid_shape(
         size, config.image_grid_pinpoints, config.vision_config.image_size
     )
-    cells = torch.arange(rows * cols, tiles * rows * cols, device=device).view(high, wide, rows, cols)
+    cells = torch.arange(rows * cols, tiles * rows * cols).view(high, wide, rows, cols)
     cells = cells.transpose(1, 2).reshape(1, high * rows, wide * cols)
     # The model's rule for cutting off the letterbox, told the image's shape in cells that may not be square.
     cells = unpad_image(cells, (size[0] * rows, size[1] * cols))[0]
     across = (int(mine.sum()) - side * side) // max(ends, 1) - 1  # columns of the full map
     # rounding may leave the coarse map one row or column of letterbox more than the full one
     cells = cells[:ends, : max(across, 0)]
-    down = _spots(cells.shape[0], ends, device)[:, None] * (across + 1)
-    place = side * side + torch.cat([down + _spots(cells.shape[1], across, device), down + across], dim=1)
+    down = _spots(cells.shape[0], ends)[:, None] * (across + 1)
+    place = side * side + torch.cat([down + _spots(cells.shape[1], across), down + across], dim=1)
     cells = torch.cat([cells, newline.expand(len(cells), 1)], dim=1)
     return torch.cat([base, cells.flatten()]), torch.cat([base_place, place.flatten()])
 
@@ -91,8 +91,9 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
         config.vision_config.image_size // config.vision_config.patch_size,
     )
     grid = coarse_grid(keep, side)
-    tokens = encoded.features.tokens
-    if grid != (side, side) and layout.tiles:
+    if grid == (side, side) or not layout.tiles:
+        tokens = encoded.features.tokens
+    else:
         pixels = _shrink(encoded.pixel_values, grid[0] * patch, grid[1] * patch)
         drop_cls = config.vision_feature_select_strategy == "default"
         tokens, _ = run_tower(
@@ -112,6 +113,7 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
     if sources:
         source = torch.cat(sources)
         projected = core.multi_modal_projector(tokens).flatten(0, 1)
+        source = source.to(projected.device)
         visual = torch.where(
             (source < 0)[:, None], core.image_newline.to(projected), projected[source.clamp(min=0)]
         )

@@ -1,7 +1,8 @@
-"""Run the vision tower of a LLaVA over a batch once, and score its tokens, without projecting any of them."""
+"""Run the vision tower of a LLaVA over a batch at most once, and score its tokens, without projecting any of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,27 +20,50 @@ from tokensel.vlm.layout import Layout, empty_layout, read_layout, real_tiles, t
 
 @dataclass
 class Encoded:
-    """A processed batch after the vision tower: everything that does not depend on what is kept.
+    """A processed batch as the seam sees it: everything that does not depend on what is kept.
+
+    Pixels and features are on the model's device. What is made of a few thousand whole numbers is on the host, where
+    choosing and assembling wait for nothing: the scores are the one thing that is fetched from the device.
 
     Attributes:
         model: the model it was encoded with.
         input_ids, attention_mask: as the processor made them, a placeholder for every packed token.
         places: row and column in ``input_ids`` of each packed token.
-        features: what the projector would be given, with CLS attention where the tower has a CLS token.
         layout: where each packed token comes from.
-        pixel_values: the real tiles, for methods that look at the picture again.
+        pixel_values: the real tiles, for the tower and for methods that look at the picture again.
         image_sizes: height and width of each image in pixels.
+        keys: a stable number for each row, by which random selection draws; ``None`` to draw by the pixels.
     """
 
     model: PreTrainedModel
     input_ids: Int[Tensor, "rows length"]
     attention_mask: Bool[Tensor, "rows length"]
     places: Int[Tensor, "packed 2"]
-    features: Features
     layout: Layout
     pixel_values: Float[Tensor, "tiles 3 height width"] | None
     image_sizes: Int[Tensor, "images 2"] | None
+    keys: Int[Tensor, "rows"] | None = None
     _scores: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def features(self) -> Features:
+        """What the projector would be given, with CLS attention where the tower has a CLS token.
+
+        The tower runs when this is first asked for, and once.
+        """
+        config = self.model.config
+        if self.pixel_values is None:
+            vision, layers = config.vision_config, config.vision_feature_layer
+            width = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
+            shape = (0, self.layout.tokens, width)
+            return Features(torch.zeros(shape, dtype=self.model.dtype, device=self.model.device))
+        drop_cls = config.vision_feature_select_strategy == "default"
+        tower = self.model.base_model.vision_tower
+        tokens, attention = run_tower(tower, self.pixel_values, config.vision_feature_layer, drop_cls)
+        images = torch.arange(len(self.layout.tiles))
+        row_of_image = self.places[torch.searchsorted(self.layout.image, images), 0].contiguous()
+        keys = _tile_keys(self.layout, row_of_image, self.pixel_values, self.keys)
+        return Features(tokens, cls_attention=attention, keys=keys)
 
     @property
     def n_visual(self) -> Int[Tensor, "rows"]:
@@ -51,7 +75,7 @@ class Encoded:
         return torch.bincount(self.places[packed][:, 0], minlength=self.input_ids.shape[0])
 
     def score(self, scorer: Scorer) -> Float[Tensor, "packed"]:
-        """Scores of the packed tokens (0 at newlines), computed once for each scorer.
+        """Scores of the packed tokens (0 at newlines), on the host, computed once for each scorer.
 
         Raises:
             TokenselError: the scorer cannot read these features.
@@ -62,28 +86,29 @@ class Encoded:
 
     def _score(self, scorer: Scorer) -> Tensor:
         cell, source = self.layout.cell, self.layout.source
-        scores = self.features.tokens.new_zeros(len(source), dtype=torch.float32)
+        scores = torch.zeros(len(source))
         if not bool(cell.any()):
             return scores
         if scorer.scope == "tile":
-            return torch.where(cell, scorer(self.features).flatten()[source.clamp(min=0)].float(), scores)
-        rows, slot, features = self.by_image()
-        scores[cell] = scorer(features)[rows, slot].float()
+            scores[cell] = scorer(self.features).float().cpu().flatten()[source[cell]]
+        else:
+            rows, slot, features = self.by_image()
+            scores[cell] = scorer(features).float().cpu()[rows, slot]
         return scores
 
     def by_image(self) -> tuple[Int[Tensor, "cells"], Int[Tensor, "cells"], Features]:
         """The visual cells regrouped so that a row is an image: row and slot of each, and the features."""
         rows, slot, total = self.layout.slots
-        source = self.layout.source[self.layout.cell]
         shape = (len(self.layout.tiles), int(total.max()))
+        tokens, attention, keys = self.features.tokens, self.features.cls_attention, self.features.keys
+        source = self.layout.source[self.layout.cell].to(tokens.device)
+        to = (rows * shape[1] + slot).to(tokens.device)
 
         def regroup(flat: Tensor) -> Tensor:
-            out = flat.new_zeros(*shape, *flat.shape[1:])
-            out[rows, slot] = flat[source]
-            return out
+            out = flat.new_zeros(shape[0] * shape[1], *flat.shape[1:])
+            return out.index_copy_(0, to, flat[source]).unflatten(0, shape)
 
-        tokens, attention, keys = self.features.tokens, self.features.cls_attention, self.features.keys
-        first = torch.searchsorted(self.layout.image_of_tile, torch.arange(shape[0], device=rows.device))
+        first = torch.searchsorted(self.layout.image_of_tile, torch.arange(shape[0])).to(tokens.device)
         return (
             rows,
             slot,
@@ -107,26 +132,23 @@ def _tile_keys(
     layout: Layout,
     row_of_image: Int[Tensor, "images"],
     pixels: Float[Tensor, "tiles 3 height width"],
-    keys: Int[Tensor, "rows"] | Sequence[int] | None,
+    keys: Int[Tensor, "rows"] | None,
 ) -> Int[Tensor, "tiles"]:
     """Key of every tile: its row's key, the number of the image in the row, that of the tile in the image."""
     of_tile = layout.image_of_tile
-    first = torch.searchsorted(of_tile, torch.arange(len(layout.tiles), device=of_tile.device))
-    tile = torch.arange(len(pixels), device=of_tile.device) - first[of_tile]
+    first = torch.searchsorted(of_tile, torch.arange(len(layout.tiles)))
+    tile = (torch.arange(len(of_tile)) - first[of_tile]).to(pixels.device)
     if keys is None:
-        images = content_keys(pixels)[first]
-    else:
-        of_row = torch.as_tensor(keys, dtype=torch.long, device=pixels.device)[row_of_image]
-        nth = torch.arange(len(of_row), device=pixels.device) - torch.searchsorted(row_of_image, row_of_image)
-        images = mix(of_row, nth)
-    return mix(images[of_tile], tile)
+        return mix(content_keys(pixels)[first[of_tile].to(pixels.device)], tile)
+    nth = torch.arange(len(row_of_image)) - torch.searchsorted(row_of_image, row_of_image)
+    return mix(mix(keys[row_of_image], nth)[of_tile].to(pixels.device), tile)
 
 
 @torch.no_grad()
 def encode(
     model: PreTrainedModel, inputs: Mapping[str, Any], keys: Int[Tensor, "rows"] | Sequence[int] | None = None
 ) -> Encoded:
-    """Run the vision tower over the images of a batch.
+    """Find out where the visual tokens of a batch stand and where they come from; the tower runs when it is needed.
 
     The features are those that the model's own forward hands to its projector: same tiles, same layer, same
     rule about the CLS token. Rows without an image, with several, or no image at all are fine.
@@ -145,40 +167,33 @@ def encode(
     core, config = model.base_model, model.config
     if not hasattr(core, "pack_image_features"):
         raise TokenselError(f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT model")
-    ids = inputs["input_ids"]
-    mask = (
-        inputs["attention_mask"].bool()
-        if inputs.get("attention_mask") is not None
-        else torch.ones_like(ids).bool()
+    # read on the host, and before the device is given anything to do: one short wait in place of many later
+    ids, mask, sizes = (
+        None if inputs.get(name) is None else inputs[name].cpu()
+        for name in ("input_ids", "attention_mask", "image_sizes")
     )
-    if keys is not None and len(keys) != len(ids):
-        raise TokenselError(f"{len(keys)} keys for {len(ids)} rows: give one for each row")
+    mask = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    if keys is not None:
+        if len(keys) != len(ids):
+            raise TokenselError(f"{len(keys)} keys for {len(ids)} rows: give one for each row")
+        keys = torch.as_tensor(keys, dtype=torch.long).cpu()
     places = ((ids == config.image_token_id) & mask).nonzero()
-    vision, layers = config.vision_config, config.vision_feature_layer
-    pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+    pixels = inputs.get("pixel_values")
+    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     if pixels is None or len(pixels) == 0:
-        tokens = (vision.image_size // vision.patch_size) ** 2
-        width = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
-        features = Features(torch.zeros(0, tokens, width, dtype=model.dtype, device=ids.device))
-        layout, pixels, sizes = empty_layout(tokens, ids.device), None, None
+        layout, pixels, sizes = empty_layout(tokens), None, None
     else:
-        counts = tile_counts(model, inputs)
+        counts = tile_counts(model, {**inputs, "image_sizes": sizes})
         pixels = real_tiles(pixels, counts)
-        drop_cls = config.vision_feature_select_strategy == "default"
-        tokens, attention = run_tower(core.vision_tower, pixels, layers, drop_cls)
-        features = Features(tokens, cls_attention=attention)
-        layout = read_layout(core, counts, features.tokens.shape[1], sizes)
+        layout = read_layout(core, counts, tokens, sizes)
     if len(places) != len(layout.source):
         raise TokenselError(
             f"{len(places)} image placeholders in input_ids, but the images give {len(layout.source)} visual "
             "tokens: let the processor make both together"
         )
-    if pixels is not None:
-        images = torch.arange(len(layout.tiles), device=ids.device)
-        row_of_image = places[torch.searchsorted(layout.image, images), 0].contiguous()
-        if not torch.equal(row_of_image[layout.image], places[:, 0]):
-            raise TokenselError(
-                "the placeholders of one image stand in two rows: let the processor make the rows"
-            )
-        features.keys = _tile_keys(layout, row_of_image, pixels, keys)
-    return Encoded(model, ids, mask, places, features, layout, pixels, sizes)
+    rows = places[:, 0]
+    if bool((rows[1:] != rows[:-1])[layout.image[1:] == layout.image[:-1]].any()):
+        raise TokenselError(
+            "the placeholders of one image stand in two rows: let the processor make the rows"
+        )
+    return Encoded(model, ids, mask, places, layout, pixels, sizes, keys)

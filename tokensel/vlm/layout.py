@@ -24,7 +24,7 @@ NEWLINE = -1
 
 @dataclass
 class Layout:
-    """Where each packed visual token of a batch comes from.
+    """Where each packed visual token of a batch comes from; all of it on the host.
 
     Attributes:
         source: index into the flattened ``[tiles * tokens]`` of the batch, or ``NEWLINE``.
@@ -49,8 +49,8 @@ class Layout:
     @property
     def image_of_tile(self) -> Int[Tensor, "tiles"]:
         """Number of the image each tile belongs to."""
-        counts = torch.tensor(self.tiles, dtype=torch.long, device=self.source.device)
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        counts = torch.tensor(self.tiles, dtype=torch.long)
+        return torch.repeat_interleave(torch.arange(len(counts)), counts)
 
     @property
     def valid(self) -> Bool[Tensor, "tiles tokens"]:
@@ -62,12 +62,12 @@ class Layout:
         """The visual cells as a ragged table, one row an image: row and slot of each, and lengths."""
         rows = self.image[self.cell]
         lengths = torch.bincount(rows, minlength=len(self.tiles))
-        slot = torch.arange(len(rows), device=rows.device) - (lengths.cumsum(0) - lengths)[rows]
+        slot = torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[rows]
         return rows, slot, lengths
 
     def spread(self, packed: Bool[Tensor, "packed"]) -> Bool[Tensor, "tiles tokens"]:
         """A mask over packed tokens as a mask over the cells of each tile; newlines have no place there."""
-        mask = torch.zeros(sum(self.tiles) * self.tokens, dtype=torch.bool, device=packed.device)
+        mask = torch.zeros(sum(self.tiles) * self.tokens, dtype=torch.bool)
         mask[self.source[packed & self.cell]] = True
         return mask.view(-1, self.tokens)
 
@@ -128,15 +128,14 @@ def read_layout(core: Any, counts: Sequence[int], tokens: int, image_sizes: Tens
         core: the model without its language head (``model.base_model``).
         counts: tiles of each image.
         tokens: cells in one tile.
-        image_sizes: ``[images, 2]``, height and width in pixels.
+        image_sizes: ``[images, 2]``, height and width in pixels, on the host.
 
     Raises:
         TokenselError: the model resamples features while packing, so that tokens have no single source.
     """
-    device = image_sizes.device
     # float64 holds every index exactly, and packing code may insist on floating point
-    numbers = torch.arange(sum(counts) * tokens, dtype=torch.float64, device=device).view(-1, tokens, 1)
-    newline = torch.full((1,), float(NEWLINE), dtype=torch.float64, device=device)
+    numbers = torch.arange(sum(counts) * tokens, dtype=torch.float64).view(-1, tokens, 1)
+    newline = torch.full((1,), float(NEWLINE), dtype=torch.float64)
     packed = [image[:, 0] for image in pack(core, numbers.split(list(counts)), image_sizes, newline)]
     if any(not torch.equal(image, image.round()) for image in packed):
         raise TokenselError(
@@ -144,16 +143,14 @@ def read_layout(core: Any, counts: Sequence[int], tokens: int, image_sizes: Tens
             "vision_aspect_ratio='anyres_max_1000' in the configurations of model and processor"
         )
     source = torch.cat(packed).long()
-    image = torch.repeat_interleave(
-        torch.arange(len(packed), device=device), torch.tensor([len(p) for p in packed], device=device)
-    )
-    per_image = torch.tensor(list(counts), device=device)
+    image = torch.repeat_interleave(torch.arange(len(packed)), torch.tensor([len(p) for p in packed]))
+    per_image = torch.tensor(list(counts))
     first = (per_image.cumsum(0) - per_image)[image]  # the first tile of the token's image
     thumbnail = (source != NEWLINE) & (source // tokens == first) & (per_image[image] > 1)
     return Layout(source, image, thumbnail, list(counts), tokens)
 
 
-def empty_layout(tokens: int, device: torch.device) -> Layout:
+def empty_layout(tokens: int) -> Layout:
     """The layout of a batch without any image."""
-    none = torch.zeros(0, dtype=torch.long, device=device)
+    none = torch.zeros(0, dtype=torch.long)
     return Layout(none, none, none.bool(), [], tokens)

@@ -16,6 +16,7 @@ from tokensel.errors import TokenselError
 from tokensel.scorers import Scorer
 from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
 from tokensel.vlm.encode import Encoded, encode
+from tokensel.vlm.layout import NEWLINE
 
 
 class Reduced(dict):
@@ -24,7 +25,8 @@ class Reduced(dict):
     There are no ``input_ids`` among them, so ``generate`` returns new tokens only.
 
     Attributes:
-        n_visual: visual tokens that reach the language model, row by row; newlines are not counted.
+        n_visual: visual tokens that reach the language model, row by row; newlines are not counted. On the host, as
+            are the other counts and ``kept``.
         n_visual_full: the same when nothing is dropped.
         n_newline: newlines that reach the language model.
         visual: True in the prompt's columns that hold visual tokens or newlines.
@@ -69,17 +71,19 @@ def assemble(
     order = stay.to(torch.uint8).argsort(dim=1, stable=True)[:, stay.shape[1] - length :]
     mask = stay.gather(1, order)
     ids = encoded.input_ids.gather(1, order).masked_fill(~mask, _pad_id(encoded))
-    embeds = encoded.model.get_input_embeddings()(ids)
     slots = (ids == encoded.model.config.image_token_id) & mask
+    embeds = encoded.model.get_input_embeddings()(ids.to(encoded.model.device))  # new: it may be written into
+    device = embeds.device
+    embeds[tuple(index.to(device) for index in slots.nonzero(as_tuple=True))] = visual.to(device, embeds.dtype)
     out = {
-        "inputs_embeds": embeds.masked_scatter(slots[..., None], visual.to(embeds.device, embeds.dtype)),
+        "inputs_embeds": embeds,
         # always given: without it, gaps in the positions would be read as several packed sequences
-        "attention_mask": mask.long(),
+        "attention_mask": mask.long().to(device),
     }
     if positions == "original":
         place = (encoded.attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        out["position_ids"] = place.gather(1, order).masked_fill(~mask, 0)
-    return out, slots
+        out["position_ids"] = place.gather(1, order).masked_fill(~mask, 0).to(device)
+    return out, slots.to(device)
 
 
 def _pad_id(encoded: Encoded) -> int:
@@ -93,18 +97,19 @@ def _pad_id(encoded: Encoded) -> int:
 def _visual(encoded: Encoded, kept: Bool[Tensor, "packed"]) -> Float[Tensor, "kept width"]:
     """Project the kept cells, and put the model's newline embedding where a newline is kept."""
     core, layout = encoded.model.base_model, encoded.layout
-    cell, source = layout.cell[kept], layout.source[kept]
-    tokens = encoded.features.tokens
+    source = layout.source[kept]
+    cell = source != NEWLINE
     if len(source) == 0:
         return core.image_newline.new_zeros(0, core.image_newline.shape[0])
+    tokens = encoded.features.tokens
+    chosen = source[cell].to(tokens.device)
     if bool((kept | ~layout.cell).all()):
         # Everything stays: project whole tiles, as the model does, so that not even rounding differs.
-        projected = core.multi_modal_projector(tokens).flatten(0, 1)[source[cell]]
+        projected = core.multi_modal_projector(tokens).flatten(0, 1)[chosen]
     else:
-        projected = core.multi_modal_projector(tokens.flatten(0, 1)[source[cell]])
-    visual = core.image_newline.to(projected).expand(len(source), -1).clone()
-    visual[cell] = projected
-    return visual
+        projected = core.multi_modal_projector(tokens.flatten(0, 1)[chosen])
+    visual = core.image_newline.to(projected).repeat(len(source), 1)
+    return visual.index_copy_(0, cell.nonzero()[:, 0].to(projected.device), projected)
 
 
 @torch.no_grad()
@@ -134,9 +139,7 @@ def reduce(
     layout = encoded.layout
     if scorer is None and keep != 1.0:
         raise TokenselError(f"keep is {keep} but no scorer says which tokens: pass scorer=")
-    scores = (
-        encoded.features.tokens.new_zeros(len(layout.source)) if scorer is None else encoded.score(scorer)
-    )
+    scores = torch.zeros(len(layout.source)) if scorer is None else encoded.score(scorer)
     if keep is None:
         if not getattr(scorer, "adaptive", False):
             raise TokenselError(f"scorer '{scorer.name}' has no threshold of its own: give keep, such as 0.3")
