@@ -148,3 +148,11 @@ def test_left_cells_are_those_whose_columns_are_left():
     first = whole.visual[0].nonzero()[:3, 0]
     left = overlays.left_cells(encoded, whole.visual, first)
     assert left[0, :3].all() and int(left.sum()) == 3
+
+
+def test_words_in_any_of_the_colours_can_be_read_on_white():
+    assert style.ink("#000000") == "#000000"
+    assert style.ink("#767676") == "#767676" and style.ink("#777777") != "#777777", "the known limit among the greys"
+    for name in style.COLOURS:
+        red, green, blue = (int(style.ink(style.colour(name))[k : k + 2], 16) / 255 for k in (1, 3, 5))
+        assert style._contrast([red, green, blue]) >= 4.4  # rounding to a byte may cost a little

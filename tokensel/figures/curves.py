@@ -62,7 +62,7 @@ def score_curves(
     for ax in axes.flat[len(benchmarks) :]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
-        ax.set_ylabel("score")
+        ax.set_ylabel("score (0 to 100)")
     for column in range(columns):
         lowest = [axes[row, column] for row in range(rows) if row * columns + column < len(benchmarks)][-1]
         lowest.set_xlabel("fraction of tokens kept")
@@ -147,7 +147,7 @@ def label_ends(ax: Axes, ends: dict[str, tuple[float, str]], size: float = 7.5) 
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
             textcoords="offset points",
-            color=ends[name][1],
+            color=style.ink(ends[name][1]),
             fontsize=size,
             va="center",
             annotation_clip=False,
