@@ -50,7 +50,8 @@ def report(path) -> dict:
 
 
 def test_every_method_is_timed_part_by_part(model, config):
-    config = replace(config, methods=(*METHODS, "fastv", "vtw"))
+    methods = [name for name in METHODS if name != "native"]
+    config = replace(config, methods=(*methods, "fastv", "vtw", "selector+fastv"))
     subject = Subject.of(config, model)
     inputs = make_inputs(model, SIZE, 2, config.text)
     full = int(encode(model, inputs).n_visual[0])
@@ -61,7 +62,7 @@ def test_every_method_is_timed_part_by_part(model, config):
         assert sum(times["phases"].values()) == pytest.approx(times["first_token"])
         assert times["phases"]["prefill"] > 0 and min(times["phases"].values()) >= 0
         assert (times["phases"]["encoder"] > 0) == (condition.method != "none")
-        if condition.method in ("selector", "random", "norm", "cls", "uniform", "diversity"):
+        if condition.method in ("selector", "selector+fastv", "random", "norm", "cls", "uniform", "diversity"):
             assert times["phases"]["selector"] > 0 and times["n_visual"] == round(0.3 * full)
             assert times["length"] == inputs["input_ids"].shape[1] - full + times["n_visual"]
     assert conditions(config)[0] == Condition("full", 1.0) and Condition("vtw", 1.0) in conditions(config)
@@ -175,6 +176,7 @@ def test_shapes_are_llava_next_with_their_true_token_counts(name):
         ({"repetitions": 9}, "repetitions is 9: give at least 10"),
         ({"new_tokens": 1}, "new_tokens is 1: give at least 2"),
         ({"methods": ("selectr",)}, "method 'selectr' is unknown"),
+        ({"methods": ("native",)}, "method 'native' is not measured"),
         ({"keeps": (0.0,)}, "keep is 0.0"),
         ({"images": ("480",)}, "image size is '480': give HEIGHTxWIDTH"),
         ({"batch_sizes": (0,)}, "batch size is 0"),

@@ -1,5 +1,6 @@
 """What an answer costs: FLOPs and bytes counted by formula, time and memory measured."""
 
+from tokensel.cost.answers import answer_costs
 from tokensel.cost.count import (
     Cost,
     count_answer,
@@ -17,6 +18,7 @@ from tokensel.cost.count import (
 
 __all__ = [
     "Cost",
+    "answer_costs",
     "count_answer",
     "count_decoder",
     "count_projector",

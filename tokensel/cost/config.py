@@ -18,7 +18,7 @@ class CostConfig:
             the table: how long a model takes depends on its shapes and not on its weights.
         selector: folder or hub id of a trained selector; without one, random weights in the shape below.
         selector_layers: Transformer layers of such a selector: fewer make it slim.
-        methods: names from :data:`tokensel.methods.METHODS` and :data:`tokensel.schedules.SCHEDULES`.
+        methods: see :func:`tokensel.methods.check_method`; all but "native" and "dyrate".
         keeps: fractions of the visual tokens to keep, each in (0, 1].
         batch_sizes: questions at a time.
         images: pictures' sizes in pixels, each as HEIGHTxWIDTH.
@@ -58,11 +58,10 @@ class CostConfig:
 
     def __post_init__(self) -> None:
         from tokensel.methods import check_method
-        from tokensel.schedules import SCHEDULES
 
         for method in self.methods:
-            if method not in SCHEDULES:
-                check_method(method)
+            if method == "native" or check_method(method).schedule == "dyrate":
+                raise TokenselError(f"method '{method}' is not measured: it needs more than shapes; leave it out")
         for keep in self.keeps:
             check_keep(keep)
         for image in self.images:

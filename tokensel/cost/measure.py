@@ -182,24 +182,18 @@ def counted(
         config, subject: what is measured.
         condition: the method and its keep.
         encoded: the batch, for its tiles and tokens.
-        length: tokens of a row that entered the language model; read where whole grids decide it.
+        length: tokens of a row that entered the language model; read where whole grids decide it, and by schedules.
     """
     model, layout = subject.model.config, encoded.layout
     rows, tiles = len(layout.tiles), layout.tiles[0]
     visual, newlines = int(encoded.n_visual[0]), int((~layout.cell).sum()) // rows
     read, text = layers_read(model), config.text
-    if condition.method == FULL:
+    row, before = check_method(condition.method), condition.method.partition("+")[0]
+    if before == FULL:
         cost = first_token(model, tiles, visual, text, newlines=newlines)
-    elif (schedule := schedule_of(condition, config)) is not None:
-        whole = first_token(model, tiles, visual, text, newlines=newlines, encoder_layers=read)
-        entering, share = [], 1.0
-        for layer in range(model.text_config.num_hidden_layers):
-            share = schedule.entering(layer) if layer in schedule.layers() else share
-            entering.append(round(share * (visual + newlines)))
-        cost = replace(whole, prefill=count_answer(model.text_config, text, np.array([entering])))
-    elif condition.method == "none":
+    elif before == "none":
         cost = Cost(0, 0, 0, count_decoder(model.text_config, text))
-    elif condition.method == "downsample":
+    elif before == "downsample":
         side = model.vision_config.image_size // model.vision_config.patch_size
         high, wide = coarse_grid(condition.keep, side)
         cost = Cost(
@@ -209,8 +203,14 @@ def counted(
             count_decoder(model.text_config, length),
         )
     else:
-        mine = subject.selector.config if check_method(condition.method).scorer == "selector" else None
-        cost = first_token(model, tiles, visual, text, condition.keep, newlines, mine, read)
+        mine = subject.selector.config if row.scorer == "selector" else None
+        cost = first_token(model, tiles, visual, text, condition.keep if row.chooses else 1.0, newlines, mine, read)
+    if (schedule := schedule_of(condition, config)) is not None:
+        entering, share = [], 1.0
+        for layer in range(model.text_config.num_hidden_layers):
+            share = schedule.entering(layer) if layer in schedule.layers() else share
+            entering.append(round(share * (length - text)))
+        cost = replace(cost, prefill=count_answer(model.text_config, text, np.array([entering])))
     return Cost(*(rows * part for part in asdict(cost).values()))
 
 

@@ -18,7 +18,7 @@ from tokensel.methods import Batch, check_method
 from tokensel.schedules import SCHEDULES, Schedule, make_schedule, pruned
 from tokensel.scorers import Scorer, make_scorer
 from tokensel.selector import SelectorConfig, TokenSelector
-from tokensel.vlm import Choices, Encoded, Reduced, encode, load_vlm, reduce
+from tokensel.vlm import Choices, Encoded, Reduced, encode, load_vlm
 from tokensel.vlm.layout import read_layout, tile_counts
 
 FULL = "full"  # the stock model as it is: nothing of this library is in its way
@@ -35,21 +35,19 @@ def conditions(config: CostConfig) -> list[Condition]:
     """The stock model, then every method under every budget it knows."""
     found = [Condition(FULL, 1.0)]
     for method in config.methods:
-        budget = "keep" in _options(method) if method in SCHEDULES else check_method(method).uses_keep
-        found += [Condition(method, keep) for keep in (config.keeps if budget else (1.0,))]
+        found += [Condition(method, keep) for keep in (config.keeps if check_method(method).uses_keep else (1.0,))]
     return list(dict.fromkeys(found))
-
-
-def _options(schedule: str) -> set[str]:
-    return {field.name for field in fields(SCHEDULES[schedule])}
 
 
 def schedule_of(condition: Condition, config: CostConfig) -> Schedule | None:
     """The schedule that a condition names, if it names one."""
-    if condition.method not in SCHEDULES:
+    row = check_method(condition.method)
+    if row.schedule is None:
         return None
-    given = {"keep": condition.keep, "layer": config.schedule_layer}
-    return make_schedule(condition.method, **{k: v for k, v in given.items() if k in _options(condition.method)})
+    # behind a scorer the budget is the scorer's, and the schedule keeps what it keeps by itself
+    given = {"layer": config.schedule_layer} | ({} if row.chooses else {"keep": condition.keep})
+    known = {field.name for field in fields(SCHEDULES[row.schedule])}
+    return make_schedule(row.schedule, **{name: value for name, value in given.items() if name in known})
 
 
 def build_model(config: CostConfig) -> PreTrainedModel:
@@ -155,7 +153,7 @@ class Subject:
         """Load or draw what ``config`` names; ``model`` is one in memory, to be measured in its place."""
         model = build_model(config) if model is None else model
         selector = build_selector(config, model)
-        names = {check_method(name).scorer for name in config.methods if name not in SCHEDULES} - {None}
+        names = {check_method(name).scorer for name in config.methods} - {None}
         return cls(
             config, model, selector, {name: make_scorer(name, seed=config.seed, selector=selector) for name in names}
         )
@@ -164,8 +162,6 @@ class Subject:
         """From the processor's output to what ``generate`` is given under a condition."""
         if condition.method == FULL:
             return inputs
-        if condition.method in SCHEDULES:
-            return reduce(encode(self.model, inputs))
         return check_method(condition.method).run(Processed(self.model, inputs), condition.keep, scorer, Choices())
 
     @contextmanager

@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer
 
 from tokensel.cost.subject import Condition, Subject
 from tokensel.features import Features
+from tokensel.methods import check_method
 from tokensel.scorers import Scorer
 from tokensel.vlm import Reduced
 
@@ -112,7 +113,7 @@ def time_answer(subject: Subject, condition: Condition, inputs: dict[str, Tensor
         ``n_visual``, ``length``: visual tokens and all tokens of a row that enter the language model.
     """
     model, tokens = subject.model, subject.config.new_tokens
-    scorer = subject.scorers.get(condition.method)
+    scorer = subject.scorers.get(check_method(condition.method).scorer)
     stamps, spans = Stamps(), Spans(model.device)
     _wait(model.device)
     peak = _peak(model.device)
