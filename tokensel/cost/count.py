@@ -27,15 +27,15 @@ def _layer(queries: Count, keys: Count, width: int, kv_width: int, hidden: int, 
 
 
 def count_vision(
-    config: PretrainedConfig, tiles: int = 1, patches: int | None = None, layers: int | None = None
+    config: PretrainedConfig, tiles: int = 1, layers: int | None = None, patches: int | None = None
 ) -> int:
     """FLOPs of a CLIP or SigLIP tower over ``tiles`` tiles.
 
     Args:
         config: a ``CLIPVisionConfig`` or ``SiglipVisionConfig``.
         tiles: how many pictures it is given, the thumbnail among them.
-        patches: of each tile, as many as at the tower's own size by default.
         layers: how many of its layers are run; all by default.
+        patches: of each tile, as many as at the tower's own size by default.
     """
     layers = config.num_hidden_layers if layers is None else layers
     patches = patches or (config.image_size // config.patch_size) ** 2

@@ -197,7 +197,7 @@ def counted(
         side = model.vision_config.image_size // model.vision_config.patch_size
         high, wide = coarse_grid(condition.keep, side)
         cost = Cost(
-            count_vision(model.vision_config, tiles, high * wide, read),
+            count_vision(model.vision_config, tiles, read, high * wide),
             0,
             count_projector(model, tiles * high * wide),
             count_decoder(model.text_config, length),
