@@ -218,10 +218,11 @@ def _report(
     config: CostConfig, subject: Subject, machine: dict[str, Any], rounds: Rounds, found: list[dict[str, Any]]
 ) -> dict[str, Any]:
     model, selector = subject.model, subject.selector
+    shape = f"{selector.config.layers} x Transformer layer of width {selector.config.width}"
     return {
         "model": config.model,
         "weights": weights_of(config),
-        "selector": config.selector or f"random weights, {selector.config.layers} layers of width {selector.config.width}",
+        "selector": config.selector or f"random weights, {shape}",
         "parameters": {
             "encoder": model.base_model.vision_tower.num_parameters(),
             "language_model": model.base_model.language_model.num_parameters(),
