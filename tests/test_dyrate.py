@@ -191,3 +191,12 @@ def test_a_layer_outside_the_model_and_unknown_options_are_refused(config):
         train_dyrate(replace(config, layer=2))
     with pytest.raises(TokenselError, match="option wieght: unknown"):
         DyRateConfig.from_dict({"model": "m", "wieght": 1.0})
+
+
+def test_the_shipped_predictor_fits_the_shipped_model():
+    data = Path(__file__).parents[1] / "data" / "mini"
+    config = RatePredictor.from_pretrained(data / "dyrate").config
+    shape = json.loads((data / "llava-next" / "config.json").read_text())["text_config"]
+    assert config.heads == shape["num_attention_heads"] and 0 < config.layer < shape["num_hidden_layers"]
+    steps = [json.loads(line)["step"] for line in (data / "dyrate" / "history.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, config.steps + 1))
