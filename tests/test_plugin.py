@@ -40,7 +40,7 @@ def model(folder, **options) -> Tokensel:
 
 def test_answers_come_whole_and_in_the_order_of_the_requests(folder, monkeypatch):
     monkeypatch.setattr("tokensel.benchmarks.plugin.UNLIMITED", 5)
-    chosen = model(folder, method="selector", selector=str(folder / "chooser"), keep="0.3", batch_size="3", newline="row")
+    chosen = model(folder, method="selector", selector=str(folder / "chooser"), keep=0.3, batch_size=3, newline="row")
     answers = chosen.generate_until(requests())
     for document, answer, limit in zip(documents(), answers, (3, 7, 3, 5)):
         alone = prepare(
