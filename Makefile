@@ -8,7 +8,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := book
-.PHONY: book test unit chapters env lock clean
+.PHONY: book test unit chapters browser links env lock clean
 
 book: env
 	$(PY) -m tokensel book build
@@ -23,6 +23,14 @@ unit: env
 chapters: env
 	$(PY) -m tokensel book run
 	$(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 1500 -o timeout=1500 _build/chapters
+
+# The built book in an installed Chromium: a missing book or browser is an error here, and a skip in `make unit`.
+browser: env
+	TOKENSEL_BROWSER=required $(PY) -m pytest -n auto tests/test_browser.py
+
+# Asks every address outside the book whether it is still there; needs a network.
+links: env
+	$(PY) -m tokensel book links
 
 env: $(READY)
 

@@ -70,8 +70,12 @@ def test_chapter_is_committed_as_it_should_be(path):
     assert {"model"} <= set(chapter.assigned_names(tagged[0].source))
     assert f'open_chapter("{path.stem}")' in "\n".join(cell.source for cell in code)
     prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
-    for part in ("**Why.**", "**What you will learn**", "**In the paper**", "## Exercise"):
+    for part in (
+        "**Why.**", "**What you will learn**", "**run time**", "**In the paper**", "\n## What was shown, and what not", "\n## Exercises",
+    ):  # fmt: skip
         assert part in prose, f"no {part}"
+    assert prose.count(":::{admonition} Solution\n:class: dropdown") >= 2, "two exercises with folded solutions"
+    assert "hide-cell" in tagged[0].metadata["tags"], "the parameters belong folded"
     assert any("assert " in cell.source for cell in code)
     for cell in code:
         if "plt.show()" in cell.source or "draw(" in cell.source:
@@ -173,7 +177,10 @@ def test_merge_takes_prose_from_the_source_and_outputs_from_the_run(clone):
     injected = nbformat.v4.new_code_cell("# Parameters\nkeep = 0.5", metadata={"tags": ["injected-parameters"]})
     executed.cells.insert(2, injected)
     source.cells[0].source = "# Mended"
+    source.cells[2].metadata["tags"] = ["hide-input"]
     page = site.merge(source, executed)
+    assert page.cells[2].metadata["tags"] == ["injected-parameters", "hide-cell"]
+    assert page.cells[3].metadata["tags"] == ["hide-input"], "what is folded needs no new run either"
     assert [cell.source.split("\n")[0] for cell in page.cells] == [
         "# Mended", "keep: float = 0.3  # kept", "# Parameters", "keep * 10",
     ]  # fmt: skip
@@ -186,6 +193,7 @@ def test_site_is_built_strictly_and_reads_without_a_network(clone):
     for folder in ("_static", "_vendor"):
         shutil.copytree(ROOT / folder, clone / folder)
     (clone / "index.md").write_text("# A book\n\n{cite}`allakhverdov2025less`\n")
+    (clone / "glossary.md").write_text("# Glossary\n")
     (clone / "references.md").write_text("# References\n\n```{bibliography}\n```\n")
     toc = clone / "_toc.yml"
     toc.write_text(toc.read_text() + "- file: references\n- file: api\n")
@@ -203,6 +211,13 @@ def test_site_is_built_strictly_and_reads_without_a_network(clone):
     with pytest.raises(TokenselError, match="jupyter-book"):
         site.build(clone)
     assert not index.exists(), "a failed build must not leave the old pages"
+
+
+def test_chapters_open_in_colab_where_the_repository_is_known():
+    assert site.launch_links({"title": "x"}, {}) == {"title": "x"}
+    config = site.launch_links({"title": "x"}, {"GITHUB_REPOSITORY": "someone/book", "GITHUB_REF_NAME": "trunk"})
+    assert config["repository"] == {"url": "https://github.com/someone/book", "branch": "trunk"}
+    assert "colab_url" in config["launch_buttons"] and config["title"] == "x"
 
 
 def test_status_page_tells_versions_times_and_parameters(clone):

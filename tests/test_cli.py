@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tokensel import cli
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.cost.config import CostConfig
+from tokensel.dyrate_training import DyRateConfig
 from tokensel.errors import TokenselError
 from tokensel.train_config import TrainConfig
 
@@ -37,11 +38,11 @@ def test_help_lists_the_commands_without_loading_torch():
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "evaluate", "cost", "mini", "book"):
+    for command in ("train", "dyrate", "evaluate", "cost", "mini", "book"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "cost"])
+@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost"])
 def test_every_option_has_a_line_of_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -66,7 +67,7 @@ def inner_commands(command: str) -> dict:
     return typer.main.get_group(__import__(module, fromlist=["app"]).app).commands
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "cost", "mini", "book"])
+@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost", "mini", "book"])
 def test_unknown_options_are_refused(command, monkeypatch, capsys):
     code, _, told = ended(monkeypatch, capsys, command, "--no-such-option", "1")
     assert code == 2 and "--no-such-option" in told
@@ -74,7 +75,12 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("command", "config", "renamed"),
-    [(cli.train, TrainConfig, {"ps"}), (cli.evaluate, EvalConfig, {"whole", "progress"}), (cli.cost, CostConfig, {"training", "progress"})],
+    [
+        (cli.train, TrainConfig, {"ps"}),
+        (cli.dyrate, DyRateConfig, {}),
+        (cli.evaluate, EvalConfig, {"whole", "progress"}),
+        (cli.cost, CostConfig, {"training", "progress"}),
+    ],
 )
 def test_options_and_defaults_are_those_of_the_configuration(command, config, renamed):
     options = {name: p.default for name, p in inspect.signature(command).parameters.items()}

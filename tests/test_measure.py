@@ -7,7 +7,9 @@ import pytest
 import torch
 from tiny import tiny_selector, tiny_vlm
 from transformers import LlavaNextForConditionalGeneration
+from typer.testing import CliRunner
 
+from tokensel import cli
 from tokensel.cost import measure as measuring
 from tokensel.cost import training
 from tokensel.cost.config import CostConfig, image_size
@@ -143,6 +145,17 @@ def test_training_beside_the_machines_products(model, config):
         assert part["of_ceiling"]["median"] > 0
     assert row["pictures"]["images_per_second"]["median"] < row["features"]["images_per_second"]["median"]
     assert len(list(training.lines(found))) == 3
+
+
+def test_the_command_measures_a_configuration_at_random_weights(tmp_path):
+    arguments = ["cost", "--model", "data/mini/llava-next", "--random-weights", "--selector-layers", "1", "--keeps", "0.2"]
+    arguments += ["--images", "64x64", "--text", "9", "--new-tokens", "2", "--warmup", "0", "--no-progress"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    found = report(tmp_path / "cost.json")
+    assert found["weights"].startswith("random") and "1 x Transformer layer" in found["selector"]
+    assert [row["method"] for row in found["rows"]] == ["full", "selector"]
+    assert done.output.splitlines()[-1] == str(tmp_path / "cost.json") and "selector  0.2" in done.output
 
 
 @pytest.mark.parametrize("name", SHAPES)

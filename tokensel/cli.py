@@ -1,4 +1,4 @@
-"""``python -m tokensel``: train, evaluate, cost, mini, book. What a command needs is imported when it runs."""
+"""``python -m tokensel``: train, dyrate, evaluate, cost, mini, book. What a command needs is imported when it runs."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _DATA, _MODEL, _LOSS, _STEPS, _RUN = "Data", "Model", "Objective", "Optimisation", "Running"
-_SEAM, _TABLES = "Choices inside LLaVA-NeXT", "Tables"
+_SEAM, _INSIDE, _TABLES = "Choices inside LLaVA-NeXT", "Inside the language model", "Tables"
 
 
 def _option(text: str, panel: str, *names: str, **more: Any) -> Any:
@@ -110,9 +110,52 @@ def train(
 
 
 @app.command()
+def dyrate(
+    model: Annotated[str, _option("LLaVA-NeXT, which stays as it is: folder or hub id.", _DATA)],
+    out: Annotated[str, _option("Folder for checkpoint, history and predictor.", _DATA)],
+    suite: Annotated[
+        str, _option("Module with a table BENCHMARKS, by its dotted name.", _DATA)
+    ] = "tokensel.mini.suite",
+    benchmarks: Annotated[
+        str, _option("Benchmarks of the suite, comma-separated; all by default.", _DATA)
+    ] = "",
+    split: Annotated[str, _option("Split of every benchmark.", _DATA)] = "train",
+    n: Annotated[int, _option("Questions a benchmark, from the front of the split.", _DATA)] = 200,
+    layer: Annotated[int, _option("First layer that is shortened.", _MODEL)] = 2,
+    rates: Annotated[int, _option("How many rates there are to pick from.", _MODEL)] = 10,
+    weight: Annotated[float, _option("Weight of the visual tokens kept against the cross entropy.", _LOSS)] = 1.0,
+    tau_start: Annotated[float, _option("Gumbel-Softmax temperature at the first step.", _LOSS)] = 1.0,
+    tau_end: Annotated[float, _option("Gumbel-Softmax temperature at the last step.", _LOSS)] = 0.5,
+    steps: Annotated[int, _option("Optimiser steps.", _STEPS)] = 100,
+    batch_size: Annotated[int, _option("Questions a step.", _STEPS)] = 8,
+    lr: Annotated[float, _option("Peak learning rate.", _STEPS)] = 0.1,
+    warmup: Annotated[
+        float, _option("Share of the steps over which the learning rate rises.", _STEPS)
+    ] = 0.05,
+    weight_decay: Annotated[float, _option("Weight decay of AdamW.", _STEPS)] = 0.0,
+    max_grad_norm: Annotated[float, _option("Gradients longer than this are cut to it.", _STEPS)] = 1.0,
+    seed: Annotated[int, _option("Of the questions drawn and the Gumbel noise.", _RUN)] = 0,
+    save_every: Annotated[int, _option("Steps between checkpoints.", _RUN)] = 25,
+    device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _RUN)] = "auto",
+    progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
+) -> None:
+    """Train the rate predictor of DyRate on a frozen LLaVA-NeXT.
+
+    Run it again with the same options to go on after an interruption.
+    """
+    values = locals()
+    from tokensel.dyrate_training import DyRateConfig, train_dyrate
+
+    _quiet()
+    train_dyrate(DyRateConfig.from_dict(values | {"benchmarks": _list("benchmarks", benchmarks, str)}))
+    typer.echo(f"predictor: {out}/dyrate")
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, _option("LLaVA-NeXT or LLaVA-OneVision: folder or hub id.", _MODEL)],
     selector: Annotated[str | None, _option("Trained selector: folder or hub id.", _MODEL)] = None,
+    dyrate: Annotated[str | None, _option("Trained rate predictor of DyRate: folder or hub id.", _MODEL)] = None,
     device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _MODEL)] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -139,7 +182,8 @@ def evaluate(
     methods: Annotated[
         str,
         _option(
-            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample, native.",
+            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample, native; inside the "
+            "language model fastv, vtw, dyrate, fixed, exponential; both in turn, as selector+fastv.",
             _RUN,
         ),
     ] = "full,none,random,selector",
@@ -159,6 +203,13 @@ def evaluate(
         str, _option("Part i of n of the sweep, as i/n, for several jobs or machines.", _RUN)
     ] = "1/1",
     progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
+    inside: Annotated[
+        float, _option("What a schedule keeps of the tokens chosen before, as in selector+fastv.", _INSIDE)
+    ] = 0.5,
+    layer: Annotated[int, _option("First layer that fastv, fixed and exponential shorten.", _INSIDE)] = 2,
+    vtw_layer: Annotated[
+        int | None, _option("First layer without visual tokens under vtw; half of the layers by default.", _INSIDE)
+    ] = None,
     budget: Annotated[Literal["image", "tile"], _option("What the kept fraction is of.", _SEAM)] = "image",
     thumbnail: Annotated[
         Literal["compete", "keep", "drop"],
@@ -172,7 +223,7 @@ def evaluate(
         Literal["compact", "original"], _option("Number kept tokens anew, or leave their places.", _SEAM)
     ] = "compact",
     compare: Annotated[
-        str, _option("Paired differences as method:against, comma-separated.", _TABLES)
+        str, _option("Paired differences as method:against or fastv@0.3:random@0.3, comma-separated.", _TABLES)
     ] = "selector:random",
     out: Annotated[str, _option("Folder of the tables, records below it.", _TABLES)] = "_build/results",
     name: Annotated[str, _option("File name of the tables, without ending.", _TABLES)] = "evaluate",

@@ -19,6 +19,7 @@ from tokensel.benchmarks.results import (
     CATEGORIES,
     DIFFERENCES,
     Condition,
+    Costs,
     Sheet,
     category_rows,
     difference_rows,
@@ -28,9 +29,10 @@ from tokensel.benchmarks.results import (
 )
 from tokensel.benchmarks.shards import Shard, is_first_here
 from tokensel.benchmarks.table import Benchmark
+from tokensel.cost import answer_costs
 from tokensel.errors import TokenselError
 from tokensel.io import write_json
-from tokensel.methods import METHODS, Batch, prepare
+from tokensel.methods import Batch, check_method, prepare
 
 _WINDOW = 8  # batches of which the questions are sorted by length
 _SPOT_CHECKS = 16  # pictures of recorded questions that are compared before the records are continued
@@ -64,17 +66,26 @@ class _Shelf:
     Attributes:
         path: where this process writes.
         scores: of all that is answered, by whichever process.
-        seconds: what those answers took.
+        flops, kv_bytes, seconds: what those answers took together.
     """
 
     path: Path
     scores: dict[str, float] = field(default_factory=dict)
+    flops: int = 0
+    kv_bytes: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def costs(self) -> tuple[float, float]:
+        """FLOPs and bytes of keys and values of an answer, on average."""
+        return self.flops / len(self.scores), self.kv_bytes / len(self.scores)
 
     def add(self, records: Iterable[Record]) -> None:
         """Take note of records that are on the disk."""
         for record in records:
             self.scores[record["question_id"]] = record["score"]
+            self.flops += record["flops"]
+            self.kv_bytes += record["kv_bytes"]
             self.seconds += record["seconds"]
 
 
@@ -141,17 +152,18 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
         "wall_seconds_now": round(time.perf_counter() - started, 1),
         "generation_seconds_in_all": round(sum(shelf.seconds for mine in shelves for shelf in mine.values()), 1),
     }
-    return _write_tables(asker.name, config, list(zip(benchmarks.values(), sheets)), provenance, computed)
+    costs = [{condition: shelf.costs for condition, shelf in mine.items()} for mine in shelves]
+    return _write_tables(asker.name, config, list(zip(benchmarks.values(), sheets, costs)), provenance, computed)
 
 
 def _write_tables(
-    model: str, config: EvalConfig, sheets: list[tuple[Benchmark, Sheet]], provenance: dict, computed: int
+    model: str, config: EvalConfig, sheets: list[tuple[Benchmark, Sheet, Costs]], provenance: dict, computed: int
 ) -> Evaluation:
     """All tables of a finished sweep."""
     pairs, seed, stem = parse_pairs(config.compare), config.seed, Path(config.out) / config.name
     rows, differences, categories = [], [], []
-    for benchmark, sheet in sheets:
-        rows += score_rows(model, benchmark, sheet.scores, seed=seed, strata=sheet.strata)
+    for benchmark, sheet, costs in sheets:
+        rows += score_rows(model, benchmark, sheet.scores, costs, seed=seed, strata=sheet.strata)
         differences += difference_rows(model, benchmark, sheet.scores, pairs, seed=seed, strata=sheet.strata)
         categories += category_rows(model, benchmark, sheet, seed=seed)
     return Evaluation(
@@ -170,7 +182,7 @@ def _open_shelves(asker: Asker, questions: Questions, folder: Path, shard: Shard
     pictures: dict[int, str | None] = {}
     for condition in asker.config.conditions():
         task = {"metric": benchmark.metric, "max_new_tokens": benchmark.max_new_tokens}
-        made = digest(asker.identity(condition.method) | task)
+        made = digest(asker.identity(condition) | task)
         stem = f"keep-{condition.keep:g}_seed-{condition.seed}_{made}"
         place = folder / benchmark.name / condition.method
         shelf = shelves[condition] = _Shelf(place / f"{stem}{shard.name}.jsonl")
@@ -252,19 +264,19 @@ def _answer(
 ) -> list[Record]:
     """One record for each question of the batch under one condition."""
     config, benchmark, started = asker.config, questions.benchmark, time.perf_counter()
-    keep = condition.keep if METHODS[condition.method].uses_keep else 1.0
+    row = check_method(condition.method)
     try:
         reduced = prepare(
             asker.vlm,
             batch.images,
             batch.questions,
             condition.method,
-            keep,
+            condition.keep if row.uses_keep else 1.0,
             config.choices(),
             scorer=asker.scorer(condition),
             batch=batch,
         )
-        predictions = asker.vlm.generate(reduced, benchmark.max_new_tokens)
+        written = asker.vlm.write(reduced, benchmark.max_new_tokens, asker.schedule(condition))
     except torch.OutOfMemoryError:
         raise TokenselError(
             f"out of memory with {config.batch_size} questions at a time: give a smaller --batch-size; "
@@ -272,6 +284,9 @@ def _answer(
         ) from None
     seconds = round((time.perf_counter() - started) / len(indices), 4)
     counts = zip(reduced.n_visual.tolist(), reduced.n_visual_full.tolist())
+    costs = answer_costs(
+        asker.vlm.model, reduced, written, asker.selector.config if row.scorer == "selector" else None
+    )
     return [
         {
             "question_id": questions.ids[i],
@@ -287,7 +302,11 @@ def _answer(
             "score": questions.score(i, prediction),
             "n_visual": n_visual,
             "n_visual_full": n_visual_full,
+            "flops": flops,
+            "kv_bytes": kv_bytes,
             "seconds": seconds,
         }
-        for i, picture, prediction, (n_visual, n_visual_full) in zip(indices, digests, predictions, counts)
+        for i, picture, prediction, (n_visual, n_visual_full), (flops, kv_bytes) in zip(
+            indices, digests, written.texts, counts, costs
+        )
     ]

@@ -13,7 +13,7 @@ GROUPS = {
     "Inside LLaVA": ("vlm", "schedules"),
     "Evaluation": ("benchmarks",),
     "Cost": ("cost",),
-    "Figures": ("figures",),
+    "Figures": ("figures", "explorer"),
     "The small world": ("mini",),
     "The book": ("book",),
     "Tools": (),

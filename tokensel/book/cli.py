@@ -48,3 +48,23 @@ def build_command(parameter: Parameters = None, force: Force = False) -> None:
     run.run_chapters(root, [], run.parse_parameters(parameter or []), force=force)
     index: Path = site.build(root)
     typer.echo(f"the book: {index}")
+
+
+@app.command("links")
+def links_command() -> None:
+    """Ask every address outside the book whether it is still there; needs a network, and the chapters run."""
+    from tokensel.book import site
+    from tokensel.book.chapter import find_root
+
+    typer.echo(f"{site.check_links(find_root())} addresses answer")
+
+
+@app.command("readme")
+def readme_command(
+    results: Annotated[Path, typer.Argument(help="The recorded table, from evaluate.")] = Path("data/results/sweep.csv"),
+) -> None:
+    """Put the recorded results into the table of README.md."""
+    from tokensel.book import readme
+    from tokensel.book.chapter import find_root
+
+    readme.write(find_root() / "README.md", results)

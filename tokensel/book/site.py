@@ -1,18 +1,24 @@
 """Build the pages: gather executed chapters and written pages in one folder, hand it to Jupyter Book."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
+import yaml
 
 from tokensel import io
 from tokensel.book import api, offline, run, status
 from tokensel.errors import TokenselError
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
-PAGES = ("_config.yml", "_toc.yml", "index.md", "references.md", "references.bib", "_static", "_vendor")
+PAGES = (
+    "_config.yml", "_toc.yml", "index.md", "glossary.md", "references.md", "references.bib", "_static", "_vendor",
+)  # fmt: skip
 
 
 def build(root: Path) -> Path:
@@ -26,14 +32,53 @@ def build(root: Path) -> Path:
     # a kept environment would not repeat a warning that it already gave
     shutil.rmtree(build_folder / ".doctrees", ignore_errors=True)
     shutil.rmtree(build_folder / "html", ignore_errors=True)
-    command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(source), "--path-output", str(root)]
-    done = subprocess.run([*command, "-W", "-n", "--keep-going", "--quiet"], stdin=subprocess.DEVNULL, check=False)
+    done = _jupyter_book(root, source, "-W", "-n", "--keep-going", "--quiet")
     index = build_folder / "html" / "index.html"
     if done.returncode != 0 or not index.is_file():
         shutil.rmtree(index.parent, ignore_errors=True)  # pages that look whole would be taken for it
         raise TokenselError("jupyter-book warned or failed (see above): no book was built")
     offline.check(index.parent)
     return index
+
+
+def _jupyter_book(root: Path, source: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(source), "--path-output", str(root), *options]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+
+
+def check_links(root: Path) -> int:
+    """Ask every address outside the book whether it is there; returns how many answered. Needs a network.
+
+    Raises:
+        TokenselError: a chapter has not been run, or some address does not answer; all of them are named.
+    """
+    report = root / "_build" / "linkcheck" / "output.json"
+    report.unlink(missing_ok=True)
+    _jupyter_book(root, stage(root), "--builder", "linkcheck", "--quiet")
+    if not report.is_file():
+        raise TokenselError("jupyter-book failed (see above): no links were checked")
+    asked = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
+    broken = [f"{link['filename']}: {link['uri']}" for link in asked if link["status"] in ("broken", "timeout")]
+    if broken:
+        raise TokenselError("no answer from " + "; ".join(sorted(broken)))
+    return sum(link["status"] in ("working", "redirected") for link in asked)
+
+
+def launch_links(config: dict, environment: Mapping[str, str]) -> dict:
+    """The configuration with a link to open each chapter in Colab, where it is known which repository publishes it.
+
+    Args:
+        config: what ``_config.yml`` says.
+        environment: GitHub Actions names the repository and the branch there; elsewhere nothing is added.
+    """
+    if "GITHUB_REPOSITORY" not in environment:
+        return config
+    server = environment.get("GITHUB_SERVER_URL", "https://github.com")
+    repository = {
+        "url": f"{server}/{environment['GITHUB_REPOSITORY']}",
+        "branch": environment.get("GITHUB_REF_NAME", "main"),
+    }
+    return config | {"repository": repository, "launch_buttons": {"colab_url": "https://colab.research.google.com"}}
 
 
 def stage(root: Path) -> Path:
@@ -48,6 +93,8 @@ def stage(root: Path) -> Path:
     for name in PAGES:
         copy = shutil.copytree if (root / name).is_dir() else shutil.copyfile
         copy(root / name, site / name)
+    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    io.write_text(site / "_config.yml", yaml.safe_dump(launch_links(config, os.environ), allow_unicode=True))
     for path in run.chapter_paths(root):
         executed = run.executed(root, path)
         if not run.stamp(root, path) or not executed.is_file():
@@ -66,13 +113,20 @@ def stage(root: Path) -> Path:
 def merge(source: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The executed cells with the prose of ``source``, which may have been mended since the run.
 
-    papermill's cell with the given parameters stays where it put it: the page shows what was really run.
+    papermill's cell with the given parameters stays where it put it, folded: the page tells what was really run. So do
+    the tags, which decide what a page shows, come from the source.
     """
     outputs = {cell.id: cell for cell in executed.cells if cell.cell_type == "code"}
     injected = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    for cell in injected:
+        cell.metadata["tags"] = ["injected-parameters", "hide-cell"]
+        cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters given", "code_prompt_hide": "Hide them"}
     cells = []
     for cell in source.cells:
-        cells.append(outputs[cell.id] if cell.cell_type == "code" else cell)
+        if cell.cell_type == "code":
+            outputs[cell.id].metadata = cell.metadata
+            cell = outputs[cell.id]
+        cells.append(cell)
         if "parameters" in cell.metadata.get("tags", []):
             cells += injected
     # widget state and papermill's own notes are of no use on a page

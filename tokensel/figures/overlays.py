@@ -1,11 +1,12 @@
 """Kept tokens over a picture: cells of dropped tokens are veiled, as in the paper's Fig. 1."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -22,12 +23,12 @@ STRENGTH = 0.86  # how much of a dropped cell the veil hides
 
 
 def page_mask(
-    kept: Bool[Tensor, "tiles tokens"], rows: int, columns: int, grid: tuple[int, int]
-) -> Bool[Tensor, "height width"]:
+    kept: Shaped[Tensor, "tiles tokens"], rows: int, columns: int, grid: tuple[int, int]
+) -> Shaped[Tensor, "height width"]:
     """Join the masks of tiles that were cut from one picture, left to right and top to bottom, to its own mask.
 
     Args:
-        kept: True = kept, one row a tile.
+        kept: True = kept, one row a tile; or any other value a token.
         rows: tiles from top to bottom.
         columns: tiles from left to right.
         grid: rows and columns of tokens within a tile.
@@ -132,29 +133,76 @@ def anyres(
         width: of the figure in inches.
         title: over the high-resolution tiles.
     """
+    shown = look(encoded, image, statistics)
+    real = encoded.layout.valid
+    stay = real if kept is None else kept & real
+    ratio = shown.columns / shown.rows
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(width, width / (ratio + 0.62) + 0.25), width_ratios=[0.6, ratio], squeeze=True
+    )
+    (small, large), (_, inside) = shown.maps(stay), shown.maps(real)
+    show(left, shown.thumbnail, small, "thumbnail")
+    show(right, shown.page, large, title, inside)
+    side = shown.thumbnail.width
+    for k in range(1, shown.rows):
+        right.axhline(k * side - 0.5, color="white", linewidth=1.0)
+    for k in range(1, shown.columns):
+        right.axvline(k * side - 0.5, color="white", linewidth=1.0)
+    return figure
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a LLaVA-NeXT is shown of one image, and where its tokens lie.
+
+    Attributes:
+        thumbnail: the whole image squashed into one tile.
+        page: the high-resolution tiles, joined; letterbox bars included.
+        rows, columns: of tiles in ``page``.
+        cells: tokens along each side of a tile.
+        tiles: the image's tiles among those of the batch, the thumbnail first.
+    """
+
+    thumbnail: Image.Image
+    page: Image.Image
+    rows: int
+    columns: int
+    cells: int
+    tiles: slice
+
+    def maps(
+        self, values: Shaped[Tensor, "tiles tokens"]
+    ) -> tuple[Shaped[Tensor, "cells cells"], Shaped[Tensor, "height width"]]:
+        """Values of all tokens of the batch as two maps, one over the thumbnail and one over the page."""
+        mine, grid = values[self.tiles], (self.cells, self.cells)
+        return mine[0].view(grid), page_mask(mine[1:], self.rows, self.columns, grid)
+
+
+def look(encoded: Encoded, image: int, statistics: tuple[Sequence[float], Sequence[float]]) -> Look:
+    """Find the pictures of one image of a batch; the arguments are those of :func:`anyres`."""
     config = encoded.model.config
     side = config.vision_config.image_size
-    cells = side // config.vision_config.patch_size
     size = encoded.image_sizes[image].tolist()
     rows, columns = map(int, get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side))
     first = sum(encoded.layout.tiles[:image])
     mine = slice(first, first + encoded.layout.tiles[image])
     tiles = pictures(encoded.pixel_values[mine], *statistics)
-    real = encoded.layout.valid[mine]
-    stay = real if kept is None else kept[mine] & real
-    page, thumbnail = join(tiles[1:], rows, columns), tiles[0]
-    ratio = columns / rows
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(width, width / (ratio + 0.62) + 0.25), width_ratios=[0.6, ratio], squeeze=True
-    )
-    show(left, thumbnail, stay[0].view(cells, cells), "thumbnail")
-    grid = (cells, cells)
-    show(right, page, page_mask(stay[1:], rows, columns, grid), title, page_mask(real[1:], rows, columns, grid))
-    for k in range(1, rows):
-        right.axhline(k * side - 0.5, color="white", linewidth=1.0)
-    for k in range(1, columns):
-        right.axvline(k * side - 0.5, color="white", linewidth=1.0)
-    return figure
+    page = join(tiles[1:], rows, columns)
+    return Look(tiles[0], page, rows, columns, side // config.vision_config.patch_size, mine)
+
+
+def left_cells(
+    encoded: Encoded, visual: Bool[Tensor, "1 length"], columns: Int[Tensor, "left"]
+) -> Bool[Tensor, "tiles tokens"]:
+    """Which cells of the tiles are still there when a schedule has left only some columns of an unreduced prompt.
+
+    Args:
+        encoded: one question.
+        visual: True at the prompt's visual tokens, newlines among them.
+        columns: those that are left, as :class:`tokensel.schedules.prune.Drop` has them.
+    """
+    places = visual[0].nonzero()[:, 0]  # the column of each packed token
+    return encoded.layout.spread(torch.isin(places, columns))
 
 
 def pictures(

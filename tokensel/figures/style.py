@@ -2,6 +2,7 @@
 
 import matplotlib as mpl
 from cycler import cycler
+from matplotlib.colors import to_rgb
 
 # Okabe and Ito's palette (2008)
 ORANGE, BLUE, GREEN, RED = "#E69F00", "#0072B2", "#009E73", "#D55E00"
@@ -19,6 +20,12 @@ COLOURS = {
     "diversity": BLACK,
     "downsample": GREY,
     "native": YELLOW,
+    "fastv": BLUE,
+    "vtw": RED,
+    "dyrate": BLACK,
+    "fixed": SKY,
+    "exponential": PURPLE,
+    "selector+fastv": "#8C6D31",
 }
 MARKERS = {
     "selector": "o",
@@ -28,6 +35,13 @@ MARKERS = {
     "cls": "v",
     "diversity": "P",
     "downsample": "X",
+    "full": "*",
+    "fastv": "s",
+    "vtw": "X",
+    "dyrate": "P",
+    "fixed": "^",
+    "exponential": "v",
+    "selector+fastv": "D",
 }
 LABELS = {
     "full": "all tokens",
@@ -37,6 +51,12 @@ LABELS = {
     "cls": "CLS attention",
     "downsample": "down-sampling",
     "native": "own interpolation",
+    "fastv": "FastV",
+    "vtw": "VTW",
+    "dyrate": "DyRate",
+    "fixed": "fixed rate",
+    "exponential": "exponential rate",
+    "selector+fastv": "selector, then FastV",
 }
 
 
@@ -48,6 +68,18 @@ def colour(method: str) -> str:
 def label(method: str) -> str:
     """The method's name as a reader should see it."""
     return LABELS.get(method, method)
+
+
+def ink(colour: str) -> str:
+    """The colour for words: darker where it would not stand out from white by 4.5 to 1, as WCAG 2 asks of small type."""
+    share = next(k for k in range(100, -1, -1) if _contrast([k / 100 * c for c in to_rgb(colour)]) >= 4.5)
+    return mpl.colors.to_hex([share / 100 * c for c in to_rgb(colour)])
+
+
+def _contrast(rgb: list[float]) -> float:
+    """Contrast with white by WCAG 2: relative luminance of sRGB, both raised by 0.05."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
 
 
 def use() -> None:

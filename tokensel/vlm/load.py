@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from PIL.Image import Image
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,10 +22,28 @@ from transformers import (
 
 from tokensel.errors import TokenselError
 from tokensel.hub import hub_options
-from tokensel.schedules.prune import Schedule, check_options, pruned
+from tokensel.schedules.prune import Pruning, pruned
+from tokensel.schedules.schedule import Schedule, check_options
 from tokensel.scorers import Scorer
 from tokensel.vlm.native import LlavaOnevisionProcessor, switch_off
 from tokensel.vlm.reduce import Reduced, reduce_inputs
+
+
+@dataclass
+class Written:
+    """What a model wrote for a batch.
+
+    Attributes:
+        texts: one a row, without special tokens.
+        tokens: the same as the model put it out, with its end and the padding behind it.
+        lengths: how many tokens each row really has, its end included.
+        pruning: what the schedule did, if there was one.
+    """
+
+    texts: list[str]
+    tokens: Int[Tensor, "rows new"]
+    lengths: Int[Tensor, "rows"]
+    pruning: Pruning | None = None
 
 
 @dataclass
@@ -94,10 +114,10 @@ class Vlm:
         return batch.to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
-    def generate(
+    def write(
         self, reduced: Reduced, max_new_tokens: int = 64, schedule: Schedule | None = None, **options: Any
-    ) -> list[str]:
-        """What the model writes for each row: the new text alone, greedy unless ``options`` say otherwise.
+    ) -> "Written":
+        """What the model writes for each row, and what was left of the picture meanwhile; greedy by default.
 
         Args:
             reduced: the prompts.
@@ -113,12 +133,21 @@ class Vlm:
         if schedule is not None:
             check_options(options)
             inside = pruned(self.model, reduced.visual, reduced["attention_mask"], schedule)
-        with inside:
-            out = self.model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
-        decode = self.processor.tokenizer.batch_decode
-        return [
-            text.strip() for text in decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ]
+        with inside as pruning:
+            tokens = self.model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
+        texts = self.processor.tokenizer.batch_decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        ends = torch.as_tensor(self.model.generation_config.eos_token_id or [], dtype=tokens.dtype, device=tokens.device)
+        ended = torch.isin(tokens, ends).long().cumsum(1)
+        lengths = (ended - torch.isin(tokens, ends).long() == 0).sum(1)  # up to the first end and with it
+        return Written([text.strip() for text in texts], tokens, lengths, pruning)
+
+    def generate(
+        self, reduced: Reduced, max_new_tokens: int = 64, schedule: Schedule | None = None, **options: Any
+    ) -> list[str]:
+        """The texts of :meth:`write`: new text alone, without the prompt."""
+        return self.write(reduced, max_new_tokens, schedule, **options).texts
 
     def answer(
         self,

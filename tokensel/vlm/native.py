@@ -76,6 +76,8 @@ def native(encoded: Encoded, ratio: str | None) -> Reduced:
         n_visual=encoded.per_row(cells),
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~cells),
+        n_tiles=encoded.n_tiles,
+        cells=layout.tokens,
     )
 
 

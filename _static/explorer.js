@@ -1,0 +1,158 @@
+// The explorers of the book: each <div class="explorer"> holds a dictionary computed beforehand, as JSON, and a still
+// figure. This script draws the dictionary with controls and hides the still. Without it the still remains.
+(() => {
+  "use strict";
+  const VEIL = "rgb(96 104 122 / 0.86)";
+  const ERROR = "230 159 0";
+
+  // --- small helpers ---------------------------------------------------------------------------------------------
+
+  const element = (tag, attributes = {}, ...children) => {
+    const made = Object.assign(document.createElement(tag), attributes);
+    made.append(...children);
+    return made;
+  };
+
+  // A control inside its label, so that both are one target.
+  const labelled = (text, control, ...more) => element("label", {}, element("span", { textContent: text }), control, ...more);
+
+  const select = (pairs) =>
+    element("select", {}, ...pairs.map(([value, text]) => element("option", { value, textContent: text })));
+
+  const verdict = (score) =>
+    score === null || score === undefined ? "" : score === 1 ? "right" : score === 0 ? "wrong" : `partly right (${score.toFixed(2)})`;
+
+  const percent = (share) => `${+(100 * share).toFixed(1)} %`;
+
+  // --- kept tokens -----------------------------------------------------------------------------------------------
+
+  // Calls paint(context, x, y, width, height, number) for every cell of a view drawn on `canvas`.
+  const drawView = (canvas, image, view, grey, paint) => {
+    const scale = Math.max(1, Math.round(384 / image.naturalWidth));
+    canvas.width = image.naturalWidth * scale;
+    canvas.height = image.naturalHeight * scale;
+    const context = canvas.getContext("2d");
+    context.imageSmoothingEnabled = false;
+    context.drawImage(image, 0, 0, canvas.width, canvas.height);
+    if (grey) {
+      context.globalCompositeOperation = "saturation";
+      context.fillStyle = "gray";
+      context.fillRect(0, 0, canvas.width, canvas.height);
+      context.globalCompositeOperation = "source-over";
+    }
+    const width = canvas.width / view.columns;
+    const height = canvas.height / view.rows;
+    for (let cell = 0; cell < view.rows * view.columns; cell++) {
+      context.fillStyle = paint(cell);
+      context.fillRect((cell % view.columns) * width, Math.floor(cell / view.columns) * height, width, height);
+    }
+  };
+
+  const tokens = (box, data) => {
+    const names = Object.keys(data.methods);
+    const picture = select(data.pictures.map((each, number) => [number, each.name]));
+    const method = select(names.map((name) => [name, data.methods[name]]));
+    const keep = element("input", { type: "range", min: 0, max: data.keeps.length - 1, step: 1 });
+    keep.value = Math.floor(data.keeps.length / 2);
+    const share = element("output");
+    const question = element("p", { className: "explorer-question" });
+    const drawings = element("div", { className: "explorer-drawings" });
+    const answers = element("tbody");
+    const status = element("p", { className: "explorer-status" });
+    status.setAttribute("role", "status");
+    const columns = ["the model sees", "tokens", "mean error", "answer", ""];
+    const head = columns.map((text) => (text ? element("th", { textContent: text, scope: "col" }) : element("td")));
+    box.append(
+      element(
+        "form",
+        { className: "explorer-controls", onsubmit: () => false },
+        labelled("picture", picture),
+        labelled("method", method),
+        labelled("tokens kept", keep, share),
+      ),
+      question,
+      drawings,
+      status,
+      element("table", {}, element("thead", {}, element("tr", {}, ...head)), answers),
+    );
+
+    const loaded = data.pictures.map((each) =>
+      Promise.all(
+        each.views.map((view) => {
+          const image = element("img", { src: view.image });
+          return image.decode().then(() => image);
+        }),
+      ),
+    );
+
+    const row = (name, line) => {
+      const error = line.mean_error === undefined ? "" : line.mean_error.toFixed(2);
+      const cells = [line.tokens, error, line.answer, verdict(line.score)];
+      return element(
+        "tr",
+        {},
+        element("th", { textContent: name, scope: "row" }),
+        ...cells.map((text) => element("td", { textContent: text })),
+      );
+    };
+
+    const show = async () => {
+      const chosen = data.pictures[picture.value];
+      const number = Number(keep.value);
+      const step = chosen.steps[method.value][number];
+      const images = await loaded[picture.value];
+      if (step !== data.pictures[picture.value].steps[method.value][Number(keep.value)]) return; // changed meanwhile
+      share.value = percent(data.keeps[number]);
+      keep.setAttribute("aria-valuetext", share.value);
+      const right = chosen.answers.length ? `  (right: ${chosen.answers.join(" or ")})` : "";
+      question.replaceChildren(element("q", { textContent: chosen.question }), right);
+      drawings.replaceChildren();
+      for (const part of ["kept", "error"]) {
+        chosen.views.forEach((view, place) => {
+          const canvas = element("canvas");
+          const letters = step.kept[place];
+          drawView(canvas, images[place], view, part === "error", (cell) => {
+            if (letters[cell] === "-") return "white";
+            if (part === "kept") return letters[cell] === "1" ? "transparent" : VEIL;
+            return `rgb(${ERROR} / ${0.85 * Math.min(1, step.error[place][cell] / 100)})`;
+          });
+          const kept = [...letters].filter((letter) => letter === "1").length;
+          const real = [...letters].filter((letter) => letter !== "-").length;
+          canvas.setAttribute("role", "img");
+          canvas.setAttribute(
+            "aria-label",
+            part === "kept"
+              ? `${chosen.name}, ${view.name}: ${kept} of ${real} tokens kept by ${data.methods[method.value]}, the others veiled`
+              : `${chosen.name}, ${view.name}: reconstruction error of each token, the more orange the larger`,
+          );
+          const caption = part === "kept" ? `${view.name}: ${kept} of ${real} kept` : `${view.name}: error`;
+          drawings.append(element("figure", {}, canvas, element("figcaption", { textContent: caption })));
+        });
+      }
+      const compared = new Set([method.value, "selector", "random"].filter((name) => names.includes(name)));
+      answers.replaceChildren(
+        row("all tokens", chosen.full),
+        ...[...compared].map((name) => row(data.methods[name], chosen.steps[name][number])),
+        row("no image", chosen.none),
+      );
+      status.textContent = `${step.tokens} of ${chosen.full.tokens} tokens, mean error ${step.mean_error.toFixed(2)}, answer: ${step.answer}`;
+    };
+    for (const control of [picture, method, keep]) control.addEventListener("input", show);
+    return show();
+  };
+
+  // --- one function a kind -----------------------------------------------------------------------------------------
+
+  const KINDS = { tokens };
+
+  document.addEventListener("DOMContentLoaded", () => {
+    for (const box of document.querySelectorAll(".explorer")) {
+      const data = JSON.parse(box.querySelector("script[type='application/json']").textContent);
+      if (!KINDS[data.kind]) continue;
+      KINDS[data.kind](box, data).then(() => {
+        box.querySelector(".explorer-still").hidden = true;
+        box.dataset.ready = "true";
+      });
+    }
+  });
+})();
