@@ -58,8 +58,9 @@ def test_random_selection_does_not_depend_on_the_batch(folder):
 
 
 def test_what_it_does_not_do(folder):
-    with pytest.raises(TokenselError, match="method 'fastv' is unknown"):
-        model(folder, method="fastv")
+    for method, told in (("guess", "method 'guess' is unknown"), ("fastv", "fastv drops tokens inside the language model")):
+        with pytest.raises(TokenselError, match=told):
+            model(folder, method=method)
     plain = model(folder)
     with pytest.raises(TokenselError, match="answers in words"):
         plain.loglikelihood([])

@@ -52,7 +52,7 @@ class Tokensel(lmms):
         """
         Args:
             pretrained: folder or hub id of the model.
-            method: a key of :data:`tokensel.methods.METHODS`.
+            method: a key of :data:`tokensel.methods.METHODS`; no schedule.
             keep: fraction of the visual tokens to keep, in (0, 1].
             selector: folder or hub id of the selector, for the method ``selector``.
             seed: of the method ``random``.
@@ -62,10 +62,12 @@ class Tokensel(lmms):
             choices: see :class:`~tokensel.vlm.choose.Choices`.
 
         Raises:
-            TokenselError: an unknown method, or a model or selector that cannot be loaded.
+            TokenselError: an unknown method or a schedule, or a model or selector that cannot be loaded.
         """
         super().__init__()
         row = check_method(method)
+        if row.schedule:
+            raise TokenselError(f"method {method} drops tokens inside the language model: give one that chooses before it")
         self.scorer = make_scorer(row.scorer, seed=int(seed), selector=selector) if row.scorer else None
         self.vlm = load_vlm(pretrained, device, dtype)
         self.method, self.keep, self.choices = method, float(keep), choices

@@ -18,7 +18,7 @@ class CostConfig:
             the table: how long a model takes depends on its shapes and not on its weights.
         selector: folder or hub id of a trained selector; without one, random weights in the shape below.
         selector_layers: Transformer layers of such a selector: fewer make it slim.
-        methods: names from :data:`tokensel.methods.METHODS` and :data:`tokensel.schedules.SCHEDULES`.
+        methods: names from :data:`tokensel.methods.METHODS` (but "native") and :data:`tokensel.schedules.SCHEDULES`.
         keeps: fractions of the visual tokens to keep, each in (0, 1].
         batch_sizes: questions at a time.
         images: pictures' sizes in pixels, each as HEIGHTxWIDTH.
@@ -61,6 +61,8 @@ class CostConfig:
         from tokensel.schedules import SCHEDULES
 
         for method in self.methods:
+            if method == "native":  # its inputs are the stock model's own, with the interpolation left on
+                raise TokenselError("method native: only what drops tokens is timed here; leave it out")
             if method not in SCHEDULES:
                 check_method(method)
         for keep in self.keeps:
