@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tokensel import cli
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.cost.config import CostConfig
+from tokensel.dyrate_training import DyRateConfig
 from tokensel.errors import TokenselError
 from tokensel.train_config import TrainConfig
 
@@ -37,11 +38,11 @@ def test_help_lists_the_commands_without_loading_torch():
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "evaluate", "cost", "mini", "book"):
+    for command in ("train", "dyrate", "evaluate", "cost", "mini", "book"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "cost"])
+@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost"])
 def test_every_option_has_a_line_of_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -66,7 +67,7 @@ def inner_commands(command: str) -> dict:
     return typer.main.get_group(__import__(module, fromlist=["app"]).app).commands
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "cost", "mini", "book"])
+@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost", "mini", "book"])
 def test_unknown_options_are_refused(command, monkeypatch, capsys):
     code, _, told = ended(monkeypatch, capsys, command, "--no-such-option", "1")
     assert code == 2 and "--no-such-option" in told
@@ -74,7 +75,12 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("command", "config", "renamed"),
-    [(cli.train, TrainConfig, {}), (cli.evaluate, EvalConfig, {"whole", "progress"}), (cli.cost, CostConfig, {"training", "progress"})],
+    [
+        (cli.train, TrainConfig, {"ps"}),
+        (cli.dyrate, DyRateConfig, {}),
+        (cli.evaluate, EvalConfig, {"whole", "progress"}),
+        (cli.cost, CostConfig, {"training", "progress"}),
+    ],
 )
 def test_options_and_defaults_are_those_of_the_configuration(command, config, renamed):
     options = {name: p.default for name, p in inspect.signature(command).parameters.items()}
@@ -106,6 +112,16 @@ def test_values_reach_the_configuration(monkeypatch):
     assert seen == [(EvalConfig(**told, newline="row"), False)]
     run("evaluate", "--model", "m", "--methods", "full", "--all")
     assert seen[1][0].n is None and seen[1][1]
+
+
+def test_several_p_are_trained_one_after_the_other(monkeypatch):
+    seen = []
+    monkeypatch.setattr("tokensel.training.train", seen.append)
+    result = run("train", "--images", "i", "--encoder", "e", "--out", "o", "--ps", "0.1,.5", "--steps", "7")
+    assert [(config.p, config.out, config.steps) for config in seen] == [(0.1, "o/p-0.1", 7), (0.5, "o/p-0.5", 7)]
+    assert result.output.split()[1::2] == [f"o/p-{p}/{name}" for p in (0.1, 0.5) for name in ("selector", "reconstructor")]
+    result = run("train", "--images", "i", "--encoder", "e", "--out", "o", "--ps", "0.1,2")
+    assert isinstance(result.exception, TokenselError) and len(seen) == 2
 
 
 def test_an_error_is_one_line_and_status_1(monkeypatch, capsys):

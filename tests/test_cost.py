@@ -1,7 +1,9 @@
 """The formulas agree with torch's own FLOP counter, and with the bytes of a real cache."""
 
+import numpy as np
 import pytest
 import torch
+from tiny import ask, tiny_selector, tiny_vlm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -19,22 +21,26 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 
 from tokensel.autoencoder import Autoencoder
 from tokensel.cost import (
+    answer_costs,
+    count_answer,
     count_decoder,
-    count_layers,
     count_projector,
     count_training,
     count_trunk,
     count_vision,
     first_token,
+    held_tokens,
     kv_bytes,
     layers_read,
     step_bytes,
 )
 from tokensel.errors import TokenselError
-from tokensel.schedules import FastV, pruned
+from tokensel.schedules import Exponential, FastV, Vtw, pruned
+from tokensel.scorers import make_scorer
 from tokensel.selector import SelectorConfig, TokenSelector
 from tokensel.tower import run_tower
 from tokensel.train_config import TrainConfig
+from tokensel.vlm import downsample, encode, reduce
 
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -89,7 +95,7 @@ def test_a_language_model_under_a_schedule():
     visual[:, 5:55] = True
     with pruned(model, visual, torch.ones_like(ids), FastV(layer=1, keep=0.2)):
         run = counted(lambda: model(ids, logits_to_keep=1, use_cache=True))
-    assert count_layers(config, [60, 20, 20]) == pytest.approx(run, rel=0.02)
+    assert count_answer(config, 10, np.array([[50, 10, 10]])) == pytest.approx(run, rel=0.02)
 
 
 def test_bytes_of_a_step_are_the_weights_and_the_cache():
@@ -111,6 +117,61 @@ def test_training_takes_about_three_times_going_forth():
 
     # a little less: nothing goes back into the features, and recomputed attention is more
     assert count_training(model.selector.config, 36, 2) == pytest.approx(counted(step), rel=0.05)
+
+
+@pytest.mark.parametrize("schedule", [None, FastV(1, 0.3), Vtw(2), Exponential(1, 0.8)], ids=str)
+def test_an_answer_from_which_tokens_leave_is_counted_as_it_is_computed(schedule):
+    config = LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=300, eos_token_id=None, pad_token_id=0)
+    model, steps, text, visual = AutoModelForCausalLM.from_config(config).eval(), 6, 12, 60
+    model.generation_config.eos_token_id = None
+    mask = torch.ones(1, text + visual, dtype=torch.long)
+    where = torch.zeros(1, text + visual, dtype=torch.bool)
+    where[:, 4 : 4 + visual] = True
+    embeds = torch.randn(1, text + visual, config.hidden_size)
+    options = {"inputs_embeds": embeds, "attention_mask": mask, "max_new_tokens": steps, "do_sample": False}
+    if schedule is None:
+        spent = counted(lambda: model.generate(**options))
+        left, ranked = np.full((steps, 3), visual), []
+        whole = count_decoder(config, text + visual) + sum(count_decoder(config, 1, text + visual + s) for s in range(steps - 1))
+        assert count_answer(config, text, left) == whole
+    else:
+        with pruned(model, where, mask, schedule) as pruning:
+            spent = counted(lambda: model.generate(**options))
+        left, ranked = torch.stack(pruning.left)[:, :, 0].numpy(), pruning.ranked
+        assert len(ranked) == {"fastv": 1, "vtw": 0, "exponential": steps - 1}[schedule.name]
+    assert count_answer(config, text, left, ranked) == pytest.approx(spent, rel=0.005)
+    assert held_tokens(text, left)[-1, 0] == text + visual + steps - 1
+
+
+def test_what_an_answer_takes_from_pixels_to_its_end():
+    vlm = tiny_vlm()
+    encoded, config = encode(vlm.model, ask(vlm, [0, 1, None])), vlm.model.config
+    full = reduce(encoded)
+    plain = answer_costs(vlm.model, full, written := vlm.write(full, 5))
+    for row, (flops, held) in enumerate(plain):
+        steps, n = int(written.lengths[row]), int(full["attention_mask"][row].sum())
+        tiles = [encoded.layout.tiles[0], encoded.layout.tiles[1], 0][row]
+        lm = count_decoder(config.text_config, n) + sum(
+            count_decoder(config.text_config, 1, n + s) for s in range(steps - 1)
+        )
+        seen = count_vision(config.vision_config, tiles, layers_read(config)) + count_projector(config, int(full.n_visual[row]))
+        assert flops == lm + seen and full.n_tiles[row] == tiles
+        assert held == pytest.approx(np.mean([kv_bytes(config.text_config, n + s, 4) for s in range(steps)]))
+    seeing = encode(vlm.model, ask(vlm, [0, 1]))
+    whole, chooser = reduce(seeing), tiny_selector()
+    selected = reduce(seeing, make_scorer("selector", selector=chooser), 0.3)
+    with_it, without = (
+        answer_costs(vlm.model, selected, vlm.write(selected, 5), config) for config in (chooser.config, None)
+    )
+    for row in range(2):
+        extra = count_trunk(chooser.config, seeing.layout.tokens, seeing.layout.tiles[row])
+        assert with_it[row][0] - without[row][0] == extra
+    small = downsample(seeing, 0.3)
+    fewer = (answer_costs(vlm.model, each, vlm.write(each, 1)) for each in (small, whole))
+    assert all(one[0] < two[0] and one[1] < two[1] for one, two in zip(*fewer))
+    thin = answer_costs(vlm.model, whole, vlm.write(whole, 5, schedule=FastV(1, 0.2)))
+    thick = answer_costs(vlm.model, whole, vlm.write(whole, 5, schedule=FastV(1, 1.0)))
+    assert all(one[0] < two[0] and one[1] < two[1] for one, two in zip(thin, thick))
 
 
 def test_selector_and_projector():

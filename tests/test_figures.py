@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import ask, tiny_vlm
 
 from tokensel.errors import TokenselError
 from tokensel.figures import curves, overlays, principia, style
+from tokensel.vlm import encode, reduce
 
 
 @pytest.fixture(autouse=True)
@@ -111,9 +113,41 @@ def test_labels_keep_their_distance_and_stay_in_order():
 def test_every_method_of_the_library_has_its_own_colour():
     from tokensel.scorers import SCORERS
 
-    known = {*SCORERS, "full", "none", "downsample"}
+    known = {*SCORERS, "full", "none", "downsample", "native"}
     assert known <= set(style.COLOURS)
     assert len({style.colour(name) for name in known}) == len(known)
+
+
+def test_cost_curves_are_shares_of_the_full_cost():
+    rows = [
+        dict(model="m", benchmark=name, group="long", method=method, keep=keep, metric="anls", score=score, ci_low=score - 0.1,
+             ci_high=score + 0.1, n=9, seed=0, flops=flops, kv_bytes=10.0)
+        for name, scale in (("a", 1.0), ("b", 10.0))
+        for method, keep, score, flops in (("full", 1.0, 0.8, 100 * scale), ("fastv", 0.2, 0.4, 40 * scale),
+                                           ("fastv", 0.6, 0.6, 70 * scale))
+    ]  # fmt: skip
+    figure = curves.cost_curves(pd.DataFrame(rows))
+    (ax,) = figure.axes
+    full, fastv = (bars.lines[0].get_xydata() for bars in ax.containers)
+    assert np.allclose(full, [[100, 80]]) and np.allclose(fastv, [[40, 40], [70, 60]])
+    low, high = ax.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((80 - 10 / 2**0.5, 80 + 10 / 2**0.5))
+    assert len(curves.cost_curves(pd.DataFrame(rows), by="benchmark", cost="kv_bytes").axes) == 2
+    with pytest.raises(TokenselError, match="no row full for a"):
+        curves.cost_curves(pd.DataFrame(rows[1:3]))
+    with pytest.raises(TokenselError, match="no column watts"):
+        curves.cost_curves(pd.DataFrame(rows), cost="watts")
+
+
+def test_left_cells_are_those_whose_columns_are_left():
+    vlm = tiny_vlm()
+    encoded = encode(vlm.model, ask(vlm, [1]))
+    whole = reduce(encoded)
+    columns = torch.arange(whole.visual.shape[1])
+    assert torch.equal(overlays.left_cells(encoded, whole.visual, columns), encoded.layout.valid)
+    first = whole.visual[0].nonzero()[:3, 0]
+    left = overlays.left_cells(encoded, whole.visual, first)
+    assert left[0, :3].all() and int(left.sum()) == 3
 
 
 def test_words_in_any_of_the_colours_can_be_read_on_white():

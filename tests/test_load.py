@@ -44,7 +44,7 @@ def test_missing_and_damaged_models(folder, tmp_path):
     with pytest.raises(TokenselError, match="'nobody/no-such-llava'.*give a local folder") as caught:
         load_vlm("nobody/no-such-llava")
     assert "\n" not in str(caught.value)
-    with pytest.raises(TokenselError, match="holds no LLaVA-NeXT with its processor"):
+    with pytest.raises(TokenselError, match="holds no LLaVA with its processor"):
         load_vlm(tmp_path)
     vlm = load_vlm(folder)
     vlm.model.save_pretrained(tmp_path)

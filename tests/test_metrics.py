@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tokensel.benchmarks.metrics import METRICS, normalize_vqa, parse_option
 
-ANLS, RELAXED, VQA, EXACT, LETTER, SIMILARITY, ITEMS = METRICS.values()
+ANLS, RELAXED, VQA, EXACT, LETTER, SIMILARITY, ITEMS = list(METRICS.values())[:7]
 texts = st.text(alphabet=st.characters(codec="utf-8"), max_size=20)
 
 
@@ -18,7 +18,7 @@ def test_scores_lie_between_0_and_1_and_no_answer_scores_0(name, prediction, ans
     assert METRICS[name](prediction, []) == 0.0
 
 
-@pytest.mark.parametrize("name", [name for name in METRICS if name != "option_letter"])
+@pytest.mark.parametrize("name", [name for name in METRICS if "letter" not in name and name != "mmmu_answer"])
 @given(answers=st.lists(texts.filter(str.strip), min_size=1, max_size=3))
 def test_an_answer_repeated_word_for_word_is_right(name, answers):
     assert METRICS[name](answers[0], answers) == 1.0

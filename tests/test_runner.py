@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import suite_tiny
+import torch
 from tiny import WIDTH
 
 import tokensel
@@ -22,6 +23,8 @@ from tokensel.benchmarks.identity import CODE, _meaning, checkpoint_digest
 from tokensel.benchmarks.records import append_records, read_records, sole_writer
 from tokensel.benchmarks.runner import evaluate
 from tokensel.errors import TokenselError
+from tokensel.schedules import RatePredictor
+from tokensel.schedules.dyrate import RateConfig
 from tokensel.selector import SelectorConfig, TokenSelector
 from tokensel.tower import run_tower
 
@@ -94,6 +97,47 @@ def test_every_method_on_every_benchmark_fills_the_long_table(config, monkeypatc
         - (mean["page", "random", "0.2", "0"] + mean["page", "random", "0.2", "1"]) / 2
     )
     assert float(differences[0]["difference"]) == pytest.approx(paired, abs=1e-5)
+
+
+def test_schedules_and_what_they_cost(config, tmp_path):
+    torch.manual_seed(0)
+    RatePredictor(RateConfig(heads=4, layer=1, rates=4)).save_pretrained(tmp_path / "dyrate")
+    inside = ("fastv", "vtw", "dyrate", "fixed", "exponential", "selector+fastv", "random+vtw")
+    config = replace(
+        config, methods=("full", "selector", *inside), layer=1, dyrate=str(tmp_path / "dyrate"), benchmarks=("page", "list"),
+        compare=("selector+fastv:selector", "fastv@0.2:vtw", "dyrate:fastv@0.6"),
+    )  # fmt: skip
+    done = evaluate(config, progress=False)
+    rows = {(r["benchmark"], r["method"], r["keep"]): r for r in csv.DictReader(done.table.read_text().splitlines())}
+    assert len(rows) == 2 * (3 + 2 * 6) and done.computed == 9 * len(rows)
+    for benchmark in ("page", "list"):
+        flops, held = (
+            {key[1:]: float(row[name]) for key, row in rows.items() if key[0] == benchmark} for name in ("flops", "kv_bytes")
+        )
+        for cost in (flops, held):
+            assert cost["fastv", "0.2"] < cost["fastv", "0.6"] and cost["vtw", "1"] < cost["full", "1"]
+            assert cost["selector", "0.2"] < cost["selector", "0.6"]
+            assert cost["selector+fastv", "0.6"] < cost["selector", "0.6"]
+            assert cost["random+vtw", "0.2"] < cost["random+vtw", "0.6"]
+    differences = list(csv.DictReader(done.differences.read_text().splitlines()))
+    assert [(d["method"], d["against"], d["keep"]) for d in differences[:4]] == [
+        ("selector+fastv", "selector", "0.2"), ("selector+fastv", "selector", "0.6"),
+        ("fastv@0.2", "vtw", "0.2"), ("dyrate", "fastv@0.6", "1"),
+    ]  # fmt: skip
+    score = {key: float(row["score"]) for key, row in rows.items()}
+    paired = score["page", "fastv", "0.2"] - score["page", "vtw", "1"]
+    assert float(differences[2]["difference"]) == pytest.approx(paired, abs=1e-5)
+    assert len({record["prediction"] for record in answers(config.out).values()}) > 40
+    # a schedule's options are part of what an answer is, for its own methods alone
+    assert evaluate(config, progress=False).computed == 0
+    assert evaluate(replace(config, inside=0.25), progress=False).computed == 2 * 9 * 2
+    assert evaluate(replace(config, methods=inside[:5], newline="drop"), progress=False).computed == 0
+    RatePredictor(RateConfig(heads=4, layer=1, rates=3)).save_pretrained(tmp_path / "dyrate")
+    assert evaluate(config, progress=False).computed == 2 * 9
+    one = replace(config, batch_size=1, out=str(tmp_path / "one"))
+    evaluate(one, progress=False)
+    evaluate(replace(config, out=str(tmp_path / "four")), progress=False)
+    assert answers(one.out) == answers(tmp_path / "four")
 
 
 def test_records_say_what_was_asked_and_how_many_tokens_it_took(config):
@@ -295,6 +339,11 @@ def test_two_evaluations_cannot_write_the_same_records(tmp_path):
         ({"n": 0}, "n is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"selector": None}, "--selector"),
+        ({"selector": None, "methods": ("selector+fastv",)}, "--selector"),
+        ({"methods": ("random+dyrate",)}, "--dyrate"),
+        ({"inside": 0.0}, "keep is 0.0"),
+        ({"layer": 0}, "layer is 0"),
+        ({"compare": ("fastv@x:full",)}, "number behind @"),
         ({"compare": ("selector",)}, "compare is 'selector'"),
         ({"budget": "page"}, "budget is 'page'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
@@ -303,6 +352,16 @@ def test_two_evaluations_cannot_write_the_same_records(tmp_path):
 def test_a_configuration_is_checked_before_anything_is_loaded(config, change, line):
     with pytest.raises(TokenselError, match=line):
         replace(config, **change)
+
+
+def test_schedules_that_do_not_fit_the_model_are_refused_before_anything_is_asked(config, tmp_path):
+    for change in ({"methods": ("fastv",)}, {"methods": ("vtw",), "vtw_layer": 2}):
+        with pytest.raises(TokenselError, match="layer 2 is not inside the 2 layers"):
+            evaluate(replace(config, **change), progress=False)
+    RatePredictor(RateConfig(heads=3, layer=1)).save_pretrained(tmp_path / "dyrate")
+    with pytest.raises(TokenselError, match="4 attention heads but this rate predictor was made for 3"):
+        evaluate(replace(config, methods=("dyrate",), dyrate=str(tmp_path / "dyrate")), progress=False)
+    assert not answers(config.out)
 
 
 def test_unknown_options_are_refused(config):

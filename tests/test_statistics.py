@@ -91,14 +91,16 @@ def test_seeds_are_averaged_and_a_single_row_stands_for_every_keep():
 
 
 def test_the_long_table_has_the_columns_of_the_contract(tmp_path):
-    rows = score_rows("mini", BENCHMARK, {Condition("random", 0.1, 7): [0.0, 1.0, 1.0]})
+    condition = Condition("random", 0.1, 7)
+    rows = score_rows("mini", BENCHMARK, {condition: [0.0, 1.0, 1.0]}, {condition: (2e12, 70 / 3)})
     path = write_table(tmp_path / "a.csv", rows)
-    assert TABLE == tuple("model benchmark group method keep metric score ci_low ci_high n seed".split())
+    columns = "model benchmark group method keep metric score ci_low ci_high n seed flops kv_bytes"
+    assert TABLE == tuple(columns.split())
     lines = list(csv.DictReader(path.read_text().splitlines()))
     assert list(lines[0]) == list(TABLE)
     assert lines[0] | {"ci_low": "", "ci_high": ""} == dict(
         model="mini", benchmark="words", group="reading", method="random", keep="0.1", metric="anls",
-        score="0.666667", ci_low="", ci_high="", n="3", seed="7",
+        score="0.666667", ci_low="", ci_high="", n="3", seed="7", flops="2e+12", kv_bytes="23.3333",
     )  # fmt: skip
     assert write_table(tmp_path / "b.csv", [], DIFFERENCES).read_text() == ",".join(DIFFERENCES) + "\n"
 

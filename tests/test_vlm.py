@@ -14,18 +14,12 @@ from tiny import (
     scale_up,
     tiny_config,
     tiny_llava,
+    tiny_onevision,
     tiny_processor,
     tiny_selector,
     tiny_vlm,
 )
-from transformers import (
-    CLIPVisionConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
+from transformers import CLIPVisionConfig, LlavaNextForConditionalGeneration
 
 from tokensel.errors import TokenselError
 from tokensel.scorers import make_scorer
@@ -334,41 +328,9 @@ def test_true_vision_and_projector_of_llava_next_7b(tmp_path):
     assert vlm.model.generate(**reduced, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 3)
 
 
-def onevision(ratio: str) -> LlavaOnevisionForConditionalGeneration:
-    vision = SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=24,
-        patch_size=4,
-        vision_use_head=False,
-    )
-    text = Qwen2Config(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-    )
-    config = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=4,
-        video_token_index=5,
-        vision_aspect_ratio=ratio,
-        image_grid_pinpoints=[[24 * i, 24 * j] for i in range(1, 7) for j in range(1, 7)],
-    )
-    torch.manual_seed(0)
-    model = LlavaOnevisionForConditionalGeneration(config).eval()
-    scale_up(model)
-    return model
-
-
 def test_a_siglip_tower_without_cls_goes_through_the_same_seam():
     """LLaVA-OneVision packs like LLaVA-NeXT while its interpolation is off, and says so while it is on."""
-    model, sizes = onevision("anyres_max_1000"), torch.tensor([[90, 130], [24, 24]])
+    model, sizes = tiny_onevision("anyres_max_1000"), torch.tensor([[90, 130], [24, 24]])
     counts = tile_counts(model, {"image_sizes": sizes})
     lengths = torch.bincount(read_layout(model.model, counts, 36, sizes).image).tolist()
     pixels = torch.zeros(2, max(counts), 3, 24, 24)
@@ -390,5 +352,5 @@ def test_a_siglip_tower_without_cls_goes_through_the_same_seam():
     assert bool(logits(model, reduced).isfinite().all())
     with pytest.raises(TokenselError, match="no CLS attention"):
         reduce(encoded, make_scorer("cls"), 0.3)
-    with pytest.raises(TokenselError, match="interpolates visual tokens.*anyres_max_1000"):
-        encode(onevision("anyres_max_1"), inputs)
+    with pytest.raises(TokenselError, match="interpolates visual tokens.*load_vlm.*anyres_max_1000"):
+        encode(tiny_onevision("anyres_max_1"), inputs)

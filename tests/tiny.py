@@ -1,4 +1,4 @@
-"""A tiny LLaVA-NeXT in stock classes, with its processor: random weights, no network, seconds on one core.
+"""A tiny LLaVA-NeXT and LLaVA-OneVision in stock classes, with their processors: random weights, no network, seconds on one core.
 
 The weights are scaled up so that logits depend on what is in the picture and where; with the usual
 initialisation every test of equality would pass by being near zero.
@@ -18,17 +18,24 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from tokensel.features import Features
 from tokensel.selector import SelectorConfig, TokenSelector
 from tokensel.vlm import Vlm
+from tokensel.vlm.native import LlavaOnevisionProcessor
 
 TILE, PATCH, WIDTH = 24, 4, 32  # 6 x 6 tokens a tile
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]  # those of LLaVA-NeXT, in units of a tile
+MANY_PINPOINTS = [[TILE * i, TILE * j] for i in range(1, 7) for j in range(1, 7)]  # those of LLaVA-OneVision
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
@@ -132,6 +139,43 @@ def tiny_llava(
 def tiny_vlm(text: str = "llama", attn: str = "sdpa") -> Vlm:
     """:func:`tiny_llava` as the seam takes it."""
     return Vlm(*tiny_llava(text, attn), "tiny")
+
+
+def onevision_processor(
+    tile: int = TILE, patch: int = PATCH, pinpoints: list[list[int]] = MANY_PINPOINTS, ratio: str = "anyres_max_9"
+) -> LlavaOnevisionProcessor:
+    """The stock processor without its half for videos."""
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessorPil(
+            size={"height": tile, "width": tile}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=tiny_tokenizer(),
+        num_image_tokens=(tile // patch) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+        vision_aspect_ratio=ratio,
+    )
+
+
+def tiny_onevision(ratio: str = "anyres_max_9", seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
+    """A LLaVA-OneVision with a SigLIP tower and a Qwen2, that interpolates as ``ratio`` says."""
+    vision = SiglipVisionConfig(
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        image_size=TILE, patch_size=PATCH, vision_use_head=False,
+    )  # fmt: skip
+    text = Qwen2Config(
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=110, max_position_embeddings=4096,
+    )  # fmt: skip
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=text, image_token_index=SPECIAL.index("<image>"), video_token_index=109,
+        vision_aspect_ratio=ratio, image_grid_pinpoints=MANY_PINPOINTS,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    scale_up(model)
+    model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return model
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -7,16 +7,38 @@ from torch import Tensor
 from tokensel.errors import TokenselError, check_keep
 
 
-def fraction_count(available: Int[Tensor, "rows"], keep: float) -> Int[Tensor, "rows"]:
+def fraction_count(
+    available: Int[Tensor, "rows"], keep: float | Float[Tensor, "rows"]
+) -> Int[Tensor, "rows"]:
     """How many of ``available`` tokens the fraction ``keep`` is: ``max(1, round(keep * n))``, and 0 of 0.
 
-    Halves go to the even number, as Python's ``round`` does.
+    Halves go to the even number, as Python's ``round`` does. Each row may have a fraction of its own, in (0, 1].
 
     Raises:
-        TokenselError: ``keep`` is not in (0, 1].
+        TokenselError: ``keep`` is a number that is not in (0, 1].
     """
-    count = torch.round(available.double() * check_keep(keep)).long().clamp(min=1)
+    keep = keep.double() if isinstance(keep, Tensor) else check_keep(keep)
+    count = torch.round(available.double() * keep).long().clamp(min=1)
     return torch.minimum(count, available)
+
+
+def rank(
+    scores: Float[Tensor, "rows tokens"], valid: Bool[Tensor, "rows tokens"] | None = None
+) -> Int[Tensor, "rows tokens"]:
+    """The place of each token in its row, 0 for the highest score; of equals the first one wins, invalid ones come last.
+
+    Raises:
+        TokenselError: a valid score is NaN (it has no place in an order).
+    """
+    real = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    if bool((scores.isnan() & real).any()):
+        raise TokenselError("a token score is NaN: check the scorer and the features it was given")
+    # Two stable sorts rather than a fill with -inf: a valid token may itself have the score -inf.
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    real_first = real.gather(1, order).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    order = order.gather(1, real_first)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
 
 
 def top_count(
@@ -32,18 +54,10 @@ def top_count(
         valid: True where a token is real; ``None`` when all are.
 
     Raises:
-        TokenselError: a valid score is NaN (it has no place in an order).
+        TokenselError: a valid score is NaN.
     """
-    real = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-    if bool((scores.isnan() & real).any()):
-        raise TokenselError("a token score is NaN: check the scorer and the features it was given")
-    # Two stable sorts rather than a fill with -inf: a valid token may itself have the score -inf.
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    real_first = real.gather(1, order).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    order = order.gather(1, real_first)
-    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, places)
-    return (rank < count[:, None]) & real
+    best = rank(scores, valid) < count[:, None]
+    return best if valid is None else best & valid
 
 
 def top_fraction(

@@ -1,4 +1,4 @@
-"""``python -m tokensel``: train, evaluate, cost, mini, book. What a command needs is imported when it runs."""
+"""``python -m tokensel``: train, dyrate, evaluate, cost, mini, book. What a command needs is imported when it runs."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _DATA, _MODEL, _LOSS, _STEPS, _RUN = "Data", "Model", "Objective", "Optimisation", "Running"
-_SEAM, _TABLES = "Choices inside LLaVA-NeXT", "Tables"
+_SEAM, _INSIDE, _TABLES = "Choices inside LLaVA-NeXT", "Inside the language model", "Tables"
 
 
 def _option(text: str, panel: str, *names: str, **more: Any) -> Any:
@@ -65,6 +65,10 @@ def train(
     heads: Annotated[int | None, _option("Attention heads; by default 64 channels each.", _MODEL)] = None,
     mlp_ratio: Annotated[float, _option("Inner width of the MLP over the width.", _MODEL)] = 4.0,
     p: Annotated[float, _option("Proportion of tokens below which keeping is free, Eq. (3).", _LOSS)] = 0.3,
+    ps: Annotated[
+        str,
+        _option("Several p, comma-separated: a training each, in <out>/p-<p>; --cache saves encoding anew.", _LOSS),
+    ] = "",
     tau_start: Annotated[float, _option("Gumbel-Softmax temperature at the first step.", _LOSS)] = 1.0,
     tau_end: Annotated[float, _option("Gumbel-Softmax temperature at the last step.", _LOSS)] = 0.5,
     steps: Annotated[int, _option("Optimiser steps.", _STEPS)] = 10_000,
@@ -91,33 +95,86 @@ def train(
     Run it again with the same options to go on after an interruption. Several processes:
     `accelerate launch -m tokensel train ...`
     """
-    values = locals()
+    values = {key: value for key, value in locals().items() if key != "ps"}
     from tokensel.train_config import TrainConfig
 
-    config = TrainConfig.from_dict(values)  # before the heavy import: bad values are told at once
+    several = [{"p": each, "out": f"{out}/p-{each:g}"} for each in _list("ps", ps, float)]
+    # before the heavy import: bad values are told at once
+    configs = [TrainConfig.from_dict(values | each) for each in several or [{}]]
     from tokensel.training import train as run
 
     _quiet()
-    run(config)
-    typer.echo(f"selector: {out}/selector\nreconstructor: {out}/reconstructor")
+    for config in configs:
+        run(config)
+        typer.echo(f"selector: {config.out}/selector\nreconstructor: {config.out}/reconstructor")
 
 
 @app.command()
-def evaluate(
-    model: Annotated[str, _option("LLaVA-NeXT: folder or hub id.", _MODEL)],
-    selector: Annotated[str | None, _option("Trained selector: folder or hub id.", _MODEL)] = None,
-    device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _MODEL)] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        _option("auto: float32 on a CPU, the checkpoint's own on a GPU.", _MODEL),
-    ] = "auto",
+def dyrate(
+    model: Annotated[str, _option("LLaVA-NeXT, which stays as it is: folder or hub id.", _DATA)],
+    out: Annotated[str, _option("Folder for checkpoint, history and predictor.", _DATA)],
     suite: Annotated[
         str, _option("Module with a table BENCHMARKS, by its dotted name.", _DATA)
     ] = "tokensel.mini.suite",
     benchmarks: Annotated[
         str, _option("Benchmarks of the suite, comma-separated; all by default.", _DATA)
     ] = "",
-    split: Annotated[str, _option("Split of every benchmark.", _DATA)] = "test",
+    split: Annotated[str, _option("Split of every benchmark.", _DATA)] = "train",
+    n: Annotated[int, _option("Questions a benchmark, from the front of the split.", _DATA)] = 200,
+    layer: Annotated[int, _option("First layer that is shortened.", _MODEL)] = 2,
+    rates: Annotated[int, _option("How many rates there are to pick from.", _MODEL)] = 10,
+    weight: Annotated[float, _option("Weight of the visual tokens kept against the cross entropy.", _LOSS)] = 0.1,
+    tau_start: Annotated[float, _option("Gumbel-Softmax temperature at the first step.", _LOSS)] = 1.0,
+    tau_end: Annotated[float, _option("Gumbel-Softmax temperature at the last step.", _LOSS)] = 0.5,
+    steps: Annotated[int, _option("Optimiser steps.", _STEPS)] = 150,
+    batch_size: Annotated[int, _option("Questions a step.", _STEPS)] = 8,
+    lr: Annotated[float, _option("Peak learning rate.", _STEPS)] = 0.05,
+    warmup: Annotated[
+        float, _option("Share of the steps over which the learning rate rises.", _STEPS)
+    ] = 0.05,
+    weight_decay: Annotated[float, _option("Weight decay of AdamW.", _STEPS)] = 0.0,
+    max_grad_norm: Annotated[float, _option("Gradients longer than this are cut to it.", _STEPS)] = 1.0,
+    seed: Annotated[int, _option("Of the questions drawn and the Gumbel noise.", _RUN)] = 0,
+    save_every: Annotated[int, _option("Steps between checkpoints.", _RUN)] = 25,
+    device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _RUN)] = "auto",
+    progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
+) -> None:
+    """Train the rate predictor of DyRate on a frozen LLaVA-NeXT.
+
+    Run it again with the same options to go on after an interruption.
+    """
+    values = locals()
+    from tokensel.dyrate_training import DyRateConfig, train_dyrate
+
+    _quiet()
+    train_dyrate(DyRateConfig.from_dict(values | {"benchmarks": _list("benchmarks", benchmarks, str)}))
+    typer.echo(f"predictor: {out}/dyrate")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, _option("LLaVA-NeXT or LLaVA-OneVision: folder or hub id.", _MODEL)],
+    selector: Annotated[str | None, _option("Trained selector: folder or hub id.", _MODEL)] = None,
+    dyrate: Annotated[str | None, _option("Trained rate predictor of DyRate: folder or hub id.", _MODEL)] = None,
+    device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _MODEL)] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        _option("auto: float32 on a CPU, the checkpoint's own on a GPU.", _MODEL),
+    ] = "auto",
+    suite: Annotated[
+        str,
+        _option("Module with a table BENCHMARKS; the paper's ten are tokensel.benchmarks.paper.", _DATA),
+    ] = "tokensel.mini.suite",
+    data: Annotated[
+        str | None,
+        _option("Folder with a folder of parquet files for each benchmark, instead of the hub.", _DATA),
+    ] = None,
+    benchmarks: Annotated[
+        str, _option("Benchmarks of the suite, comma-separated; all by default.", _DATA)
+    ] = "",
+    split: Annotated[
+        str, _option("Split of every benchmark; test is the one that is scored.", _DATA)
+    ] = "test",
     n: Annotated[int, _option("Questions a benchmark, from the front of the split.", _DATA)] = 400,
     whole: Annotated[
         bool, _option("Every question of the split, whatever --n says.", _DATA, "--all")
@@ -125,18 +182,34 @@ def evaluate(
     methods: Annotated[
         str,
         _option(
-            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample.", _RUN
+            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample, native; inside the "
+            "language model fastv, vtw, dyrate, fixed, exponential; both in turn, as selector+fastv.",
+            _RUN,
         ),
     ] = "full,none,random,selector",
     keeps: Annotated[
-        str, _option("Fractions of the visual tokens to keep, comma-separated.", _RUN)
-    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+        str,
+        _option(
+            "Fractions of the visual tokens to keep, comma-separated; by default 0.1 to 0.9, OneVision to 0.6.",
+            _RUN,
+        ),
+    ] = "",
     seed: Annotated[int, _option("Seed of random selection and of the bootstrap.", _RUN)] = 0,
     seeds: Annotated[
         str, _option("Several seeds of random selection, comma-separated, a row each.", _RUN)
     ] = "",
     batch_size: Annotated[int, _option("Questions at a time; changes speed only.", _RUN)] = 32,
+    shard: Annotated[
+        str, _option("Part i of n of the sweep, as i/n, for several jobs or machines.", _RUN)
+    ] = "1/1",
     progress: Annotated[bool, _option("Show a progress bar on stderr.", _RUN)] = True,
+    inside: Annotated[
+        float, _option("What a schedule keeps of the tokens chosen before, as in selector+fastv.", _INSIDE)
+    ] = 0.5,
+    layer: Annotated[int, _option("First layer that fastv, fixed and exponential shorten.", _INSIDE)] = 2,
+    vtw_layer: Annotated[
+        int | None, _option("First layer without visual tokens under vtw; half of the layers by default.", _INSIDE)
+    ] = None,
     budget: Annotated[Literal["image", "tile"], _option("What the kept fraction is of.", _SEAM)] = "image",
     thumbnail: Annotated[
         Literal["compete", "keep", "drop"],
@@ -150,14 +223,15 @@ def evaluate(
         Literal["compact", "original"], _option("Number kept tokens anew, or leave their places.", _SEAM)
     ] = "compact",
     compare: Annotated[
-        str, _option("Paired differences as method:against, comma-separated.", _TABLES)
+        str, _option("Paired differences as method:against or fastv@0.3:random@0.3, comma-separated.", _TABLES)
     ] = "selector:random",
     out: Annotated[str, _option("Folder of the tables, records below it.", _TABLES)] = "_build/results",
     name: Annotated[str, _option("File name of the tables, without ending.", _TABLES)] = "evaluate",
 ) -> None:
-    """Ask a LLaVA-NeXT every question under every method and budget; write a long table with intervals.
+    """Ask a LLaVA every question under every method and budget; write a long table with intervals.
 
     Run it again with the same options to go on after an interruption: what is answered is not asked again.
+    Several processes: `accelerate launch -m tokensel evaluate ...`; several machines that share --out: --shard.
     """
     values = {key: value for key, value in locals().items() if key not in ("whole", "progress")}
     from tokensel.benchmarks.config import EvalConfig
@@ -169,7 +243,13 @@ def evaluate(
     from tokensel.benchmarks.runner import evaluate as run
 
     done = run(config, progress)
-    typer.echo(f"{done.computed} answers asked\n{done.table}\n{done.differences}\n{done.provenance}")
+    typer.echo(f"{done.computed} answers asked")
+    if done.left:
+        typer.echo(f"{done.left} answers are left to the other parts; the last part to end writes the tables")
+        return
+    for path in (done.table, done.differences, done.categories, done.provenance):
+        if path:
+            typer.echo(path)
 
 
 @app.command()

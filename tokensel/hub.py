@@ -1,4 +1,4 @@
-"""What the two models share as Hugging Face models: configuration, model card, loading with clear errors."""
+"""What the trained models share as Hugging Face models: configuration, model card, loading with clear errors."""
 
 import os
 import tempfile
@@ -96,6 +96,9 @@ class CoreModel(PreTrainedModel):
     _no_split_modules = ["TransformerLayer"]
     role = ""
     usage = ""
+    method = (
+        "*When Less is Enough: Adaptive Token Reduction for Efficient Image Representation*, arXiv 2503.16660"
+    )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write weights (safetensors), ``config.json`` and the model card ``README.md``.
@@ -176,10 +179,10 @@ class CoreModel(PreTrainedModel):
             )
         return (model, info) if report else model
 
-    def model_card(self) -> str:
-        """The text of README.md on the hub: what it is, what it was trained on, how well it did."""
+    def facts(self) -> dict[str, Any]:
+        """Rows of the model card; those that are ``None`` or empty are left out."""
         c = self.config
-        facts = {
+        return {
             "encoder": c.encoder and f"`{c.encoder}`",
             "feature layer": c.feature_layer
             if c.feature_layer is None
@@ -192,11 +195,15 @@ class CoreModel(PreTrainedModel):
             "L_rec, Eq. (7), relative (1 = predicting the mean)": c.l_rec and round(c.l_rec, 4),
             "L_pr, Eq. (6)": c.l_pr and round(c.l_pr, 4),
         }
-        rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value not in (None, ""))
+
+    def model_card(self) -> str:
+        """The text of README.md on the hub: what it is, what it was trained on, how well it did."""
+        rows = "\n".join(
+            f"| {name} | {value} |" for name, value in self.facts().items() if value not in (None, "")
+        )
         return (
             "---\nlibrary_name: tokensel\ntags:\n- tokensel\n- visual-token-selection\n---\n"
             f"# {type(self).__name__}\n\n{self.role}\n\n| | |\n|---|---|\n{rows}\n\n"
             f"```python\n{self.usage}\n```\n\n"
-            "Method: *When Less is Enough: Adaptive Token Reduction for Efficient Image Representation*, "
-            "arXiv 2503.16660. Independent implementation; not the authors' weights.\n"
+            f"Method: {self.method}. Independent implementation; not the authors' weights.\n"
         )

@@ -1,7 +1,7 @@
-"""Every way to answer that is compared: full image, no image, the scorers, a smaller image. One signature."""
+"""Every way to answer that is compared: full image, no image, the scorers, a smaller image, the schedules. One signature."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,11 +10,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from tokensel.errors import TokenselError, check_keep
+from tokensel.schedules import SCHEDULES
 from tokensel.scorers import SCORERS, Scorer, make_scorer
 from tokensel.vlm.choose import Choices
 from tokensel.vlm.downsample import downsample
 from tokensel.vlm.encode import Encoded, encode
 from tokensel.vlm.load import Vlm
+from tokensel.vlm.native import native
 from tokensel.vlm.reduce import Reduced, reduce
 
 
@@ -58,19 +60,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of :data:`METHODS`.
+    """A row of :data:`METHODS`, perhaps with a schedule.
 
     Attributes:
         run: from batch, keep, scorer and choices to inputs for ``generate``.
+        chooses: whether tokens are chosen before the language model, so that the choices of the seam matter.
         uses_keep: False where every budget gives the same result, so that one evaluation serves them all.
         uses_seed: whether another seed gives another result.
         scorer: the name of the scorer it ranks tokens with, if any.
+        schedule: the name of the schedule that drops tokens inside the language model, if any.
     """
 
     run: Callable[[Batch, float | None, Scorer | None, Choices], Reduced]
+    chooses: bool = True
     uses_keep: bool = True
     uses_seed: bool = False
     scorer: str | None = None
+    schedule: str | None = None
 
 
 def _full(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
@@ -95,23 +101,37 @@ def _downsample(batch: Batch, keep: float | None, scorer: Scorer | None, choices
     return downsample(batch.seeing, keep, **vars(choices))
 
 
+def _native(batch: Batch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
+    """All tokens, compressed as the model does it on its own."""
+    return native(batch.seeing, batch.vlm.native)
+
+
 METHODS: dict[str, Method] = {
-    "full": Method(_full, uses_keep=False),
-    "none": Method(_none, uses_keep=False),
+    "full": Method(_full, chooses=False, uses_keep=False),
+    "none": Method(_none, chooses=False, uses_keep=False),
     **{name: Method(_scored, uses_seed=name == "random", scorer=name) for name in SCORERS},
     "downsample": Method(_downsample),
+    "native": Method(_native, uses_keep=False),
 }
 
 
 def check_method(name: str) -> Method:
-    """The method called ``name``.
+    """The method called ``name``: a row of :data:`METHODS`, a schedule, or one after the other, as ``selector+fastv``.
 
     Raises:
         TokenselError: there is none; the line lists those there are.
     """
-    if name not in METHODS:
-        raise TokenselError(f"method '{name}' is unknown: choose one of {', '.join(METHODS)}")
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    if name in SCHEDULES:
+        return replace(METHODS["full"], uses_keep=SCHEDULES[name].uses_keep, schedule=name)
+    before, _, inside = name.rpartition("+")
+    if inside in SCHEDULES and before in METHODS and METHODS[before].chooses:
+        return replace(METHODS[before], schedule=inside)
+    raise TokenselError(
+        f"method '{name}' is unknown: choose one of {', '.join([*METHODS, *SCHEDULES])}, or one that chooses tokens "
+        "and one that drops them with a plus between, such as selector+fastv"
+    )
 
 
 def prepare(
@@ -135,7 +155,7 @@ def prepare(
         vlm: the model to ask.
         images: for each question a picture, several, or ``None``.
         questions: the users' turns; the chat template is put around them here.
-        method: a key of :data:`METHODS`.
+        method: see :func:`check_method`; what a schedule does later is for ``vlm.generate(schedule=)``.
         keep: fraction of the visual tokens to keep, in (0, 1]; ``None`` lets an adaptive scorer decide.
             Checked for "full" and "none" too, which do not depend on it.
         choices: see :class:`~tokensel.vlm.choose.Choices`.
@@ -154,7 +174,7 @@ def prepare(
     options = Choices.of(choices)
     if keep is not None:
         check_keep(keep)
-    elif row.uses_keep and row.scorer is None:
+    elif row.chooses and row.scorer is None:
         raise TokenselError(f"method '{method}' has no threshold of its own: give keep, such as 0.3")
     if row.scorer is not None and scorer is None:
         scorer = make_scorer(row.scorer)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,18 @@ from tokensel.train_config import TrainConfig
 Made = TypeVar("Made")
 
 
+@runtime_checkable
+class Descent(Protocol):
+    """What the course of a training depends on: the fields of that name in its configuration."""
+
+    steps: int
+    lr: float
+    warmup: float
+    weight_decay: float
+    tau_start: float
+    tau_end: float
+
+
 def seeded(make: Callable[[], Made], seed: int) -> Made:
     """What ``make`` returns when all it draws comes from ``seed``; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -24,12 +36,12 @@ def seeded(make: Callable[[], Made], seed: int) -> Made:
         return make()
 
 
-def temperature(step: int, config: TrainConfig) -> float:
+def temperature(step: int, config: Descent) -> float:
     """tau of the Gumbel-Softmax: falls geometrically from ``tau_start`` to ``tau_end``."""
     return config.tau_start * (config.tau_end / config.tau_start) ** (step / max(1, config.steps - 1))
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: Descent) -> float:
     """Rises linearly over the warm-up, then falls to zero along half a cosine."""
     warm = config.warmup * config.steps
     if step < warm:
@@ -37,7 +49,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: Descent) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
 

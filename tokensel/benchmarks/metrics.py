@@ -2,7 +2,8 @@
 
 Every metric has one signature, ``metric(prediction, answers, options=())``: the model's text, the answers
 that count as right, and the options of a multiple-choice question. The first five follow lmms-eval, so that
-numbers can be laid beside published ones; the last two score long answers.
+numbers can be laid beside published ones, and so do the letter rules of the benchmarks; ``option_letter`` is a rule of our own,
+and ``similarity`` and ``item_f1`` score long answers.
 """
 
 import math
@@ -12,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from rapidfuzz.distance import Levenshtein
+
+from tokensel.benchmarks import letters
 
 Metric = Callable[..., float]
 
@@ -126,8 +129,8 @@ def normalize_vqa(text: str) -> str:
 
 def exact_match(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
     """1 where the prediction equals an answer, ignoring case, punctuation and outer white space (GQA)."""
-    given = _bare(prediction)
-    return float(any(_bare(answer) == given for answer in answers))
+    given, *wanted = (text.strip().lower().translate(_NO_PUNCTUATION) for text in (prediction, *answers))
+    return float(given in wanted)
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -138,7 +141,7 @@ def _bare(text: str) -> str:
 
 
 def option_letter(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
-    """1 where the option that the prediction names is an answer (AI2D, ScienceQA, MMStar, MMBench).
+    """1 where the option that the prediction names is an answer; generous where the benchmarks' own rules are not.
 
     An answer may be a letter or the text of an option. No option recognised scores 0; nothing is drawn by
     chance.
@@ -201,4 +204,9 @@ METRICS: dict[str, Metric] = {
     "option_letter": option_letter,
     "similarity": similarity,
     "item_f1": item_f1,
+    "ai2d_letter": letters.ai2d,
+    "scienceqa_letter": letters.scienceqa,
+    "mmstar_letter": letters.mmstar,
+    "mmbench_letter": letters.mmbench,
+    "mmmu_answer": letters.mmmu,
 }

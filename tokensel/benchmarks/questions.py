@@ -1,16 +1,22 @@
 """The questions of one benchmark in memory, their pictures still on disk."""
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from PIL import Image
+import datasets
+from PIL.Image import Image
+from PIL.Image import open as open_image
 
 from tokensel.benchmarks.metrics import METRICS
 from tokensel.benchmarks.records import Record
 from tokensel.benchmarks.table import COLUMNS, Benchmark
 from tokensel.errors import TokenselError
+from tokensel.images import UNREADABLE, as_image
+
+Pictures = Image | list[Image] | None
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,10 @@ class Questions:
         prompts: what is put to the model.
         answers: what counts as right.
         options: those of multiple-choice questions, else empty.
-        pictures: the ``image`` column, decoded when it is read.
+        categories: what each question is about, "" where the benchmark does not say.
+        clusters: which rows belong together, see ``Benchmark.aggregate``.
+        pictures: the ``image`` column, encoded, on disk.
+        source: where they come from, for the provenance; "" where the suite makes them.
     """
 
     benchmark: Benchmark
@@ -31,41 +40,67 @@ class Questions:
     prompts: list[str]
     answers: list[list[str]]
     options: list[list[str]]
+    categories: list[str]
+    clusters: list[str]
     pictures: Any
+    source: str
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def image(self, i: int) -> Image.Image:
-        """Picture ``i`` in RGB.
+    def image(self, i: int) -> Pictures:
+        """Picture ``i`` in RGB; a list where a question has several, ``None`` where it has none.
 
         Raises:
             TokenselError: it cannot be read. No question is left out silently: that would change the score.
         """
+        content = self.pictures[i]["image"]
         try:
-            return self.pictures[i]["image"].convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow has all three for damaged files
-            where = f"{self.benchmark.name}, question {self.ids[i]}"
-            raise TokenselError(
-                f"{where}: its image cannot be read ({error}); restore it, or leave it out of the split"
-            ) from None
+            return [as_image(each) for each in content] if isinstance(content, list) else content and as_image(content)
+        except UNREADABLE as error:
+            self._unreadable(i, error)
+
+    def size(self, i: int) -> list[tuple[int, int]]:
+        """Width and height of the pictures of question ``i``, from their headers; nothing is decoded."""
+        content = self.pictures[i]["image"]
+        try:
+            return [_size(each) for each in (content if isinstance(content, list) else [content]) if each]
+        except UNREADABLE as error:
+            self._unreadable(i, error)
+
+    def _unreadable(self, i: int, error: Exception) -> NoReturn:
+        where = f"{self.benchmark.name}, question {self.ids[i]}"
+        raise TokenselError(
+            f"{where}: its image cannot be read ({error}); restore it, or leave it out of the split"
+        ) from None
 
     def score(self, i: int, prediction: str) -> float:
         """The benchmark's metric on ``prediction``."""
         return METRICS[self.benchmark.metric](prediction, self.answers[i], self.options[i])
 
-    def check_record(self, i: int, record: Record, image: Image.Image | None = None) -> None:
+    def check_record(self, i: int, record: Record) -> None:
         """Make sure that a record answers question ``i`` as it is asked now.
 
         Raises:
-            TokenselError: the question, its answers or its image have changed since.
+            TokenselError: the question or its answers have changed since.
         """
-        same = record.get("question") == self.prompts[i] and record.get("answers") == self.answers[i]
-        if not same or (image is not None and record.get("image") != image_digest(image)):
-            raise TokenselError(
-                f"{self.benchmark.name}, question {self.ids[i]}: differs from the one in the records; "
-                "the data has changed, so give another --out or delete the records"
-            )
+        if record.get("question") != self.prompts[i] or record.get("answers") != self.answers[i]:
+            self._changed(i)
+
+    def check_image(self, i: int, recorded: str | None) -> None:
+        """Make sure that question ``i`` still has the pictures whose digest was recorded.
+
+        Raises:
+            TokenselError: it has others.
+        """
+        if image_digest(self.image(i)) != recorded:
+            self._changed(i)
+
+    def _changed(self, i: int) -> NoReturn:
+        raise TokenselError(
+            f"{self.benchmark.name}, question {self.ids[i]}: differs from the one in the records; "
+            "the data has changed, so give another --out or delete the records"
+        )
 
 
 def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions:
@@ -79,6 +114,10 @@ def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions
         raise TokenselError(f"benchmark {benchmark.name}: its data has no column {missing[0]!r}")
     if len(data) == 0:
         raise TokenselError(f"benchmark {benchmark.name}: split {split!r} has no questions")
+    features = data.features["image"]
+    pictures = data.select_columns("image")  # encoded bytes on disk: nothing of it is in memory before it is asked for
+    encoded = datasets.Image(decode=False)
+    pictures = pictures.cast_column("image", datasets.List(encoded) if isinstance(features, datasets.List) else encoded)
     rows = data.remove_columns("image").to_list()
     ids = [str(row["question_id"]) for row in rows]
     if len(set(ids)) < len(ids):
@@ -92,13 +131,26 @@ def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions
         prompts=[benchmark.prompt(row) for row in rows],
         answers=[list(row["answers"]) for row in rows],
         options=[list(row.get("options") or ()) for row in rows],
-        pictures=data.select_columns("image"),
+        categories=[row.get("category") or "" for row in rows],
+        clusters=[row.get("cluster") or "" for row in rows],
+        pictures=pictures,
+        source=data.info.description or "",
     )
 
 
-def image_digest(image: Image.Image) -> str:
-    """Sixteen hexadecimal digits that stand for the pixels."""
-    return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=8).hexdigest()
+def _size(content: dict[str, Any]) -> tuple[int, int]:
+    with open_image(content["path"] if content["bytes"] is None else io.BytesIO(content["bytes"])) as image:
+        return image.size
+
+
+def image_digest(image: Pictures) -> str | None:
+    """Sixteen hexadecimal digits that stand for the pixels of a picture or of several; ``None`` for none."""
+    if image is None:
+        return None
+    several = image if isinstance(image, list) else [image]
+    return hashlib.blake2b(
+        b"".join(f"{each.size}".encode() + each.tobytes() for each in several), digest_size=8
+    ).hexdigest()
 
 
 def stable_keys(ids: Sequence[str]) -> list[int]:

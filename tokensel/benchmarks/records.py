@@ -6,20 +6,22 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokensel.benchmarks.shards import Shard
 from tokensel.errors import TokenselError
 from tokensel.io import no_space
 
 Record = dict[str, Any]
 
 
-def read_records(path: str | Path) -> dict[str, Record]:
+def read_records(path: str | Path, *, mine: bool = True) -> dict[str, Record]:
     """The whole records of a file by question id; none where there is no file.
 
-    A last line that was cut short, as a kill or a full disk leaves it, is cut off the file.
+    A last line that was cut short, as a kill or a full disk leaves it, is cut off the file; unless the file is not ``mine``:
+    then another process may be in the middle of writing that line.
 
     Raises:
         TokenselError: a line in the middle is not a record, so the file was changed by other hands.
@@ -29,7 +31,7 @@ def read_records(path: str | Path) -> dict[str, Record]:
     except FileNotFoundError:
         return {}
     whole = data.rfind(b"\n") + 1
-    if whole < len(data):
+    if whole < len(data) and mine:
         os.truncate(path, whole)
     records: dict[str, Record] = {}
     for number, line in enumerate(data[:whole].splitlines(), start=1):
@@ -62,27 +64,34 @@ def append_records(path: str | Path, records: Iterable[Record]) -> None:
 
 
 @contextmanager
-def sole_writer(folder: str | Path) -> Iterator[None]:
+def sole_writer(folder: str | Path, shard: Shard = Shard()) -> Iterator[None]:
     """Hold ``folder`` for this process, so that two evaluations do not write the same records.
 
+    Parts of one sweep share the folder with each other, but neither with an evaluation of the whole nor with themselves.
     The system lets go of the lock when the process ends, however it ends.
 
     Raises:
         TokenselError: another process holds the folder, or nothing can be written there.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise TokenselError(f"{folder}: cannot write here ({error.strerror}); give another --out") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TokenselError(
-                f"{folder}: another evaluation is writing here; wait, or give another --out"
-            ) from None
+    wanted = [(".lock", fcntl.LOCK_SH if shard.name else fcntl.LOCK_EX)]
+    if shard.name:
+        wanted.append((f".lock{shard.name}", fcntl.LOCK_EX))
+    with ExitStack() as files:
+        for name, kind in wanted:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = files.enter_context((folder / name).open("w"))
+            except OSError as error:
+                raise TokenselError(
+                    f"{folder}: cannot write here ({error.strerror}); give another --out"
+                ) from None
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TokenselError(
+                    f"{folder}: another evaluation is writing here; wait, or give another --out"
+                ) from None
         yield
 
 

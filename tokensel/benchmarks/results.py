@@ -13,7 +13,11 @@ from tokensel.benchmarks.table import Benchmark
 from tokensel.errors import TokenselError
 from tokensel.io import write_text
 
-TABLE = ("model", "benchmark", "group", "method", "keep", "metric", "score", "ci_low", "ci_high", "n", "seed")
+TABLE = (
+    "model", "benchmark", "group", "method", "keep", "metric", "score", "ci_low", "ci_high", "n", "seed",
+    "flops", "kv_bytes",
+)  # fmt: skip
+CATEGORIES = (*TABLE[:3], "category", *TABLE[3:-2])
 DIFFERENCES = (
     "model", "benchmark", "group", "method", "against", "keep", "metric",
     "difference", "ci_low", "ci_high", "n", "seed",
@@ -32,14 +36,82 @@ class Condition:
 
 Scores = dict[Condition, Sequence[float] | np.ndarray]
 """Scores of one benchmark: for each condition one score a question, the questions in one order throughout."""
+Costs = dict[Condition, tuple[float, float]]
+"""FLOPs and bytes of keys and values of an answer under each condition, means over the questions."""
 
 
-def score_rows(model: str, benchmark: Benchmark, scores: Scores, *, seed: int = 0) -> list[Row]:
-    """Rows of the long table for one benchmark, in the order of ``scores``; ``seed`` fixes the bootstrap."""
+@dataclass(frozen=True)
+class Sheet:
+    """The scores of one benchmark as they are averaged, see ``Benchmark.aggregate``.
+
+    Attributes:
+        scores: for each condition one score a question; rows of which all must be right are one question here.
+        strata: the class of each question where the score is the mean of the classes' means, else ``None``.
+        categories: what each question is about; "" where the benchmark does not say.
+    """
+
+    scores: Scores
+    strata: np.ndarray | None
+    categories: np.ndarray
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, scores: Scores, clusters: Sequence[str], categories: Sequence[str]) -> "Sheet":
+        """From one score a row, in the benchmark's order."""
+        columns = {condition: np.asarray(each, dtype=np.float64) for condition, each in scores.items()}
+        names = np.asarray(categories)
+        if benchmark.aggregate != "all":
+            return cls(columns, np.asarray(clusters) if benchmark.aggregate == "macro" else None, names)
+        _, first, circle = np.unique(np.asarray(clusters), return_index=True, return_inverse=True)
+
+        def worst(column: np.ndarray) -> np.ndarray:
+            out = np.ones(len(first))
+            np.minimum.at(out, circle, column)
+            return out
+
+        return cls({condition: worst(column) for condition, column in columns.items()}, None, names[first])
+
+    def by_category(self) -> "dict[str, Sheet]":
+        """The same for each category, by name."""
+
+        def part(rows: np.ndarray) -> Sheet:
+            scores = {condition: column[rows] for condition, column in self.scores.items()}
+            return Sheet(scores, None if self.strata is None else self.strata[rows], self.categories[rows])
+
+        return {str(name): part(self.categories == name) for name in np.unique(self.categories) if name}
+
+
+def category_rows(model: str, benchmark: Benchmark, sheet: Sheet, *, seed: int = 0) -> list[Row]:
+    """As :func:`score_rows`, for each category of the benchmark's questions."""
+    return [
+        {**row, "category": name}
+        for name, part in sheet.by_category().items()
+        for row in score_rows(model, benchmark, part.scores, seed=seed, strata=part.strata)
+    ]
+
+
+def score_rows(
+    model: str,
+    benchmark: Benchmark,
+    scores: Scores,
+    costs: Costs | None = None,
+    *,
+    seed: int = 0,
+    strata: np.ndarray | None = None,
+) -> list[Row]:
+    """Rows of the long table for one benchmark, in the order of ``scores``.
+
+    Args:
+        model: its name in the table.
+        benchmark: which one.
+        scores: of every question.
+        costs: what an answer took under each condition.
+        seed: of the bootstrap.
+        strata: class of each question where the score is the mean of the classes' means.
+    """
     if not scores:
         return []
     columns = np.array(list(scores.values()), dtype=np.float64).T
-    mean, low, high = bootstrap(columns, seed=seed)
+    mean, low, high = bootstrap(columns, seed=seed, strata=strata)
     return [
         {
             "model": model,
@@ -54,29 +126,40 @@ def score_rows(model: str, benchmark: Benchmark, scores: Scores, *, seed: int = 
             "n": len(columns),
             "seed": condition.seed,
         }
+        | (dict(zip(("flops", "kv_bytes"), costs[condition])) if costs else {})
         for i, condition in enumerate(scores)
     ]
 
 
 def difference_rows(
-    model: str, benchmark: Benchmark, scores: Scores, pairs: Iterable[tuple[str, str]], *, seed: int = 0
+    model: str,
+    benchmark: Benchmark,
+    scores: Scores,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    seed: int = 0,
+    strata: np.ndarray | None = None,
 ) -> list[Row]:
     """Paired differences ``method - against``, question by question, at each keep of ``method``.
 
     Several seeds of a method are averaged within each question first, so that the interval speaks of
-    questions. A method with one row only (``full``, ``none``) is compared at every keep of the other.
+    questions. A method with one row only (``full``, ``none``) is compared at every keep of the other, and one
+    written ``method@keep`` takes part with that keep alone.
     """
     names, columns = [], []
     for method, against in pairs:
-        for keep in dict.fromkeys(c.keep for c in scores if c.method == method):
-            ours, ours_seeds = _over_seeds(scores, method, keep)
-            theirs, their_seeds = _over_seeds(scores, against, keep)
+        ours_name, ours_keep = _named(method)
+        their_name, their_keep = _named(against)
+        found = dict.fromkeys(c.keep for c in scores if c.method == ours_name)
+        for keep in found if ours_keep is None else [k for k in found if k == ours_keep]:
+            ours, ours_seeds = _over_seeds(scores, ours_name, keep)
+            theirs, their_seeds = _over_seeds(scores, their_name, keep if their_keep is None else their_keep)
             if theirs is not None:
                 names.append((method, against, keep, " ".join(map(str, sorted({*ours_seeds, *their_seeds})))))
                 columns.append(ours - theirs)
     if not columns:
         return []
-    mean, low, high = bootstrap(np.stack(columns, axis=1), seed=seed)
+    mean, low, high = bootstrap(np.stack(columns, axis=1), seed=seed, strata=strata)
     return [
         {
             "model": model,
@@ -105,11 +188,17 @@ def _over_seeds(scores: Scores, method: str, keep: float) -> tuple[np.ndarray | 
     return np.mean([scores[c] for c in mine], axis=0, dtype=np.float64), [c.seed for c in mine]
 
 
+def _named(side: str) -> tuple[str, float | None]:
+    """``"fastv@0.3"`` -> ``("fastv", 0.3)``; without a keep ``None`` stands for it."""
+    method, at, keep = side.partition("@")
+    return method, float(keep) if at else None
+
+
 def parse_pairs(pairs: Iterable[str]) -> list[tuple[str, str]]:
-    """``["selector:random"]`` -> ``[("selector", "random")]``.
+    """``["selector:random"]`` -> ``[("selector", "random")]``; either side may name its keep, as ``fastv@0.3``.
 
     Raises:
-        TokenselError: an entry is not two names with a colon between.
+        TokenselError: an entry is not two names with a colon between, or a keep is no number.
     """
     parsed = [tuple(pair.split(":")) for pair in pairs]
     for pair, parts in zip(pairs, parsed):
@@ -117,6 +206,11 @@ def parse_pairs(pairs: Iterable[str]) -> list[tuple[str, str]]:
             raise TokenselError(
                 f"compare is {pair!r}: give two methods with a colon between, such as selector:random"
             )
+        for side in parts:
+            try:
+                _named(side)
+            except ValueError:
+                raise TokenselError(f"compare is {pair!r}: give a number behind @, such as fastv@0.3") from None
     return parsed
 
 

@@ -1,7 +1,7 @@
 """How sure a score is: bootstrap over questions, all columns at once."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -14,6 +14,7 @@ def bootstrap(
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
+    strata: Shaped[np.ndarray, "questions"] | None = None,
 ) -> tuple[Float[np.ndarray, "columns"], Float[np.ndarray, "columns"], Float[np.ndarray, "columns"]]:
     """Mean and percentile interval of each column of ``scores``.
 
@@ -26,13 +27,26 @@ def bootstrap(
         resamples: how many times the questions are drawn.
         level: mass of the interval.
         seed: fixes the draws; the same scores give the same interval on every machine.
+        strata: the class of each question, where the score is the mean of the classes' means; questions are then drawn
+            within their class.
 
     Returns:
         ``mean``, ``low``, ``high``, each ``[columns]``. One question, or scores all alike, give a point.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    questions, columns = scores.shape
+    parts = [scores] if strata is None else [scores[strata == each] for each in np.unique(strata)]
     rng = np.random.default_rng(seed)
+    means = sum(_resample(part, resamples, rng) for part in parts) / len(parts)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    return sum(part.mean(axis=0) for part in parts) / len(parts), low, high
+
+
+def _resample(
+    scores: Float[np.ndarray, "questions columns"], resamples: int, rng: np.random.Generator
+) -> Float[np.ndarray, "resamples columns"]:
+    """The mean of each column over questions drawn with replacement, ``resamples`` times."""
+    questions, columns = scores.shape
     means = np.empty((resamples, columns))
     step = max(1, _CELLS // questions)
     for start in range(0, resamples, step):
@@ -42,6 +56,4 @@ def bootstrap(
         cells = drawn + np.arange(rows)[:, None] * questions
         counts = np.bincount(cells.ravel(), minlength=rows * questions).reshape(rows, questions)
         means[start : start + rows] = counts.astype(np.float64) @ scores / questions
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    return scores.mean(axis=0), low, high
+    return means

@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokensel.benchmarks.metrics import METRICS
 from tokensel.errors import TokenselError
 
 GROUPS = ("reading", "general", "long")
+AGGREGATES = ("mean", "all", "macro")
 COLUMNS = ("image", "question", "answers", "question_id")
 
 
@@ -23,9 +24,12 @@ class Benchmark:
         metric: a key of :data:`tokensel.benchmarks.metrics.METRICS`.
         max_new_tokens: where generation stops at the latest.
         load: ``load(split, n)`` gives the first ``n`` questions of a split (``None``: all) as a
-            ``datasets.Dataset`` with the columns ``image``, ``question``, ``answers`` (list of text),
-            ``question_id`` (text, unique) and, for multiple choice, ``options`` (list of text).
+            ``datasets.Dataset`` with the columns ``image`` (one picture, a list of several, or none), ``question``,
+            ``answers`` (list of text), ``question_id`` (text, unique) and, if it has them, ``options`` (list of text, for
+            multiple choice), ``category`` (text; scores are also told by category) and ``cluster`` (text).
         prompt: ``prompt(row)`` gives the text put to the model, without chat template or image placeholder.
+        aggregate: how questions make a score. ``mean``: all alike. ``all``: the rows of a cluster are one question put in
+            several ways, right only if right in all (MMBench's circular rule). ``macro``: the mean of the clusters' means.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Benchmark:
     max_new_tokens: int
     load: Callable[[str, int | None], Any]
     prompt: Callable[[Mapping[str, Any]], str]
+    aggregate: str = "mean"
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -44,21 +49,27 @@ class Benchmark:
             raise TokenselError(
                 f"benchmark {self.name}: metric is {self.metric!r}: choose from {', '.join(METRICS)}"
             )
+        if self.aggregate not in AGGREGATES:
+            raise TokenselError(
+                f"benchmark {self.name}: aggregate is {self.aggregate!r}: choose from {', '.join(AGGREGATES)}"
+            )
         if self.max_new_tokens < 1:
             raise TokenselError(
                 f"benchmark {self.name}: max_new_tokens is {self.max_new_tokens}: give at least 1"
             )
 
 
-def load_suite(suite: str, names: Iterable[str] = ()) -> dict[str, Benchmark]:
+def load_suite(suite: str, names: Iterable[str] = (), data: str | None = None) -> dict[str, Benchmark]:
     """The benchmarks of a suite, in the suite's order.
 
     Args:
         suite: dotted name of a module with ``BENCHMARKS: dict[str, Benchmark]``.
         names: the ones wanted; none means all.
+        data: folder to read the questions from, for suites that would ask the hub for them
+            (see :class:`tokensel.benchmarks.hub.HubData`).
 
     Raises:
-        TokenselError: no such module, no ``BENCHMARKS`` in it, or an unknown name.
+        TokenselError: no such module, no ``BENCHMARKS`` in it, an unknown name, or a folder for a suite that reads none.
     """
     try:
         table = importlib.import_module(suite).BENCHMARKS
@@ -71,4 +82,9 @@ def load_suite(suite: str, names: Iterable[str] = ()) -> dict[str, Benchmark]:
     names = tuple(names)
     if unknown := [name for name in names if name not in table]:
         raise TokenselError(f"benchmark {unknown[0]}: not in {suite}, which has {', '.join(table)}")
-    return {name: benchmark for name, benchmark in table.items() if not names or name in names}
+    chosen = {name: benchmark for name, benchmark in table.items() if not names or name in names}
+    if data is None:
+        return chosen
+    if any(not hasattr(benchmark.load, "below") for benchmark in chosen.values()):
+        raise TokenselError(f"data is {data!r}: the suite {suite} reads no folder; leave it out")
+    return {name: replace(each, load=each.load.below(data, name)) for name, each in chosen.items()}

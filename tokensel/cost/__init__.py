@@ -1,14 +1,16 @@
 """What an answer costs: FLOPs and bytes counted by formula, time and memory measured."""
 
+from tokensel.cost.answers import answer_costs
 from tokensel.cost.count import (
     Cost,
+    count_answer,
     count_decoder,
-    count_layers,
     count_projector,
     count_training,
     count_trunk,
     count_vision,
     first_token,
+    held_tokens,
     kv_bytes,
     layers_read,
     step_bytes,
@@ -16,13 +18,15 @@ from tokensel.cost.count import (
 
 __all__ = [
     "Cost",
+    "answer_costs",
+    "count_answer",
     "count_decoder",
-    "count_layers",
     "count_projector",
     "count_training",
     "count_trunk",
     "count_vision",
     "first_token",
+    "held_tokens",
     "kv_bytes",
     "layers_read",
     "step_bytes",

@@ -5,15 +5,21 @@ counter does, although a causal kernel may skip half of it. Norms, activations a
 bytes, but next to the matrix products they hardly count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
+from jaxtyping import Int
 from transformers import PretrainedConfig
 
 from tokensel.errors import TokenselError, check_keep
 
 
-def _layer(queries: int, keys: int, width: int, kv_width: int, hidden: int, matrices: int) -> int:
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def _layer(queries: Count, keys: Count, width: int, kv_width: int, hidden: int, matrices: int) -> Count:
     """A Transformer layer over ``queries`` new tokens that look at ``keys``; ``matrices`` of its MLP."""
     attention_width = width  # heads times their width, in all supported models
     projections = 2 * attention_width * width + 2 * kv_width * width  # queries and output; keys and values
@@ -21,18 +27,18 @@ def _layer(queries: int, keys: int, width: int, kv_width: int, hidden: int, matr
 
 
 def count_vision(
-    config: PretrainedConfig, tiles: int = 1, layers: int | None = None, patches: int | None = None
+    config: PretrainedConfig, tiles: int = 1, patches: int | None = None, layers: int | None = None
 ) -> int:
     """FLOPs of a CLIP or SigLIP tower over ``tiles`` tiles.
 
     Args:
         config: a ``CLIPVisionConfig`` or ``SiglipVisionConfig``.
-        tiles: how many pictures of one size it is given, the thumbnail among them.
+        tiles: how many pictures it is given, the thumbnail among them.
+        patches: of each tile, as many as at the tower's own size by default.
         layers: how many of its layers are run; all by default.
-        patches: of one picture; by default those of the tower's own size.
     """
     layers = config.num_hidden_layers if layers is None else layers
-    patches = (config.image_size // config.patch_size) ** 2 if patches is None else patches
+    patches = patches or (config.image_size // config.patch_size) ** 2
     tokens = patches + (config.model_type.startswith("clip"))  # SigLIP has no CLS token
     width = config.hidden_size
     embedding = 2 * patches * config.num_channels * config.patch_size**2 * width
@@ -78,20 +84,11 @@ def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
     Raises:
         TokenselError: an attention whose heads together are not as wide as the model, which is not counted right.
     """
-    return count_layers(config, [new] * config.num_hidden_layers, past)
+    layer = _decoder_layer(config, new, past + new)
+    return config.num_hidden_layers * layer + 2 * config.hidden_size * config.vocab_size
 
 
-def count_layers(config: PretrainedConfig, entering: Sequence[int], past: int = 0) -> int:
-    """:func:`count_decoder` where not every layer is entered by as many tokens, as under a schedule.
-
-    Args:
-        config: as there.
-        entering: tokens that enter each layer.
-        past: as there.
-
-    Raises:
-        TokenselError: as there.
-    """
+def _decoder_layer(config: PretrainedConfig, queries: Count, keys: Count) -> Count:
     width = config.hidden_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     if head * config.num_attention_heads != width:
@@ -99,9 +96,43 @@ def count_layers(config: PretrainedConfig, entering: Sequence[int], past: int = 
             f"{config.model_type}: {config.num_attention_heads} heads of {head} are not as wide as the model ({width}); "
             "only such language models are counted"
         )
-    kv_width = config.num_key_value_heads * head
-    layers = (_layer(new, past + new, width, kv_width, config.intermediate_size, 3) for new in entering)
-    return sum(layers) + 2 * width * config.vocab_size
+    return _layer(queries, keys, width, config.num_key_value_heads * head, config.intermediate_size, 3)
+
+
+def held_tokens(text: int, visual: Int[np.ndarray, "steps layers"]) -> Int[np.ndarray, "steps layers"]:
+    """Tokens of one row that each layer has in its cache after each generation step.
+
+    Args:
+        text: tokens of the prompt besides the picture.
+        visual: visual tokens, newlines among them, that each layer holds at each step; step 0 reads the prompt, and every
+            further step adds a token of the answer.
+    """
+    return text + visual + np.arange(len(visual))[:, None]
+
+
+def count_answer(
+    config: PretrainedConfig,
+    text: int,
+    visual: Int[np.ndarray, "steps layers"],
+    ranked: Iterable[tuple[int, int]] = (),
+) -> int:
+    """FLOPs of a language model that reads a prompt and writes an answer while visual tokens leave.
+
+    Args:
+        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        text: tokens of the prompt besides the picture.
+        visual: see :func:`held_tokens`; a step a token of the answer.
+        ranked: step and layer of every row of attention that was computed on top of the model's own, to rank tokens.
+
+    Raises:
+        TokenselError: as :func:`count_decoder`.
+    """
+    held, width = held_tokens(text, visual), config.hidden_size
+    queries = np.where(np.arange(len(held))[:, None] == 0, held, 1)
+    layers = int(_decoder_layer(config, queries, held).sum())
+    # the token's query once more, and its product with every key
+    ranking = sum(2 * width * width + 2 * int(held[step, layer]) * width for step, layer in ranked)
+    return layers + len(held) * 2 * width * config.vocab_size + ranking
 
 
 def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:
@@ -110,13 +141,20 @@ def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * bytes_each
 
 
-def step_bytes(config: PretrainedConfig, past: int, rows: int = 1, bytes_each: int = 2) -> int:
-    """Bytes read to make one further token in each of ``rows`` rows: the weights once, and every row's cache.
+def step_bytes(config: PretrainedConfig, held: int, rows: int = 1, bytes_each: int = 2) -> int:
+    """Bytes that one step of decoding has to read: the weights once, and the keys and values of every row.
 
-    Decoding does so little arithmetic with each number that reading them is what takes the time.
+    Next to these its arithmetic hardly counts, so that the ratio of two such numbers bounds what dropping tokens can gain.
+
+    Args:
+        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        held: tokens that each row has in its cache.
+        rows: answers that are written at a time.
+        bytes_each: bytes of a number.
     """
-    multiplied = count_layers(config, [1] * config.num_hidden_layers, -1) // 2  # no keys: weights alone, one multiply-add each
-    return multiplied * bytes_each + rows * kv_bytes(config, past, bytes_each)
+    # a product with a matrix takes two FLOPs for each of its weights; no token looks at any other here
+    weights = (config.num_hidden_layers * _decoder_layer(config, 1, 0)) // 2 + config.hidden_size * config.vocab_size
+    return weights * bytes_each + rows * kv_bytes(config, held, bytes_each)
 
 
 @dataclass(frozen=True)
@@ -168,7 +206,7 @@ def first_token(
     kept = max(1, round(keep * visual)) if visual else 0
     cells = (vision.image_size // vision.patch_size) ** 2
     return Cost(
-        encoder=count_vision(vision, tiles, encoder_layers),
+        encoder=count_vision(vision, tiles, layers=encoder_layers),
         selector=count_trunk(selector, cells, tiles) if selector else 0,
         projector=count_projector(config, kept),
         prefill=count_decoder(config.text_config, text + kept + newlines),

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from tokensel.benchmarks.identity import command_line, environment
+from tokensel.benchmarks.identity import code_digest, command_line, environment
 from tokensel.benchmarks.records import digest
 from tokensel.cost.config import CostConfig
 from tokensel.cost.count import (
-    Cost, count_layers, count_projector, count_trunk, count_vision, first_token, layers_read, step_bytes,
+    Cost, count_answer, count_decoder, count_projector, count_vision, first_token, layers_read, step_bytes,
 )  # fmt: skip
 from tokensel.cost.shapes import SHAPES
 from tokensel.cost.subject import FULL, Condition, Subject, conditions, make_inputs, schedule_of
 from tokensel.cost.timing import PHASES, time_answer
 from tokensel.errors import TokenselError
 from tokensel.io import write_json
-from tokensel.methods import METHODS
+from tokensel.methods import check_method
 from tokensel.vlm import Encoded, encode
 from tokensel.vlm.downsample import coarse_grid
 
@@ -64,10 +64,7 @@ def measure(config: CostConfig, progress: bool = True, model: PreTrainedModel | 
         torch.set_num_threads(config.threads)
     subject = Subject.of(config, model)
     machine = environment(subject.model.device) | {"threads": torch.get_num_threads()}
-    out = Path(config.out)
-    # rounds of another measurement, or of this one on another machine, are left alone
-    named = digest([{k: v for k, v in asdict(config).items() if k not in ("out", "repetitions")}, machine])
-    rounds = Rounds(out / f"{config.name}.rounds" / f"{named}.json")
+    rounds = Rounds.of_measurement("answers", config, machine)
     found, ways = [], conditions(config)
     blocks = [Block(image, rows) for image in config.images for rows in config.batch_sizes]
     total = len(blocks) * (config.warmup + config.repetitions) * len(ways)
@@ -84,7 +81,7 @@ def measure(config: CostConfig, progress: bool = True, model: PreTrainedModel | 
                 if number >= 0:
                     rounds.add(block, times)
             found += summarise(config, subject, block, encode(subject.model, inputs), rounds.of(block)[: config.repetitions])
-    return write_json(out / f"{config.name}.json", _report(config, subject, machine, rounds, found))
+    return write_json(Path(config.out) / f"{config.name}.json", _report(config, subject, machine, rounds, found))
 
 
 def _rotated(ways: list[Condition], by: int) -> list[Condition]:
@@ -104,6 +101,13 @@ def _answer(subject: Subject, condition: Condition, inputs: dict[str, torch.Tens
 
 class Rounds:
     """The rounds that are done, on disk after each: by block, what was timed in each."""
+
+    @classmethod
+    def of_measurement(cls, what: str, config: CostConfig, machine: dict[str, Any]) -> "Rounds":
+        """Those of one measurement; another one, another machine or other code has rounds of its own."""
+        asked = {key: value for key, value in asdict(config).items() if key not in ("out", "repetitions")}
+        named = digest([what, asked, machine, code_digest()])
+        return cls(Path(config.out) / f"{config.name}.rounds" / f"{named}.json")
 
     def __init__(self, path: Path):
         self.path = path
@@ -141,7 +145,8 @@ def summarise(
             lengths = stock[0]["length"], mine[0]["length"]
             ideal["further_token"] = step_bytes(text, lengths[0], rows, size) / step_bytes(text, lengths[1], rows, size)
         row = asdict(block) | condition._asdict() | {"repetitions": len(rounds)}
-        row |= {"n_visual": mine[0]["n_visual"], "length": mine[0]["length"]}
+        kept = mine[0]["n_visual"]
+        row |= {"n_visual": int(encoded.n_visual[0]) if kept is None else kept, "length": mine[0]["length"]}
         for clock in CLOCKS:
             row[clock] = spread([each[clock] for each in mine])
             gain = spread([before[clock] / after[clock] for before, after in zip(stock, mine)])
@@ -187,22 +192,24 @@ def counted(
         cost = first_token(model, tiles, visual, text, newlines=newlines)
     elif (schedule := schedule_of(condition, config)) is not None:
         whole = first_token(model, tiles, visual, text, newlines=newlines, encoder_layers=read)
-        shares = map(schedule.entering, range(model.text_config.num_hidden_layers))
-        entering = [text + round(share * (visual + newlines)) for share in shares]
-        cost = Cost(whole.encoder, 0, whole.projector, count_layers(model.text_config, entering))
+        entering, share = [], 1.0
+        for layer in range(model.text_config.num_hidden_layers):
+            share = schedule.entering(layer) if layer in schedule.layers() else share
+            entering.append(round(share * (visual + newlines)))
+        cost = replace(whole, prefill=count_answer(model.text_config, text, np.array([entering])))
     elif condition.method == "none":
-        cost = Cost(0, 0, 0, count_layers(model.text_config, [text] * model.text_config.num_hidden_layers))
+        cost = Cost(0, 0, 0, count_decoder(model.text_config, text))
     elif condition.method == "downsample":
         side = model.vision_config.image_size // model.vision_config.patch_size
         high, wide = coarse_grid(condition.keep, side)
         cost = Cost(
-            count_vision(model.vision_config, tiles, read, high * wide),
+            count_vision(model.vision_config, tiles, high * wide, read),
             0,
             count_projector(model, tiles * high * wide),
-            count_layers(model.text_config, [length] * model.text_config.num_hidden_layers),
+            count_decoder(model.text_config, length),
         )
     else:
-        mine = subject.selector.config if METHODS[condition.method].scorer == "selector" else None
+        mine = subject.selector.config if check_method(condition.method).scorer == "selector" else None
         cost = first_token(model, tiles, visual, text, condition.keep, newlines, mine, read)
     return Cost(*(rows * part for part in asdict(cost).values()))
 

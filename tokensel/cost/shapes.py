@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 
-from transformers import CLIPVisionConfig, LlavaNextConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import CLIPVisionConfig, LlavaNextConfig, PretrainedConfig, Qwen2Config
+
+from tokensel.cost.published import CLIP, PINPOINTS, published_config
 
 
 def llava_next(text: PretrainedConfig) -> LlavaNextConfig:
     """A LLaVA-NeXT with its own tower, CLIP ViT-L/14 at 336 pixels, and its own grids, around any language model."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-        image_size=336, patch_size=14, projection_dim=768,
-    )  # fmt: skip
     return LlavaNextConfig(
-        vision_config=vision,
+        vision_config=CLIPVisionConfig(**CLIP),
         text_config=text,
         image_token_index=text.vocab_size - 1,
-        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
@@ -32,14 +30,9 @@ def qwen2_half_billion() -> LlavaNextConfig:
     )
 
 
-def mistral_7b() -> LlavaNextConfig:
+def mistral_7b() -> PretrainedConfig:
     """The shape of llava-hf/llava-v1.6-mistral-7b-hf."""
-    return llava_next(
-        MistralConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-            num_key_value_heads=8, vocab_size=32064, rope_theta=1e6, sliding_window=None,
-        )  # fmt: skip
-    )
+    return published_config("llava-hf/llava-v1.6-mistral-7b-hf")
 
 
-SHAPES: dict[str, Callable[[], LlavaNextConfig]] = {"llava-next-0.5b": qwen2_half_billion, "llava-next-7b": mistral_7b}
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {"llava-next-0.5b": qwen2_half_billion, "llava-next-7b": mistral_7b}

@@ -14,7 +14,7 @@ from tokensel.cost.config import CostConfig, image_size
 from tokensel.cost.shapes import SHAPES
 from tokensel.errors import TokenselError
 from tokensel.hub import hub_options
-from tokensel.methods import METHODS, Batch
+from tokensel.methods import Batch, check_method
 from tokensel.schedules import SCHEDULES, Schedule, make_schedule, pruned
 from tokensel.scorers import Scorer, make_scorer
 from tokensel.selector import SelectorConfig, TokenSelector
@@ -35,7 +35,7 @@ def conditions(config: CostConfig) -> list[Condition]:
     """The stock model, then every method under every budget it knows."""
     found = [Condition(FULL, 1.0)]
     for method in config.methods:
-        budget = "keep" in _options(method) if method in SCHEDULES else METHODS[method].uses_keep
+        budget = "keep" in _options(method) if method in SCHEDULES else check_method(method).uses_keep
         found += [Condition(method, keep) for keep in (config.keeps if budget else (1.0,))]
     return list(dict.fromkeys(found))
 
@@ -155,7 +155,7 @@ class Subject:
         """Load or draw what ``config`` names; ``model`` is one in memory, to be measured in its place."""
         model = build_model(config) if model is None else model
         selector = build_selector(config, model)
-        names = [METHODS[name].scorer for name in config.methods if name not in SCHEDULES and METHODS[name].scorer]
+        names = {check_method(name).scorer for name in config.methods if name not in SCHEDULES} - {None}
         return cls(
             config, model, selector, {name: make_scorer(name, seed=config.seed, selector=selector) for name in names}
         )
@@ -166,7 +166,7 @@ class Subject:
             return inputs
         if condition.method in SCHEDULES:
             return reduce(encode(self.model, inputs))
-        return METHODS[condition.method].run(Processed(self.model, inputs), condition.keep, scorer, Choices())
+        return check_method(condition.method).run(Processed(self.model, inputs), condition.keep, scorer, Choices())
 
     @contextmanager
     def dropping(self, condition: Condition, prepared: dict[str, Tensor]) -> Iterator[None]:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from tokensel.autoencoder import Autoencoder
 from tokensel.benchmarks.identity import command_line, environment
-from tokensel.benchmarks.records import digest
 from tokensel.cost.config import CostConfig
 from tokensel.cost.count import count_training, count_vision, layers_read
 from tokensel.cost.measure import Block, Rounds, spread, weights_of
@@ -99,7 +98,7 @@ class Workshop:
         """Of one call of each."""
         return {
             "multiply": self.products * self._product(),
-            "encode": count_vision(self.llava.vision_config, self._shape()[1], layers_read(self.llava)),
+            "encode": count_vision(self.llava.vision_config, self._shape()[1], layers=layers_read(self.llava)),
             "train": count_training(self.selector, *self._shape()),
         }
 
@@ -119,8 +118,7 @@ def measure(config: CostConfig, progress: bool = True, model: PreTrainedModel | 
         torch.set_num_threads(config.threads)
     model = build_model(config) if model is None else model
     machine = environment(model.device) | {"threads": torch.get_num_threads()}
-    named = digest(["training", {k: v for k, v in asdict(config).items() if k not in ("out", "repetitions")}, machine])
-    rounds = Rounds(Path(config.out) / f"{config.name}.rounds" / f"{named}.json")
+    rounds = Rounds.of_measurement("training", config, machine)
     rows = []
     total = len(config.batch_sizes) * (config.warmup + config.repetitions)
     with tqdm(total=total, desc="training", unit="round", disable=not progress, file=sys.stderr) as bar:

@@ -1,4 +1,4 @@
-"""Score against the fraction of tokens kept, one small panel a benchmark: the paper's Figs. 4 and 5."""
+"""Score against the fraction of tokens kept, one small panel a benchmark (the paper's Figs. 4 and 5), and against cost."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -12,7 +12,7 @@ from tokensel.errors import TokenselError
 from tokensel.figures import style
 
 COLUMNS = ("model", "benchmark", "group", "method", "keep", "metric", "score", "ci_low", "ci_high", "n", "seed")
-FLAT = ("full", "none")  # methods that do not depend on keep: dashed lines
+FLAT = ("full", "none", "native")  # methods that do not depend on keep: dashed lines
 LOUD = ("selector", "random")  # the paper's contrast, drawn over the rest
 
 
@@ -67,6 +67,59 @@ def score_curves(
         lowest = [axes[row, column] for row in range(rows) if row * columns + column < len(benchmarks)][-1]
         lowest.set_xlabel("fraction of tokens kept")
         lowest.tick_params(labelbottom=True)
+    return figure
+
+
+def cost_curves(
+    table: pd.DataFrame,
+    *,
+    cost: str = "flops",
+    by: str = "group",
+    methods: Sequence[str] | None = None,
+    xlabel: str = "cost (% of all tokens)",
+    panel: tuple[float, float] = (2.3, 2.3),
+) -> Figure:
+    """Score (0..100) over what an answer costs, in per cent of the full model, with 95 % intervals.
+
+    A method with several budgets is a line through them, one with a single budget a point. Where a panel averages several
+    benchmarks, their intervals add as those of independent means do.
+
+    Args:
+        table: the long table of results, with ``full`` among its methods.
+        cost: its column of costs, ``flops`` or ``kv_bytes``.
+        by: ``group`` or ``benchmark``, what a panel shows.
+        methods: which methods, in the order of the legend; all that are in ``table`` when left out.
+        xlabel: what the cost is.
+        panel: width and height of a panel in inches.
+
+    Raises:
+        TokenselError: the table has no such column, or no full model to compare with.
+    """
+    for column in (cost, by):
+        if column not in table.columns:
+            raise TokenselError(f"the table has no column {column}: give a long table of results")
+    full = table[table["method"] == "full"].set_index("benchmark")[cost]
+    if missing := set(table["benchmark"]) - set(full.index):
+        raise TokenselError(f"the table has no row full for {sorted(missing)[0]}: evaluate that method too")
+    table = table.assign(share=100 * table[cost] / table["benchmark"].map(full), reach=(table["ci_high"] - table["ci_low"]) / 2)
+    names = list(dict.fromkeys(table[by]))
+    methods = list(methods) if methods is not None else list(dict.fromkeys(table["method"]))
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(len(names) * panel[0] + 1.4, panel[1]), sharey=True, squeeze=False
+    )
+    for ax, name in zip(axes[0], names):
+        for method in methods:
+            rows = table[(table[by] == name) & (table["method"] == method)].groupby("keep")
+            points = rows.agg(share=("share", "mean"), score=("score", "mean"), n=("score", "size"))
+            points["reach"] = rows["reach"].apply(lambda reach: (reach**2).sum() ** 0.5) / points["n"]
+            ax.errorbar(
+                points["share"], 100 * points["score"], yerr=100 * points["reach"], color=style.colour(method),
+                marker=style.MARKERS.get(method, "o"), markersize=5 if len(points) == 1 else 3.5, linewidth=1.3,
+                elinewidth=0.7, label=style.label(method),
+            )  # fmt: skip
+        ax.set(title=name, xlabel=xlabel)
+    axes[0, 0].set_ylabel("score")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7.5)
     return figure
 
 

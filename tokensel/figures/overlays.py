@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -189,6 +189,20 @@ def look(encoded: Encoded, image: int, statistics: tuple[Sequence[float], Sequen
     tiles = pictures(encoded.pixel_values[mine], *statistics)
     page = join(tiles[1:], rows, columns)
     return Look(tiles[0], page, rows, columns, side // config.vision_config.patch_size, mine)
+
+
+def left_cells(
+    encoded: Encoded, visual: Bool[Tensor, "1 length"], columns: Int[Tensor, "left"]
+) -> Bool[Tensor, "tiles tokens"]:
+    """Which cells of the tiles are still there when a schedule has left only some columns of an unreduced prompt.
+
+    Args:
+        encoded: one question.
+        visual: True at the prompt's visual tokens, newlines among them.
+        columns: those that are left, as :class:`tokensel.schedules.prune.Drop` has them.
+    """
+    places = visual[0].nonzero()[:, 0]  # the column of each packed token
+    return encoded.layout.spread(torch.isin(places, columns))
 
 
 def pictures(

@@ -19,6 +19,13 @@ COLOURS = {
     "cls": "#8C6D31",
     "diversity": BLACK,
     "downsample": GREY,
+    "native": YELLOW,
+    "fastv": BLUE,
+    "vtw": RED,
+    "dyrate": BLACK,
+    "fixed": SKY,
+    "exponential": PURPLE,
+    "selector+fastv": "#8C6D31",
 }
 MARKERS = {
     "selector": "o",
@@ -28,6 +35,13 @@ MARKERS = {
     "cls": "v",
     "diversity": "P",
     "downsample": "X",
+    "full": "*",
+    "fastv": "s",
+    "vtw": "X",
+    "dyrate": "P",
+    "fixed": "^",
+    "exponential": "v",
+    "selector+fastv": "D",
 }
 LABELS = {
     "full": "all tokens",
@@ -36,6 +50,13 @@ LABELS = {
     "norm": "feature norm",
     "cls": "CLS attention",
     "downsample": "down-sampling",
+    "native": "own interpolation",
+    "fastv": "FastV",
+    "vtw": "VTW",
+    "dyrate": "DyRate",
+    "fixed": "fixed rate",
+    "exponential": "exponential rate",
+    "selector+fastv": "selector, then FastV",
 }
 
 

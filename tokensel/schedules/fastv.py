@@ -1,8 +1,9 @@
 """FastV (Chen et al. 2024, arXiv 2403.06764): from one layer on, only what the last token attends to most."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tokensel.errors import TokenselError
+from tokensel.schedules.schedule import Mass, check_ranked
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,14 @@ class FastV:
 
     layer: int = 2
     keep: float = 0.5
-    name: str = "fastv"
+    name: ClassVar[str] = "fastv"
+    uses_keep: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.keep <= 1.0:
-            raise TokenselError(f"keep is {self.keep}: give a fraction in [0, 1], such as 0.5")
-        if self.layer < 1:
-            raise TokenselError(f"layer is {self.layer}: give at least 1, ranking needs the attention of one layer")
+        check_ranked(self.layer, self.keep)
 
-    def entering(self, layer: int) -> float:
-        """Fraction of the prompt's visual tokens that enters ``layer``, counted from 0."""
+    def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float:
+        """Fraction of the prompt's visual tokens that enters ``layer``, the same at every step."""
         return 1.0 if layer < self.layer else self.keep
 
     def layers(self) -> tuple[int, ...]:

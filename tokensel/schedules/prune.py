@@ -1,56 +1,28 @@
 """Drop visual tokens inside a stock language model: gathered away, not masked, so that time and cache are saved.
 
 Hooks on the decoder layers shorten the prompt where a schedule says so: hidden states, positions and mask are gathered,
-and the layers from there on cache only what reaches them. The model's attention stays as fast as it was; the one row of
-attention that ranks the tokens is computed beside it, at the one layer that needs it.
+and the layers from there on cache only what reaches them. While the answer grows, a schedule may let go of more: then the
+caches of those layers are gathered too. The model's attention stays as fast as it was; the one row of attention that ranks
+the tokens is computed beside it, at the one layer that needs it, and only when something goes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import PreTrainedModel
 
 from tokensel.budget import fraction_count, top_count
 from tokensel.errors import TokenselError
+from tokensel.schedules.attention import RESPONSE, last_rows, token_types, type_mass
+from tokensel.schedules.schedule import Schedule
 
 MODELS = ("llama", "mistral", "qwen2")  # all rotate queries and keys alike
-UNSUPPORTED = {
-    "num_beams": "beam search reorders the cache's rows",
-    "assistant_model": "assisted decoding cuts the cache",
-    "prompt_lookup_num_tokens": "prompt lookup cuts the cache",
-    "cache_implementation": "a cache of fixed size has no room to shrink",
-    "use_cache": "without a cache every token would be computed again",
-}
-
-
-@runtime_checkable
-class Schedule(Protocol):
-    """Which visual tokens stay, by layer."""
-
-    name: str
-
-    def entering(self, layer: int) -> float:
-        """Fraction of the prompt's visual tokens that enters ``layer``, counted from 0; it never grows."""
-
-    def layers(self) -> tuple[int, ...]:
-        """Layers at whose entrance tokens are dropped."""
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Refuse ways to generate in which dropping inside the model cannot work.
-
-    Raises:
-        TokenselError: one of them is asked for.
-    """
-    for name, why in UNSUPPORTED.items():
-        harmless = {"num_beams": 1, "use_cache": True}.get(name)
-        if options.get(name) not in (None, harmless):
-            raise TokenselError(f"{name}={options[name]!r}: {why}; leave it out when a schedule drops tokens")
 
 
 @contextmanager
@@ -75,14 +47,19 @@ def pruned(
         TokenselError: another language model, a schedule that names layers it does not have, a prompt without
             visual tokens, or attention in a sliding window.
     """
-    pruning = Pruning(_decoder(model), visual, attention_mask, schedule)
+    pruning = Pruning(decoder_of(model), visual, attention_mask, schedule)
     try:
         yield pruning
     finally:
         pruning.remove()
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The Llama, Mistral or Qwen2 inside ``model``.
+
+    Raises:
+        TokenselError: another language model, or an attention that takes no mask of ours.
+    """
     core = getattr(model, "base_model", model)
     decoder = getattr(core, "language_model", core)
     kind = decoder.config.model_type
@@ -95,12 +72,48 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return decoder
 
 
+@dataclass
+class _Stage:
+    """What is left of the prompt in the layers from one drop to the next.
+
+    Attributes:
+        layers: those layers.
+        order: columns of the prompt that are left, in their old order.
+        real: which of them are, the others being padding.
+        visual: how many of them are visual tokens, row by row.
+        keep: the smallest fraction asked for so far, where all rows were asked for the same.
+        whole: nothing was dropped yet, here or in earlier layers.
+        open: every column is real, and the model's attention does without a mask.
+    """
+
+    layers: range
+    order: Int[Tensor, "rows left"]
+    real: Bool[Tensor, "rows left"]
+    visual: Int[Tensor, "rows"]
+    keep: float = 1.0
+    whole: bool = True
+    open: bool = False
+
+
+@dataclass(frozen=True)
+class Drop:
+    """That tokens went: at which generation step (0 reads the prompt), at the entrance of which layer, and what is left.
+
+    ``columns`` are the prompt's columns that are left, row by row; -1 where a row has fewer than the longest.
+    """
+
+    step: int
+    layer: int
+    columns: Int[Tensor, "rows left"]
+
+
 class Pruning:
     """The hooks of one prompt, and what they did.
 
     Attributes:
-        columns: for each layer at which tokens were dropped, the prompt's columns that enter it, row by row;
-            -1 where a row has fewer than the longest.
+        drops: each time that tokens went.
+        left: for each generation step the visual tokens that every layer holds, ``[layers, rows]``; newlines count.
+        ranked: step and layer of every row of attention that was computed beside the model's own.
     """
 
     def __init__(self, decoder: nn.Module, visual: Tensor, attention_mask: Tensor, schedule: Schedule):
@@ -119,19 +132,20 @@ class Pruning:
             )
         self.decoder, self.schedule = decoder, schedule
         self.visual, self.prompt = visual, attention_mask.bool()
-        self.real = self.prompt
-        self.total = visual.sum(1)
-        self.columns: dict[int, Int[Tensor, "rows kept"]] = {}
-        self.order: Tensor | None = None  # columns of the prompt that are left, padding at the left
-        self.left: Tensor | None = None  # which of them are real; None if all are and the model needs no mask
-        self.ok: dict[int, Tensor | None] = {}  # the same by layer, for the tokens that follow the prompt
-        self.given: dict[str, Any] = {}  # what the layers up to the next drop are given, computed once
-        self.scores: Tensor | None = None
+        self.types, self.total = token_types(visual, self.prompt), visual.sum(1)
+        self.drops: list[Drop] = []
+        self.left: list[Int[Tensor, "layers rows"]] = []
+        self.ranked: list[tuple[int, int]] = []
+        self.step = 0
+        self.starts = (0, *sorted(schedule.layers()))
+        self.stages: dict[int, _Stage] = {}  # by the first of their layers
+        self.given: dict[str, Any] = {}  # what the layers of a stage are given at this step, computed once
+        self.looking: dict[int, tuple] = {}  # what the attention before a drop was given at this step
+        self.rows: dict[int, Tensor] = {}  # the attention its last token paid
         self.hooks = [decoder.layers[0].register_forward_pre_hook(self._begin)]
         for layer in schedule.layers():
-            if schedule.entering(layer) > 0:
-                attention = decoder.layers[layer - 1].self_attn
-                self.hooks.append(attention.register_forward_hook(self._rank, with_kwargs=True))
+            attention = decoder.layers[layer - 1].self_attn
+            self.hooks.append(attention.register_forward_hook(self._look(layer), with_kwargs=True))
         for index in range(min(schedule.layers(), default=count), count):
             hook = self._enter(index)
             self.hooks.append(decoder.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
@@ -143,69 +157,124 @@ class Pruning:
         self.hooks.clear()
 
     def _begin(self, _layer: nn.Module, args: tuple) -> None:
-        """A prompt, not a further token, starts afresh: nothing has been dropped of it yet."""
-        if args[0].shape[1] > 1:
-            self.order, self.real = None, self.prompt
+        """A further token is a further step; a prompt starts afresh, nothing has been dropped of it yet."""
+        self.rows.clear()
+        if args[0].shape[1] == 1:
+            self.step += 1
+            self.left.append(self.left[-1])
+            return
+        ends = (*self.starts[1:], len(self.decoder.layers))
+        columns = torch.arange(self.prompt.shape[1], device=self.prompt.device).expand_as(self.prompt)
+        whole = {"order": columns, "real": self.prompt, "visual": self.total}
+        self.stages = {start: _Stage(range(start, end), **whole) for start, end in zip(self.starts, ends)}
+        self.step, self.left = 0, [self.total.expand(len(self.decoder.layers), -1)]
+        self.drops, self.ranked = [], []
 
-    def _rank(self, attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any) -> None:
-        """Keep what the last token attends to in this layer, if this is the prompt."""
-        hidden = kwargs["hidden_states"]
-        if hidden.shape[1] > 1:
-            real = self.real if self.order is None else self.real.gather(1, self.order)
-            self.scores = last_row(attention, hidden, kwargs["position_embeddings"], kwargs["past_key_values"], real).mean(1)
+    def _look(self, index: int):
+        """Remember what the attention before layer ``index`` was given, in case its last token's attention is asked for."""
+
+        def hook(attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any) -> None:
+            names = ("hidden_states", "position_embeddings", "past_key_values")
+            self.looking[index] = (attention, *(kwargs[name] for name in names))
+
+        return hook
+
+    def _attention(self, index: int) -> Float[Tensor, "rows heads keys"]:
+        """What the newest token attended to in the layer before ``index``, computed at most once a step."""
+        if index not in self.rows:
+            attention, hidden, rotation, cache = self.looking[index]
+            real = self._before(index).real
+            seen = torch.cat([real, real.new_ones(len(real), self.step)], 1)[:, None]
+            self.rows[index] = last_rows(attention, hidden, rotation, cache, seen)[:, :, 0]
+            self.ranked.append((self.step, index - 1))
+        return self.rows[index]
+
+    def _before(self, index: int) -> _Stage:
+        return self.stages[self.starts[self.starts.index(index) - 1]]
+
+    def _mass(self, index: int) -> Float[Tensor, "rows heads types"]:
+        """The same by type of token, as a schedule may read it."""
+        types = self.types.gather(1, self._before(index).order)
+        types = torch.cat([types, types.new_full((len(types), self.step), RESPONSE)], 1)
+        return type_mass(self._attention(index)[:, :, None], types)[:, 0]
+
+    def _scores(self, index: int) -> Float[Tensor, "rows left"]:
+        """The same averaged over heads (FastV's ranking), for the columns that are left behind layer ``index``."""
+        before = self._before(index).order
+        rows = self._attention(index).mean(1)[:, : before.shape[1]]
+        return torch.zeros_like(self.visual, dtype=rows.dtype).scatter(1, before, rows).gather(1, self.stages[index].order)
 
     def _enter(self, index: int):
         def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             hidden = args[0]
-            if hidden.shape[1] == 1 and index in self.ok:
-                return args, kwargs | {"attention_mask": self._step_mask(index, hidden, kwargs["past_key_values"])}
-            if index in self.schedule.layers():
-                hidden = self._shorten(index, hidden)
-                self.given = self._prompt(hidden, kwargs)
-            self.ok[index] = self.left
+            if index in self.stages:
+                hidden = self._shorten(index, hidden, kwargs)
+                stage, prompt = self.stages[index], hidden.shape[1] > 1
+                self.given = {} if stage.whole else (self._prompt if prompt else self._further)(stage, hidden, kwargs)
             return (hidden, *args[1:]), kwargs | self.given
 
         return hook
 
-    def _shorten(self, index: int, hidden: Float[Tensor, "rows length width"]) -> Float[Tensor, "rows kept width"]:
-        """Choose what enters the layer, and gather it: the rest is gone from here on."""
-        before = self.order
-        if before is None:
-            before = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-        visual, real = self.visual.gather(1, before), self.real.gather(1, before)
-        keep = self.schedule.entering(index)
-        stay = real & ~visual
-        if keep > 0:
-            stay = stay | top_count(self.scores, fraction_count(self.total, keep), visual)
+    def _shorten(self, index: int, hidden: Float[Tensor, "rows length width"], kwargs: dict[str, Any]) -> Tensor:
+        """Choose what stays in the layers from ``index`` on. The rest is gathered away, from ``hidden`` or from the cache."""
+        stage, prompt = self.stages[index], hidden.shape[1] > 1
+        if prompt:  # takes over what earlier layers left
+            stage = self.stages[index] = replace(self._before(index), layers=stage.layers)
+        stay = self._choose(index, stage)
+        if stay is None:
+            return hidden
         length = int(stay.sum(1).max())
-        # a stable sort by "stays" sends what goes, padding included, to the left and moves nothing past another
-        chosen = stay.to(torch.uint8).argsort(dim=1, stable=True)[:, -length:]
-        real_after = stay.gather(1, chosen)
-        self.order = before.gather(1, chosen)
-        self.real = self.real.scatter(1, self.order, real_after)
-        self.columns[index] = self.order.masked_fill(~real_after, -1)
-        return _gather(hidden, chosen)
+        if prompt or length < stay.shape[1]:
+            # a stable sort by "stays" sends what goes, padding included, to the left and moves nothing past another
+            chosen = stay.to(torch.uint8).argsort(dim=1, stable=True)[:, -length:]
+            if prompt:
+                hidden = gather_columns(hidden, chosen)
+            else:
+                _evict([kwargs["past_key_values"].layers[layer] for layer in stage.layers], chosen, stay.shape[1])
+            stage.order, stay = stage.order.gather(1, chosen), stay.gather(1, chosen)
+        stage.real, stage.whole = stay, False
+        stage.visual = (self.visual.gather(1, stage.order) & stay).sum(1)
+        stage.open = self.decoder.config._attn_implementation == "sdpa" and bool(stay.all())
+        self.drops.append(Drop(self.step, index, stage.order.masked_fill(~stay, -1)))
+        self.left[-1] = self.left[-1].clone()
+        self.left[-1][stage.layers.start :] = stage.visual
+        return hidden
 
-    def _prompt(self, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _choose(self, index: int, stage: _Stage) -> Bool[Tensor, "rows left"] | None:
+        """Which of the stage's columns stay; ``None`` where all do. What is gone never comes back."""
+        keep = self.schedule.entering(index, self.step, partial(self._mass, index))
+        if isinstance(keep, Tensor):
+            count = torch.minimum(fraction_count(self.total, keep), stage.visual)
+            if bool((count == stage.visual).all()):
+                return None
+        elif keep >= stage.keep:
+            return None
+        else:
+            stage.keep = keep
+            count = fraction_count(self.total, keep) if keep > 0 else torch.zeros_like(self.total)
+        visual = self.visual.gather(1, stage.order) & stage.real
+        stay = stage.real & ~visual
+        return stay | top_count(self._scores(index), count, visual) if bool(count.any()) else stay
+
+    def _prompt(self, stage: _Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Positions and mask of what is left, out of those of the whole prompt."""
-        real, length = self.real.gather(1, self.order), hidden.shape[1]
-        needs_none = self.decoder.config._attn_implementation == "sdpa" and bool(real.all())
-        self.left = None if needs_none else real
-        given = {"position_embeddings": tuple(_gather(part, self.order) for part in kwargs["position_embeddings"])}
+        given = {"position_embeddings": tuple(gather_columns(part, stage.order) for part in kwargs["position_embeddings"])}
         if kwargs.get("position_ids") is not None:
-            given["position_ids"] = _gather(kwargs["position_ids"], self.order)
-        if needs_none:
+            given["position_ids"] = gather_columns(kwargs["position_ids"], stage.order)
+        if stage.open:
             return given | {"attention_mask": None}
+        length = hidden.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=hidden.device)  # padding looks at itself: no softmax over nothing
-        return given | {"attention_mask": self._as_given((causal & real[:, None, :] | itself)[:, None], hidden)}
+        return given | {"attention_mask": self._as_given((causal & stage.real[:, None, :] | itself)[:, None], hidden)}
 
-    def _step_mask(self, index: int, hidden: Tensor, cache: Cache) -> Tensor | None:
-        ok = self.ok[index]
-        if ok is None:
-            return None
-        new = cache.layers[index].keys.shape[-2] + 1 - ok.shape[1]
-        return self._as_given(torch.cat([ok, ok.new_ones(len(ok), new)], 1)[:, None, None], hidden)
+    def _further(self, stage: _Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The mask for a token behind the prompt."""
+        if stage.open:
+            return {"attention_mask": None}
+        new = kwargs["past_key_values"].layers[stage.layers.start].keys.shape[-2] + 1 - stage.real.shape[1]
+        mask = torch.cat([stage.real, stage.real.new_ones(len(stage.real), new)], 1)[:, None, None]
+        return {"attention_mask": self._as_given(mask, hidden)}
 
     def _as_given(self, mask: Bool[Tensor, "rows 1 queries keys"], hidden: Tensor) -> Tensor:
         if self.decoder.config._attn_implementation == "sdpa":
@@ -213,41 +282,17 @@ class Pruning:
         return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(hidden.dtype).min)
 
 
-def last_row(
-    attention: nn.Module,
-    hidden: Float[Tensor, "rows length width"],
-    rotation: tuple[Tensor, Tensor],
-    cache: DynamicCache | None,
-    real: Bool[Tensor, "rows length"],
-) -> Float[Tensor, "rows heads length"]:
-    """Attention that the last token pays in one layer: one row of the matrix, not the matrix.
-
-    Args:
-        attention: the layer's attention, of a Llama, Mistral or Qwen2.
-        hidden: what it was given.
-        rotation: cosine and sine of the positions.
-        cache: where its keys are, if they were kept.
-        real: False at padding.
-    """
-    rows, length, _ = hidden.shape
-    cosine, sine = rotation
-
-    def heads(states: Tensor) -> Tensor:
-        return states.view(rows, states.shape[1], -1, attention.head_dim).transpose(1, 2)
-
-    query = heads(attention.q_proj(hidden[:, -1:]))
-    query, _ = apply_rotary_pos_emb(query, query, cosine[:, -1:], sine[:, -1:])
-    if cache is not None and len(cache.layers) > attention.layer_idx and cache.layers[attention.layer_idx].is_initialized:
-        keys = cache.layers[attention.layer_idx].keys
-    else:
-        keys = heads(attention.k_proj(hidden))
-        _, keys = apply_rotary_pos_emb(keys, keys, cosine, sine)
-    keys = keys.repeat_interleave(attention.num_key_value_groups, dim=1)
-    logits = (query @ keys.transpose(2, 3) * attention.scaling).float()
-    return logits.masked_fill(~real[:, None, None], -torch.inf).softmax(-1)[:, :, 0]
+def _evict(layers: list[Any], chosen: Int[Tensor, "rows kept"], prompt: int) -> None:
+    """Keep the ``chosen`` of the first ``prompt`` columns in the caches of some layers, and all that follow these."""
+    new = torch.arange(prompt, layers[0].keys.shape[-2], device=chosen.device).expand(len(chosen), -1)
+    columns = torch.cat([chosen, new], 1)
+    for layer in layers:
+        for name in ("keys", "values"):
+            states = getattr(layer, name)  # [rows, heads, columns, width]
+            setattr(layer, name, gather_columns(states.transpose(1, 2), columns).transpose(1, 2).contiguous())
 
 
-def _gather(states: Tensor, order: Int[Tensor, "rows kept"]) -> Tensor:
+def gather_columns(states: Tensor, order: Int[Tensor, "rows kept"]) -> Tensor:
     """``states`` [rows or 1, length, ...] at the columns of ``order``."""
     states = states.expand(len(order), *states.shape[1:])
     index = order.view(*order.shape, *[1] * (states.ndim - 2)).expand(-1, -1, *states.shape[2:])

@@ -1,9 +1,10 @@
-"""The seam with LLaVA-NeXT: no fork, no subclass, no copied forward."""
+"""The seam with LLaVA-NeXT and LLaVA-OneVision: no fork, no subclass, no copied forward."""
 
 from tokensel.vlm.choose import Choices
 from tokensel.vlm.downsample import downsample
 from tokensel.vlm.encode import Encoded, encode
 from tokensel.vlm.load import Vlm, load_vlm
+from tokensel.vlm.native import count_tokens, native
 from tokensel.vlm.reduce import Reduced, reduce, reduce_inputs
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "Encoded",
     "Reduced",
     "Vlm",
+    "count_tokens",
     "downsample",
     "encode",
     "load_vlm",
+    "native",
     "reduce",
     "reduce_inputs",
 ]

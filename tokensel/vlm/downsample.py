@@ -122,4 +122,6 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
         n_visual=encoded.per_row(cells),
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~layout.cell),
+        n_tiles=encoded.n_tiles,
+        cells=grid[0] * grid[1],
     )

@@ -60,15 +60,19 @@ class Encoded:
         drop_cls = config.vision_feature_select_strategy == "default"
         tower = self.model.base_model.vision_tower
         tokens, attention = run_tower(tower, self.pixel_values, config.vision_feature_layer, drop_cls)
-        images = torch.arange(len(self.layout.tiles))
-        row_of_image = self.places[torch.searchsorted(self.layout.image, images), 0].contiguous()
-        keys = _tile_keys(self.layout, row_of_image, self.pixel_values, self.keys)
+        keys = _tile_keys(self.layout, _row_of_image(self.layout, self.places), self.pixel_values, self.keys)
         return Features(tokens, cls_attention=attention, keys=keys)
 
     @property
     def n_visual(self) -> Int[Tensor, "rows"]:
         """Visual tokens of each row when nothing is dropped; newlines are not counted."""
         return self.per_row(self.layout.cell)
+
+    @property
+    def n_tiles(self) -> Int[Tensor, "rows"]:
+        """Tiles of each row's images, the thumbnails among them."""
+        tiles = torch.tensor(self.layout.tiles, dtype=torch.long)
+        return torch.zeros(len(self.input_ids), dtype=torch.long).index_add(0, _row_of_image(self.layout, self.places), tiles)
 
     def per_row(self, packed: Bool[Tensor, "packed"]) -> Int[Tensor, "rows"]:
         """Count the True entries of a mask over packed tokens, row by row."""
@@ -121,6 +125,12 @@ class Encoded:
         )
 
 
+def _row_of_image(layout: Layout, places: Int[Tensor, "packed 2"]) -> Int[Tensor, "images"]:
+    """The row in which each image's first placeholder stands."""
+    images = torch.arange(len(layout.tiles))
+    return places[torch.searchsorted(layout.image, images), 0].contiguous()
+
+
 def content_keys(pixel_values: Float[Tensor, "tiles 3 height width"]) -> Int[Tensor, "tiles"]:
     """A number for each tile that depends on its pixels alone: the same in every batch."""
     bits = pixel_values.float().contiguous().view(torch.int32)
@@ -166,7 +176,7 @@ def encode(
     """
     core, config = model.base_model, model.config
     if not hasattr(core, "pack_image_features"):
-        raise TokenselError(f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT model")
+        raise TokenselError(f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT or LLaVA-OneVision")
     # read on the host, and before the device is given anything to do: one short wait in place of many later
     ids, mask, sizes = (
         None if inputs.get(name) is None else inputs[name].cpu()

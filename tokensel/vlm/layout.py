@@ -107,15 +107,33 @@ def pack(
     features: Sequence[Float[Tensor, "_ tokens channels"]],
     image_sizes: Tensor,
     newline: Float[Tensor, "channels"],
+    ratio: str | None = None,
 ) -> list[Float[Tensor, "_ channels"]]:
-    """Pack the tiles of each image with the model's own ``pack_image_features`` (options differ by model)."""
+    """Pack the tiles of each image with the model's own ``pack_image_features`` (options differ by model).
+
+    Args:
+        core: the model without its language head.
+        features: tiles of each image.
+        image_sizes: ``[images, 2]``, height and width in pixels.
+        newline: what ends a row.
+        ratio: ``vision_aspect_ratio`` to pack with, where the model knows one; by default that of its configuration.
+    """
     options = {
-        name: getattr(core.config, name, None)
-        for name in ("vision_feature_select_strategy", "vision_aspect_ratio")
+        "vision_feature_select_strategy": getattr(core.config, "vision_feature_select_strategy", None),
+        "vision_aspect_ratio": ratio or getattr(core.config, "vision_aspect_ratio", None),
     }
     known = inspect.signature(core.pack_image_features).parameters
     options = {name: value for name, value in options.items() if name in known}
     return list(core.pack_image_features(list(features), image_sizes, image_newline=newline, **options)[0])
+
+
+def mark_cells(
+    core: Any, counts: Sequence[int], tokens: int, image_sizes: Tensor, ratio: str | None = None
+) -> list[Bool[Tensor, "_"]]:
+    """For each image, which of its packed tokens are visual cells and which newlines, interpolated or not."""
+    ones = torch.ones(sum(counts), tokens, 1, device=image_sizes.device)
+    packed = pack(core, ones.split(list(counts)), image_sizes, ones.new_zeros(1), ratio)
+    return [image[:, 0] > 0.5 for image in packed]
 
 
 def read_layout(core: Any, counts: Sequence[int], tokens: int, image_sizes: Tensor) -> Layout:
@@ -139,7 +157,7 @@ def read_layout(core: Any, counts: Sequence[int], tokens: int, image_sizes: Tens
     packed = [image[:, 0] for image in pack(core, numbers.split(list(counts)), image_sizes, newline)]
     if any(not torch.equal(image, image.round()) for image in packed):
         raise TokenselError(
-            "the model interpolates visual tokens while packing them: turn that off with "
+            "the model interpolates visual tokens while packing them: load it with load_vlm, which turns that off, or set "
             "vision_aspect_ratio='anyres_max_1000' in the configurations of model and processor"
         )
     source = torch.cat(packed).long()

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from PIL.Image import Image
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,14 +22,37 @@ from transformers import (
 
 from tokensel.errors import TokenselError
 from tokensel.hub import hub_options
-from tokensel.schedules.prune import Schedule, check_options, pruned
+from tokensel.schedules.prune import Pruning, pruned
+from tokensel.schedules.schedule import Schedule, check_options
 from tokensel.scorers import Scorer
+from tokensel.vlm.native import LlavaOnevisionProcessor, switch_off
 from tokensel.vlm.reduce import Reduced, reduce_inputs
+
+
+@dataclass
+class Written:
+    """What a model wrote for a batch.
+
+    Attributes:
+        texts: one a row, without special tokens.
+        tokens: the same as the model put it out, with its end and the padding behind it.
+        lengths: how many tokens each row really has, its end included.
+        pruning: what the schedule did, if there was one.
+    """
+
+    texts: list[str]
+    tokens: Int[Tensor, "rows new"]
+    lengths: Int[Tensor, "rows"]
+    pruning: Pruning | None = None
 
 
 @dataclass
 class Vlm:
     """A vision-language model of transformers and what turns pictures and questions into its inputs.
+
+    Attributes:
+        model, processor, name: the model, its processor, and the folder or hub id they came from.
+        native: how the model would compress on its own, now switched off (see :mod:`tokensel.vlm.native`); or ``None``.
 
     >>> vlm = load_vlm("llava-hf/llava-v1.6-mistral-7b-hf")
     >>> selector = make_scorer("selector", selector="folder or hub id")
@@ -37,6 +62,7 @@ class Vlm:
     model: PreTrainedModel
     processor: ProcessorMixin
     name: str
+    native: str | None = None
 
     def prompt(self, question: str, image: bool | int = True) -> str:
         """The user's turn in the model's own chat template, with ``image`` pictures before the question.
@@ -69,19 +95,16 @@ class Vlm:
             raise TokenselError(
                 f"{len(rows)} rows of images for {len(prompts)} prompts: give as many as prompts"
             )
-        flat = [
-            i.convert("RGB")
-            for row in rows
-            if row is not None
-            for i in ([row] if isinstance(row, Image) else row)
-        ]
+        several = [[] if row is None else [row] if isinstance(row, Image) else row for row in rows]
+        # by row: LLaVA-OneVision leaves the images of a row with several of them uncut
+        nested = [[image.convert("RGB") for image in row] for row in several if len(row)]
         tokenizer = self.processor.tokenizer
         # templates may begin with the token that the tokenizer would put there again
         begun = tokenizer.bos_token is not None and all(
             prompt.startswith(tokenizer.bos_token) for prompt in prompts
         )
         batch = self.processor(
-            images=flat or None,
+            images=nested or None,
             text=list(prompts),
             padding=True,
             padding_side="left",
@@ -91,10 +114,10 @@ class Vlm:
         return batch.to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
-    def generate(
+    def write(
         self, reduced: Reduced, max_new_tokens: int = 64, schedule: Schedule | None = None, **options: Any
-    ) -> list[str]:
-        """What the model writes for each row: the new text alone, greedy unless ``options`` say otherwise.
+    ) -> "Written":
+        """What the model writes for each row, and what was left of the picture meanwhile; greedy by default.
 
         Args:
             reduced: the prompts.
@@ -110,12 +133,21 @@ class Vlm:
         if schedule is not None:
             check_options(options)
             inside = pruned(self.model, reduced.visual, reduced["attention_mask"], schedule)
-        with inside:
-            out = self.model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
-        decode = self.processor.tokenizer.batch_decode
-        return [
-            text.strip() for text in decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ]
+        with inside as pruning:
+            tokens = self.model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
+        texts = self.processor.tokenizer.batch_decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        ends = torch.as_tensor(self.model.generation_config.eos_token_id or [], dtype=tokens.dtype, device=tokens.device)
+        ended = torch.isin(tokens, ends).long().cumsum(1)
+        lengths = (ended - torch.isin(tokens, ends).long() == 0).sum(1)  # up to the first end and with it
+        return Written([text.strip() for text in texts], tokens, lengths, pruning)
+
+    def generate(
+        self, reduced: Reduced, max_new_tokens: int = 64, schedule: Schedule | None = None, **options: Any
+    ) -> list[str]:
+        """The texts of :meth:`write`: new text alone, without the prompt."""
+        return self.write(reduced, max_new_tokens, schedule, **options).texts
 
     def answer(
         self,
@@ -150,7 +182,9 @@ def load_vlm(
     dtype: torch.dtype | str | None = None,
     attn: str | None = None,
 ) -> Vlm:
-    """Load a LLaVA-NeXT and its processor from a local folder or the Hugging Face hub.
+    """Load a LLaVA-NeXT or LLaVA-OneVision and its processor from a local folder or the Hugging Face hub.
+
+    OneVision's interpolation of visual tokens is switched off (Sec. 5.2 of the paper), see :mod:`tokensel.vlm.native`.
 
     Args:
         name: folder or hub id, such as ``llava-hf/llava-v1.6-mistral-7b-hf``.
@@ -169,9 +203,11 @@ def load_vlm(
         config = AutoConfig.from_pretrained(name, **options)
         if not hasattr(config, "image_grid_pinpoints"):
             raise TokenselError(
-                f"{name} is a {config.model_type}, which cuts no image tiles: give a LLaVA-NeXT"
+                f"{name} is a {config.model_type}, which cuts no image tiles: give a LLaVA-NeXT "
+                "or LLaVA-OneVision"
             )
-        processor = AutoProcessor.from_pretrained(name, **options)
+        kind = LlavaOnevisionProcessor if config.model_type == "llava_onevision" else AutoProcessor
+        processor = kind.from_pretrained(name, **options)
         model, report = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=attn, output_loading_info=True, **options
         )
@@ -183,10 +219,10 @@ def load_vlm(
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise TokenselError(
-            f"{name} holds no LLaVA-NeXT with its processor ({_reason(error)}); give a folder or hub id that does"
+            f"{name} holds no LLaVA with its processor ({_reason(error)}); give a folder or hub id that does"
         ) from None
     if report["missing_keys"]:
         raise TokenselError(
             f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again"
         )
-    return Vlm(model.to(device).eval(), processor, str(name))
+    return Vlm(model.to(device).eval(), processor, str(name), switch_off(model, processor))

@@ -30,6 +30,8 @@ class Reduced(dict):
         n_visual_full: the same when nothing is dropped.
         n_newline: newlines that reach the language model.
         visual: True in the prompt's columns that hold visual tokens or newlines.
+        n_tiles: tiles that the tower reads for each row.
+        cells: tokens that it makes of each tile.
         kept: True for the cells of each tile that are kept (``None`` where the tiles were encoded anew).
     """
 
@@ -40,6 +42,8 @@ class Reduced(dict):
         n_visual: Int[Tensor, "rows"],
         n_visual_full: Int[Tensor, "rows"],
         n_newline: Int[Tensor, "rows"],
+        n_tiles: Int[Tensor, "rows"],
+        cells: int,
         kept: Bool[Tensor, "tiles tokens"] | None = None,
     ):
         super().__init__(inputs)
@@ -47,6 +51,8 @@ class Reduced(dict):
         self.n_visual = n_visual
         self.n_visual_full = n_visual_full
         self.n_newline = n_newline
+        self.n_tiles = n_tiles
+        self.cells = cells
         self.kept = kept
 
 
@@ -152,6 +158,8 @@ def reduce(
         n_visual=encoded.per_row(cells),
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~layout.cell),
+        n_tiles=encoded.n_tiles,
+        cells=layout.tokens,
         kept=layout.spread(cells),
     )
 

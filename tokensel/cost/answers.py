@@ -1,0 +1,50 @@
+"""What each answer of a batch took: the formulas, filled in with what really happened."""
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tokensel.cost.count import (
+    count_answer,
+    count_projector,
+    count_trunk,
+    count_vision,
+    held_tokens,
+    kv_bytes,
+    layers_read,
+)
+from tokensel.vlm.load import Written
+from tokensel.vlm.reduce import Reduced
+
+
+def answer_costs(
+    model: PreTrainedModel, reduced: Reduced, written: Written, selector: PretrainedConfig | None = None
+) -> list[tuple[int, float]]:
+    """FLOPs of each answer, from pixels to its end, and the mean bytes of its keys and values over the generation steps.
+
+    A row is counted as if it had been asked alone: padding costs nothing, nor do rows that go on after its end. Scorers
+    other than the selector are not counted; they do next to no work.
+
+    Args:
+        model: the LLaVA that wrote.
+        reduced: the prompts.
+        written: the answers.
+        selector: configuration of the selector, if one chose.
+    """
+    config, text_config = model.config, model.config.text_config
+    layers, each = text_config.num_hidden_layers, model.dtype.itemsize
+    text = (reduced["attention_mask"].bool() & ~reduced.visual).sum(1).tolist()
+    visual = reduced.visual.sum(1).tolist()
+    pruning = written.pruning
+    left = None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])  # [steps, layers, rows]
+    costs = []
+    for row, steps in enumerate(written.lengths.tolist()):
+        held = np.full((steps, layers), visual[row]) if left is None else left[:steps, :, row]
+        ranked = [] if pruning is None else [(step, layer) for step, layer in pruning.ranked if step < steps]
+        tiles = int(reduced.n_tiles[row])
+        flops = count_answer(text_config, text[row], held, ranked) + count_projector(config, int(reduced.n_visual[row]))
+        if tiles:
+            flops += count_vision(config.vision_config, tiles, layers_read(config), reduced.cells)
+            flops += count_trunk(selector, reduced.cells, tiles) if selector is not None else 0
+        per_layer = kv_bytes(text_config, 1, each) / layers
+        costs.append((flops, float(held_tokens(text[row], held).sum(1).mean() * per_layer)))
+    return costs

@@ -1,0 +1,99 @@
+"""LLaVA-OneVision's own compression: switched off when the model is loaded, and here as a method of its own.
+
+OneVision cuts an image into up to 36 tiles. Where their joined map is larger than nine tiles, it is shrunk by bilinear
+interpolation until it is about that large. The paper (Sec. 5.2) switches this off, and so does
+:func:`~tokensel.vlm.load.load_vlm`, in the configurations of model and processor alike.
+
+The "compression ratios of 1.7 to 2" for larger documents that the paper gives are the factor by which *each side* of the map
+shrinks. In tokens it counts twice: a ratio of 1.7 leaves a third of the map's tokens, a ratio of 2 a quarter. So a budget of
+``keep=0.6`` on OneVision, the paper's largest, which it equates with 1/1.7, keeps more tokens of a page than the interpolating
+model sees, not as many; ``keep`` 1/1.7² would be the like of it. :func:`count_tokens` says how many tokens there are either way.
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import LlavaOnevisionProcessor as StockProcessor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from tokensel.errors import TokenselError
+from tokensel.vlm.encode import Encoded
+from tokensel.vlm.layout import mark_cells, pack, tile_counts
+from tokensel.vlm.reduce import Reduced, assemble
+
+OFF = "anyres_max_1000"  # more tiles than there ever are
+
+
+class LlavaOnevisionProcessor(StockProcessor):
+    """The stock processor for images and text alone: its half for videos needs torchvision.
+
+    Of the same name, so that what it saves is read by the stock class, too.
+    """
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+def switch_off(model: PreTrainedModel, processor: ProcessorMixin) -> str | None:
+    """Let model and processor interpolate no more; returns how they did, or ``None`` for a model that never does."""
+    native = getattr(model.config, "vision_aspect_ratio", None)
+    if native is not None:
+        model.config.vision_aspect_ratio = processor.vision_aspect_ratio = OFF
+    return native
+
+
+@torch.no_grad()
+def native(encoded: Encoded, ratio: str | None) -> Reduced:
+    """The prompt as the model as shipped would make it: the joined map interpolated to a bounded size.
+
+    Args:
+        encoded: the batch, its placeholders counted without interpolation.
+        ratio: what :func:`switch_off` returned, such as ``anyres_max_9``.
+
+    Raises:
+        TokenselError: the model has no compression of its own.
+    """
+    if ratio is None:
+        raise TokenselError(
+            f"method native: a {encoded.model.config.model_type} has no compression of its own; leave it out, or give a "
+            "LLaVA-OneVision"
+        )
+    core, layout = encoded.model.base_model, encoded.layout
+    kept, cells = torch.zeros_like(layout.cell), torch.zeros_like(layout.cell)
+    visual = core.image_newline.new_zeros(0, core.image_newline.shape[0])
+    if layout.tiles:
+        projected = core.multi_modal_projector(encoded.features.tokens).split(layout.tiles)
+        visual = torch.cat(pack(core, projected, encoded.image_sizes, core.image_newline, ratio))
+        marks = mark_cells(core, layout.tiles, layout.tokens, encoded.image_sizes, ratio)
+        lengths = torch.tensor([len(mark) for mark in marks], device=kept.device)
+        first = torch.searchsorted(layout.image, torch.arange(len(marks), device=kept.device))
+        # interpolated tokens come from no single place: they fill their image's placeholders from the front
+        kept = torch.arange(len(kept), device=kept.device) - first[layout.image] < lengths[layout.image]
+        cells[kept] = torch.cat(marks)
+    return Reduced(
+        *assemble(encoded, kept, visual, "compact"),
+        n_visual=encoded.per_row(cells),
+        n_visual_full=encoded.n_visual,
+        n_newline=encoded.per_row(kept & ~cells),
+        n_tiles=encoded.n_tiles,
+        cells=layout.tokens,
+    )
+
+
+def count_tokens(model: PreTrainedModel, height: int, width: int, ratio: str | None = None) -> tuple[int, int, int]:
+    """Tiles, visual tokens and newlines of one image, by the model's own code; weights are not looked at.
+
+    Args:
+        model: a LLaVA, which may live on the meta device.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        ratio: the compression, such as ``anyres_max_9``; ``None`` for that of the model's configuration.
+    """
+    sizes: Int[Tensor, "1 2"] = torch.tensor([[height, width]])
+    counts = tile_counts(model, {"image_sizes": sizes})
+    vision = model.config.vision_config
+    mark: Bool[Tensor, "packed"] = mark_cells(
+        model.base_model, counts, (vision.image_size // vision.patch_size) ** 2, sizes, ratio
+    )[0]
+    return counts[0], int(mark.sum()), int((~mark).sum())
