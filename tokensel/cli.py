@@ -123,12 +123,12 @@ def dyrate(
     n: Annotated[int, _option("Questions a benchmark, from the front of the split.", _DATA)] = 200,
     layer: Annotated[int, _option("First layer that is shortened.", _MODEL)] = 2,
     rates: Annotated[int, _option("How many rates there are to pick from.", _MODEL)] = 10,
-    weight: Annotated[float, _option("Weight of the visual tokens kept against the cross entropy.", _LOSS)] = 0.1,
+    weight: Annotated[float, _option("Weight of the visual tokens kept against the cross entropy.", _LOSS)] = 1.0,
     tau_start: Annotated[float, _option("Gumbel-Softmax temperature at the first step.", _LOSS)] = 1.0,
     tau_end: Annotated[float, _option("Gumbel-Softmax temperature at the last step.", _LOSS)] = 0.5,
-    steps: Annotated[int, _option("Optimiser steps.", _STEPS)] = 150,
+    steps: Annotated[int, _option("Optimiser steps.", _STEPS)] = 100,
     batch_size: Annotated[int, _option("Questions a step.", _STEPS)] = 8,
-    lr: Annotated[float, _option("Peak learning rate.", _STEPS)] = 0.05,
+    lr: Annotated[float, _option("Peak learning rate.", _STEPS)] = 0.1,
     warmup: Annotated[
         float, _option("Share of the steps over which the learning rate rises.", _STEPS)
     ] = 0.05,

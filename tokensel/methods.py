@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {
     "none": Method(_none, chooses=False, uses_keep=False),
     **{name: Method(_scored, uses_seed=name == "random", scorer=name) for name in SCORERS},
     "downsample": Method(_downsample),
-    "native": Method(_native, uses_keep=False),
+    "native": Method(_native, chooses=False, uses_keep=False),
 }
 
 
