@@ -292,6 +292,7 @@ def test_a_prompt_without_a_picture_and_a_sliding_window_are_refused():
         mistral.generate(prompt(mistral, [0]), 2, schedule=FastV(2, 0.5))
 
 
+@torch.no_grad()
 def test_vtw_chooses_the_first_layer_behind_which_the_picture_no_longer_tells():
     vlm = vlm_of("llama")
     samples = [prompt(vlm, [0, 1]), prompt(vlm, [3])]
