@@ -111,12 +111,13 @@ def test_a_drill_names_one_of_its_options_and_answers_with_its_letter():
 TINY = Recipe(
     tower_steps=2,
     tower_pages=2,
+    head_steps=3,
     stages=(Stage("tile", 2, 2, ONE_TILE, tower=False), Stage("page", 2, 10, SIZES, drills=2)),
 )
 
 
-def train(out, workers=1):
-    return learn.train(out, TINY, save_every=1, device="cpu", workers=workers, bf16=False, compiled=False)
+def train(out, workers=1, start=None):
+    return learn.train(out, TINY, save_every=1, device="cpu", workers=workers, bf16=False, compiled=False, start=start)
 
 
 def weights(folder):
@@ -139,6 +140,26 @@ def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.undo()
     one, two = weights(whole), weights(train(tmp_path / "cut"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_finished_model_is_trained_on_and_only_new_heads_are_fitted_first(tmp_path, monkeypatch):
+    first = train(tmp_path / "first")
+
+    def stop(self, sheet, tower):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lessons, "answer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "second", start=first)
+    monkeypatch.undo()
+    begun, old = load_tensors(tmp_path / "second" / "checkpoint.safetensors")[0], weights(first)
+    before = build_model()
+    before.load_state_dict(type(before).from_pretrained(first).state_dict())
+    assert all(torch.equal(begun[f"model.{name}"], tensor) for name, tensor in before.state_dict().items())
+    heads = len((tmp_path / "second" / "history.heads.jsonl").read_text().splitlines())
+    assert heads == TINY.head_steps and not (tmp_path / "second" / "history.tower.jsonl").exists()
+    new = weights(train(tmp_path / "second", start=first))
+    assert any(not torch.equal(new[name], tensor) for name, tensor in old.items())
 
 
 def test_two_workers_share_each_batch_and_end_at_the_same_weights_again(tmp_path):

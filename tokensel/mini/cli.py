@@ -24,13 +24,16 @@ def train(
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--fp32", help="arithmetic; by default bfloat16 where the processor has it")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="finished model to go on from, such as data/mini/llava-next; by default none")
+    ] = None,
 ) -> None:
-    """Train the small model from nothing; the same command again goes on where a killed run stopped."""
+    """Train the small model; the same command again goes on where a killed run stopped."""
     from tokensel.mini.learn import train as run
     from tokensel.mini.recipe import Recipe
 
     recipe = Recipe(seed=seed).scaled(times, batch)
-    typer.echo(f"finished: {run(out, recipe, save_every, device, workers, bf16)}")
+    typer.echo(f"finished: {run(out, recipe, save_every, device, workers, bf16, start=start)}")
 
 
 @app.command()

@@ -32,8 +32,9 @@ def train(
     workers: int | None = None,
     bf16: bool | None = None,
     compiled: bool | None = None,
+    start: Path | None = None,
 ) -> Path:
-    """Train the small model from nothing; resumes from ``out/checkpoint.safetensors`` if it is there.
+    """Train the small model, by default from nothing; resumes from ``out/checkpoint.safetensors`` if it is there.
 
     Args:
         out: folder for the checkpoint, ``history.*.jsonl`` and, at the end, ``model/``: a LLaVA-NeXT checkpoint
@@ -44,6 +45,8 @@ def train(
         workers: processes that share each batch and average their gradients; by default 1 on a GPU, 2 on a CPU.
         bf16: compute in bfloat16; by default on a GPU, and on a CPU that has the instructions for it.
         compiled: compile the language model (a quarter faster on a CPU); by default where there is a C++ compiler.
+        start: folder of a finished model to go on from. The recipe's first phase is left out; in its place new heads are
+            fitted to that model's tower, as a finished model has none.
 
     Returns:
         The folder of the finished model.
@@ -57,7 +60,7 @@ def train(
         "compiled": shutil.which("g++") is not None if compiled is None else compiled,
     }
     build_processor()  # a faulty environment fails here, in one process
-    arguments = (Path(out), recipe, save_every, settings)
+    arguments = (Path(out), recipe, save_every, settings, start)
     if settings["workers"] == 1:
         _work(0, *arguments)
     else:
@@ -72,6 +75,7 @@ def _work(
     recipe: Recipe,
     save_every: int,
     settings: dict[str, Any],
+    start: Path | None,
     meeting: str | None = None,
     parent: int | None = None,
 ) -> None:
@@ -88,7 +92,8 @@ def _work(
     if settings["compiled"]:
         model.model.language_model.compile(dynamic=True)
     run = _Run(out, recipe, Lessons(model, heads, settings["bf16"]), save_every, worker, workers, parent)
-    run.load()
+    if not run.load() and start is not None:
+        run.take_over(start)
     run.tower()
     run.language()
     if worker == 0:
@@ -115,6 +120,8 @@ class _Run:
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the matrices inside the layers (fewer steps to the same loss), AdamW for the rest."""
         recipe, core = self.recipe, self.model.model
+        if self.phase == "heads":
+            return [torch.optim.AdamW(self.heads.parameters(), recipe.head_rate)]
         sight = [core.vision_tower, self.heads]
         if self.phase == "tower":
             return _muon(sight, recipe.rate, recipe.rate / 2, recipe.decay)
@@ -134,9 +141,16 @@ class _Run:
                 tensors |= {f"optimizer.{number}.{place}.{name}": value for name, value in state.items()}
         io.save_tensors(self.out / "checkpoint.safetensors", tensors, {"phase": self.phase, "step": str(step)})
 
-    def load(self) -> None:
+    def take_over(self, folder: Path) -> None:
+        """Begin with the weights of a finished model."""
+        self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
+        self.phase = "heads"
+        self.optimizers = self._optimizers()
+
+    def load(self) -> bool:
+        """Go back to the last checkpoint; whether there was one."""
         if not (self.out / "checkpoint.safetensors").exists():
-            return
+            return False
         tensors, meta = io.load_tensors(self.out / "checkpoint.safetensors")
         self.phase, self.done = meta["phase"], int(meta["step"])
         parts: dict[str, dict] = {"model": {}, "heads": {}, "optimizer": {}}
@@ -153,13 +167,14 @@ class _Run:
                 if int(owner) == number:
                     state.setdefault(int(place), {})[entry] = tensor
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return True
 
     # --- the two phases ------------------------------------------------------------------------------------
 
     def tower(self) -> None:
-        """Phase one: the vision tower, alone."""
-        if self.phase == "tower":
-            steps = self.recipe.tower_steps
+        """Phase one: the vision tower, alone; or, where a finished one was taken over, only the heads that read it."""
+        if self.phase != "language":
+            steps = self.recipe.tower_steps if self.phase == "tower" else self.recipe.head_steps
             self._loop(steps, int(steps * self.recipe.tower_cooldown), lambda step, sheet: self.lessons.look(sheet))
             self.phase, self.done = "language", 0
             self.optimizers = self._optimizers()
@@ -212,7 +227,8 @@ class _Run:
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 for optimizer in self.optimizers:
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                self.model.zero_grad(set_to_none=True)  # also what this phase leaves as it is
+                self.heads.zero_grad(set_to_none=True)
                 saving = (step + 1) % self.save_every == 0 and step + 1 < total
                 if self.worker == 0:
                     counted.append((step, sheet.tasks, loss.detach(), counts))

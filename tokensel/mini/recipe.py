@@ -52,6 +52,8 @@ class Recipe:
     seed: int = 0
     tower_steps: int = 1600
     tower_pages: int = 24
+    head_steps: int = 160  # in place of the tower's, where a finished model is taken over
+    head_rate: float = 1e-2
     print_share: float = 0.6  # of the pages in the first phase that are full of random print
     stages: tuple[Stage, ...] = (
         Stage("tile", 1800, 48, ONE_TILE, tower=False),

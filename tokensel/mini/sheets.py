@@ -76,7 +76,7 @@ class Sheets(Dataset):
         """
         Args:
             recipe: what is drawn.
-            phase: "tower" or "language".
+            phase: "tower", "heads" (the same pages) or "language".
             steps: the steps whose sheets are wanted.
             visual: visual tokens of a page, by its size.
             worker, workers: which share of each step.
@@ -89,7 +89,7 @@ class Sheets(Dataset):
 
     def __getitem__(self, place: int) -> Sheet:
         step = self.steps[place]
-        return self.look(step) if self.phase == "tower" else self.answer(step)
+        return self.answer(step) if self.phase == "language" else self.look(step)
 
     def _rng(self, purpose: int, step: int) -> np.random.Generator:
         return np.random.default_rng([self.recipe.seed, purpose, step, self.worker])
