@@ -22,6 +22,11 @@
   const verdict = (score) =>
     score === null || score === undefined ? "" : score === 1 ? "right" : score === 0 ? "wrong" : `partly right (${score.toFixed(2)})`;
 
+  const loadImage = (view) => {
+    const image = element("img", { src: view.image });
+    return image.decode().then(() => image);
+  };
+
   const percent = (share) => `${+(100 * share).toFixed(1)} %`;
 
   // --- kept tokens -----------------------------------------------------------------------------------------------
@@ -76,14 +81,7 @@
       element("table", {}, element("thead", {}, element("tr", {}, ...head)), answers),
     );
 
-    const loaded = data.pictures.map((each) =>
-      Promise.all(
-        each.views.map((view) => {
-          const image = element("img", { src: view.image });
-          return image.decode().then(() => image);
-        }),
-      ),
-    );
+    const loaded = data.pictures.map((each) => Promise.all(each.views.map(loadImage)));
 
     const row = (name, line) => {
       const error = line.mean_error === undefined ? "" : line.mean_error.toFixed(2);
@@ -141,9 +139,98 @@
     return show();
   };
 
+  // --- an answer that is written while tokens leave ------------------------------------------------------------------
+
+  // Tokens left at every step, as stairs from all to none, the current step marked.
+  const drawStairs = (canvas, steps, total, current) => {
+    canvas.width = 640;
+    canvas.height = 120;
+    const context = canvas.getContext("2d");
+    const ink = getComputedStyle(canvas).color;
+    const wide = canvas.width / steps.length;
+    const high = canvas.height - 8;
+    steps.forEach((step, number) => {
+      context.fillStyle = number === current ? `rgb(${ERROR})` : ink;
+      context.globalAlpha = number === current ? 1 : 0.45;
+      const tall = Math.max(2, (high * step.tokens) / total);
+      context.fillRect(number * wide + 1, canvas.height - tall, Math.max(1, wide - 2), tall);
+    });
+  };
+
+  const answer = (box, data) => {
+    const picture = select(data.pictures.map((each, number) => [number, each.name]));
+    const method = select(Object.entries(data.methods));
+    const moment = element("input", { type: "range", min: 0, step: 1 });
+    const place = element("output");
+    const question = element("p", { className: "explorer-question" });
+    const said = element("p", { className: "explorer-answer" });
+    const drawings = element("div", { className: "explorer-drawings" });
+    const stairs = element("canvas", { className: "explorer-stairs" });
+    stairs.setAttribute("role", "img");
+    const status = element("p", { className: "explorer-status" });
+    status.setAttribute("role", "status");
+    box.append(
+      element(
+        "form",
+        { className: "explorer-controls", onsubmit: () => false },
+        labelled("picture", picture),
+        labelled("method", method),
+        labelled("token of the answer", moment, place),
+      ),
+      question,
+      said,
+      drawings,
+      element("figure", {}, stairs, element("figcaption", { textContent: "visual tokens left at each token of the answer" })),
+      status,
+    );
+    const loaded = data.pictures.map((each) => Promise.all(each.views.map(loadImage)));
+
+    const show = async (restart) => {
+      const chosen = data.pictures[picture.value];
+      const steps = chosen.steps[method.value];
+      const images = await loaded[picture.value];
+      if (chosen !== data.pictures[picture.value] || steps !== chosen.steps[method.value]) return; // changed meanwhile
+      moment.max = steps.length - 1;
+      if (restart) moment.value = Math.floor(steps.length / 2);
+      const number = Number(moment.value);
+      const step = steps[number];
+      const before = number ? steps[number - 1].said : "";
+      const newest = step.said.startsWith(before) ? step.said.slice(before.length) : "";
+      const end = number === steps.length - 1 ? "∎" : "";
+      place.value = `${number + 1} of ${steps.length}`;
+      moment.setAttribute("aria-valuetext", place.value);
+      const right = chosen.answers.length ? `  (right: ${chosen.answers.join(" or ")})` : "";
+      question.replaceChildren(element("q", { textContent: chosen.question }), right);
+      const old = newest ? before : step.said;
+      said.replaceChildren("written so far: ", old, element("strong", { textContent: newest }), end);
+      drawings.replaceChildren(
+        ...chosen.views.map((view, which) => {
+          const canvas = element("canvas");
+          const letters = step.kept[which];
+          drawView(canvas, images[which], view, false, (cell) =>
+            letters[cell] === "-" ? "white" : letters[cell] === "1" ? "transparent" : VEIL,
+          );
+          const left = [...letters].filter((letter) => letter === "1").length;
+          const real = [...letters].filter((letter) => letter !== "-").length;
+          canvas.setAttribute("role", "img");
+          canvas.setAttribute("aria-label", `${chosen.name}, ${view.name}: ${left} of ${real} tokens left, the others veiled`);
+          return element("figure", {}, canvas, element("figcaption", { textContent: `${view.name}: ${left} of ${real} left` }));
+        }),
+      );
+      drawStairs(stairs, steps, chosen.tokens, number);
+      stairs.setAttribute("aria-label", `visual tokens left, from ${steps[0].tokens} at the first token to ${steps.at(-1).tokens} at the last`);
+      status.textContent =
+        `${chosen.name}, ${data.methods[method.value]}, token ${place.value}: ${step.tokens} of ${chosen.tokens} visual tokens left, ` +
+        `written: ${step.said}` + (end ? `, the end, ${verdict(chosen.scores[method.value])}` : "");
+    };
+    for (const control of [picture, method]) control.addEventListener("input", () => show(true));
+    moment.addEventListener("input", () => show(false));
+    return show(true);
+  };
+
   // --- one function a kind -----------------------------------------------------------------------------------------
 
-  const KINDS = { tokens };
+  const KINDS = { tokens, answer };
 
   document.addEventListener("DOMContentLoaded", () => {
     for (const box of document.querySelectorAll(".explorer")) {

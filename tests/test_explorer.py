@@ -10,11 +10,13 @@ from tiny import WIDTH, noise_image, tiny_selector, tiny_vlm
 
 from tokensel.autoencoder import MaskedAutoencoder
 from tokensel.errors import TokenselError
-from tokensel.explorer import Exploration, Subject, embed
+from tokensel.explorer import Exploration, Subject, embed, write_steps
 from tokensel.explorer.live import OWN, LiveExplorer
 from tokensel.figures import style
+from tokensel.schedules import Exponential, FastV, Vtw
 from tokensel.scorers import make_scorer
 from tokensel.train_config import TrainConfig
+from tokensel.vlm import reduce_inputs
 
 SUBJECTS = [
     Subject("wide", noise_image(24, 48, 1), "what</script>?", ("x",)),
@@ -94,6 +96,26 @@ def test_bad_input_is_refused(parts, exploration):
         exploration.step("best", 0.5)
     with pytest.raises(TokenselError, match="kind 'film'"):
         embed({"kind": "film"})
+
+
+def test_answer_is_followed_step_by_step(parts):
+    vlm = parts[0]
+    schedules = {"fastv": FastV(1, 0.5), "vtw": Vtw(1), "exponential": Exponential(1, 0.7)}
+    data = write_steps(vlm, SUBJECTS, schedules, max_new_tokens=5, progress=False)
+    for picture, subject in zip(data["pictures"], SUBJECTS, strict=True):
+        for name, steps in picture["steps"].items():
+            answer = vlm.generate(reduce_inputs(vlm.model, vlm.inputs([subject.image], [vlm.prompt(subject.question)])), 5, schedules[name])
+            assert steps[-1]["said"] == answer[0] and 1 <= len(steps) <= 5
+            counts = [step["tokens"] for step in steps]
+            assert counts == ["".join(step["kept"]).count("1") for step in steps] == sorted(counts, reverse=True)
+        total = "".join(picture["steps"]["vtw"][0]["kept"]).count("0")
+        assert picture["steps"]["vtw"][0]["tokens"] == 0 and total == picture["tokens"]
+        assert picture["steps"]["exponential"][0]["tokens"] == picture["tokens"] > picture["steps"]["exponential"][-1]["tokens"]
+        assert 0 < picture["steps"]["fastv"][0]["tokens"] < picture["tokens"]
+    page = embed(data)
+    assert page.count("<img") == 1 and "tokens are left" in page
+    with pytest.raises(TokenselError, match="at least one picture"):
+        write_steps(vlm, [], schedules)
 
 
 def uploaded(content: bytes) -> dict:

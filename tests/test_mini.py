@@ -74,7 +74,7 @@ def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_mode
 def test_packed_questions_see_what_they_would_see_alone(model):
     """Logits behind a page with many questions equal those of the stock forward with each question alone."""
     page, size = draw("charts", "train", 5, (64, 128)), (64, 128)
-    lessons = Lessons(model, Heads(128), bf16=False)
+    lessons = Lessons(model, Heads(128, model.config.text_config.hidden_size), bf16=False)
     packed = pack([page.questions[:3]], len(lessons.layout(size)), np.random.default_rng(0))
     with torch.no_grad():
         hidden, _, _ = lessons.forward(Sheet(tiles(page), {}, size, ("charts",), packed), tower=False)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from tokensel.errors import TokenselError
 from tokensel.figures import overlays
@@ -31,13 +32,17 @@ def draw_step(picture: dict[str, Any], step: dict[str, Any], width: float = 7.0)
     height = 2 * width / sum(shares) + 0.5
     figure, axes = plt.subplots(2, len(views), figsize=(width, height), width_ratios=shares, squeeze=False)
     for column, (view, image) in enumerate(zip(views, images)):
-        shape = (view["rows"], view["columns"])
-        letters = np.array(list(step["kept"][column])).reshape(shape)
-        kept, real = torch.from_numpy(letters == "1"), torch.from_numpy(letters != "-")
-        error = torch.tensor(step["error"][column], dtype=torch.float32).view(shape) / 100 * real
+        kept, real = _masks(step["kept"][column], view)
+        error = torch.tensor(step["error"][column], dtype=torch.float32).view(real.shape) / 100 * real
         overlays.show(axes[0, column], image, kept, f"{view['name']}: kept", real)
         overlays.heat(axes[1, column], image, error, f"{view['name']}: error", top=1.0)
     return figure
+
+
+def _masks(cells: str, view: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Which cells of a view are kept, and which are tokens at all."""
+    letters = np.array(list(cells)).reshape(view["rows"], view["columns"])
+    return torch.from_numpy(letters == "1"), torch.from_numpy(letters != "-")
 
 
 def _still_tokens(data: dict[str, Any]) -> tuple[Figure, str]:
@@ -53,8 +58,26 @@ def _still_tokens(data: dict[str, Any]) -> tuple[Figure, str]:
     return draw_step(picture, step), words
 
 
+def _still_answer(data: dict[str, Any]) -> tuple[Figure, str]:
+    """The first picture under the first schedule, when half of the answer is written."""
+    picture, (method, label) = data["pictures"][0], next(iter(data["methods"].items()))
+    steps = picture["steps"][method]
+    step = steps[len(steps) // 2]
+    words = (
+        f"The picture “{picture['name']}” while “{picture['question']}” is answered under {label}: when “{step['said']}” is "
+        f"written, {step['tokens']} of {picture['tokens']} tokens are left; the answer ends as “{steps[-1]['said']}”."
+    )
+    images = [open_image(view["image"]) for view in picture["views"]]
+    shares = [0.6, images[1].width / images[1].height]
+    figure, axes = plt.subplots(1, 2, figsize=(7.0, 7.0 / sum(shares) + 0.3), width_ratios=shares)
+    for ax, view, image, cells in zip(axes, picture["views"], images, step["kept"]):
+        kept, real = _masks(cells, view)
+        overlays.show(ax, image, kept, f"{view['name']}: left", real)
+    return figure, words
+
+
 # what a reader without JavaScript sees of each kind of explorer: the figure, and what it shows in words
-STILLS: dict[str, Callable[[dict[str, Any]], tuple[Figure, str]]] = {"tokens": _still_tokens}
+STILLS: dict[str, Callable[[dict[str, Any]], tuple[Figure, str]]] = {"tokens": _still_tokens, "answer": _still_answer}
 
 
 def embed(data: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ class Exploration:
         steps = self._answers(reduced)
         for subject, step in zip(self.looks, steps):
             kept, real, wrong = map(subject.maps, (reduced.kept, self.encoded.layout.valid, errors))
-            step["kept"] = [_letters(*view) for view in zip(kept, real)]
+            step["kept"] = [letters(*view) for view in zip(kept, real)]
             step["error"] = [(100 * view).round().int().flatten().tolist() for view in wrong]
             inside = self.encoded.layout.valid[subject.tiles]
             step["mean_error"] = round(float(errors[subject.tiles][inside].mean()), 3)
@@ -111,15 +111,7 @@ class Exploration:
                 "name": subject.name,
                 "question": subject.question,
                 "answers": list(subject.answers),
-                "views": [
-                    {"name": "thumbnail", "image": _uri(seen.thumbnail), "rows": seen.cells, "columns": seen.cells},
-                    {
-                        "name": "full size",
-                        "image": _uri(seen.page),
-                        "rows": seen.rows * seen.cells,
-                        "columns": seen.columns * seen.cells,
-                    },
-                ],
+                "views": views(seen),
                 "tiles": [seen.rows, seen.columns],
                 "full": with_all,
                 "none": without,
@@ -164,7 +156,17 @@ class Exploration:
         ]
 
 
-def _letters(kept: Bool[Tensor, "rows columns"], real: Bool[Tensor, "rows columns"]) -> str:
+def views(seen: overlays.Look) -> list[dict[str, Any]]:
+    """What the model is shown of a picture, and how many tokens lie along its sides: the thumbnail, then the page."""
+    rows, columns = seen.rows * seen.cells, seen.columns * seen.cells
+    return [
+        {"name": "thumbnail", "image": _uri(seen.thumbnail), "rows": seen.cells, "columns": seen.cells},
+        {"name": "full size", "image": _uri(seen.page), "rows": rows, "columns": columns},
+    ]
+
+
+def letters(kept: Bool[Tensor, "rows columns"], real: Bool[Tensor, "rows columns"]) -> str:
+    """One letter a cell, row by row: ``1`` kept, ``0`` dropped, ``-`` no token."""
     codes = (kept.long() + 1) * real.long()
     return "".join("-01"[code] for code in codes.flatten().tolist())
 

@@ -41,7 +41,8 @@ class Page:
     ``letters``, ``shapes``, ``colors``, ``objects``, ``sizes`` and ``papers`` are ``[tiles, 8, 8]`` integer labels, the
     thumbnail first, as LLaVA-NeXT orders tiles; 0 means nothing there, or not known. ``objects`` and ``sizes`` mark only
     the patch in which a shape has its centre or an arrow its head, so that things can be counted and compared;
-    ``papers`` is what the whole page is drawn on. A page of a single tile has no thumbnail.
+    ``papers`` is what the whole page is drawn on; ``before`` and ``earlier`` are the letter in front of a letter in its
+    word and the one in front of that. A page of a single tile has no thumbnail.
 
     ``practice`` are exercises for the small model's training, never put by a benchmark: the same facts asked about from
     another side (which field a value belongs to, at which corner a shape lies).
@@ -56,6 +57,8 @@ class Page:
     objects: np.ndarray
     sizes: np.ndarray
     papers: np.ndarray
+    before: np.ndarray
+    earlier: np.ndarray
 
 
 @lru_cache(maxsize=64)
@@ -90,7 +93,7 @@ class Canvas:
         self.offset = ((self.grid[0] * TILE - self.height) // 2, (self.grid[1] * TILE - self.width) // 2)
         self.shape_map = Image.new("L", self.image.size, 0)
         self.color_map = Image.new("L", self.image.size, 0)
-        self.glyphs: list[tuple[str, float, float]] = []
+        self.glyphs: list[tuple[str, float, float, str]] = []  # what, where, and what stands before it in its word
         self.objects: list[tuple[str, float, float, int]] = []  # what, where, and how large, 0 for no size
         self.kind = kind
 
@@ -120,7 +123,8 @@ class Canvas:
                 continue
             glyph = _glyph(font, points, char, advance)
             self.image.paste(ink, (x + place * advance, y), glyph)
-            self.glyphs.append((char, x + (place + 0.5) * advance, y + 0.5 * points))
+            before = text[:place].rpartition(" ")[2]
+            self.glyphs.append((char, x + (place + 0.5) * advance, y + 0.5 * points, before))
         return x + advance * len(text), y
 
     def shape(self, kind: str, color: str, x: float, y: float, radius: float, rgb=None) -> None:
@@ -141,16 +145,18 @@ class Canvas:
     def page(self, questions: list[QA], practice: Sequence[tuple[str, str]] = ()) -> Page:
         """Close the sheet: the picture, its questions, exercises (question, answer) and the labels of its patches."""
         rows, columns = self.grid
-        letters, objects, sizes, papers = np.zeros((4, 1 + rows * columns, CELLS, CELLS), np.int64)
-        for char, x, y in self.glyphs:
+        letters, objects, sizes, papers, before, earlier = np.zeros((6, 1 + rows * columns, CELLS, CELLS), np.int64)
+        for char, x, y, word in self.glyphs:
             small, large = self._places(x, y)
             letters[small], letters[large] = ILLEGIBLE, ALPHABET.index(char) + 1
+            before[large], earlier[large] = ([0, 0] + [ALPHABET.index(each) + 1 for each in word])[: -3 : -1]
         for kind, x, y, size in self.objects:
             for place in self._places(x, y):
                 objects[place], sizes[place] = OBJECTS.index(kind) + 1, size
         if self.kind:
             papers[:] = PAPERS.index(self.kind) + 1
-        labels = (letters, self._cells(self.shape_map), self._cells(self.color_map), objects, sizes, papers)
+        shapes, colors = self._cells(self.shape_map), self._cells(self.color_map)
+        labels = (letters, shapes, colors, objects, sizes, papers, before, earlier)
         first = int(rows * columns == 1)  # the thumbnail of a single tile would be the tile
         exercises = [QA(question, [answer], "practice") for question, answer in practice]
         return Page(self.image, questions, exercises, *(each[first:] for each in labels))

@@ -85,7 +85,7 @@ def _work(
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
         distributed.init_process_group("gloo", init_method=meeting, rank=worker, world_size=workers)
     torch.manual_seed(recipe.seed)
-    model, heads = build_model().to(device), Heads(128).to(device)
+    model, heads = build_model().to(device), Heads(128, 192).to(device)
     if device.type == "cpu":
         # Written-out attention: with a mask for each row, the backward pass of sdpa takes six times as long there.
         model.model.language_model.set_attn_implementation("eager")

@@ -6,23 +6,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokensel.mini.batches import Packed, layout, patch_pixels
+from tokensel.mini.batches import HEAD, Packed, layout, patch_pixels
 from tokensel.mini.canvas import CELLS, ILLEGIBLE
 from tokensel.mini.recipe import tiles_of
 from tokensel.mini.sheets import LABELS, Sheet
+from tokensel.mini.traces import Traces
 
 RARE = ("letters", "objects", "sizes", "papers")  # labels of few patches, or unknown of many: there, 0 weighs less
 
 
 class Heads(nn.Module):
-    """Throw-away heads that read the tower while it learns."""
+    """Throw-away heads that read the tower, and the language model at the visual tokens, while they learn."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, language_width: int):
         super().__init__()
         self.patch = nn.ModuleDict({name: nn.Linear(width, count + 1) for name, count in LABELS.items()})
         self.pixels = nn.Linear(width, 48)
         self.holds = nn.Linear(width, sum(LABELS.values()))
         self.cell = nn.Linear(width, CELLS * CELLS)
+        self.traces = Traces(language_width)
 
 
 class Lessons:
@@ -77,7 +79,7 @@ class Lessons:
         """
         with self._half():
             hidden, looking, counts = self.forward(sheet, tower)
-            drilled = None if sheet.drill is None else self._read(None, sheet.drill)
+            drilled = None if sheet.drill is None else self._read(None, sheet.drill)[-1][:, -sheet.drill.ids.shape[1] :]
         loss, right, total = self._spoken(hidden, sheet.packed)
         counts["pages"] = torch.stack([right, total], 1)
         if drilled is not None:
@@ -95,7 +97,10 @@ class Lessons:
         return loss, hit.sum(1), spoken.sum(1)
 
     def forward(self, sheet: Sheet, tower: bool = True) -> tuple[Tensor, Tensor | float, dict[str, Any]]:
-        """Hidden states ``[pages, text, width]`` over the packed questions, the tower's loss and counts."""
+        """Hidden states ``[pages, text, width]`` over the packed questions, the loss on labels, and counts.
+
+        The labels are the tower's (with ``tower``) and those of the language model at the visual tokens.
+        """
         core, index = self.core, self.layout(sheet.size)
         with torch.set_grad_enabled(tower and torch.is_grad_enabled()):
             seen = core.vision_tower(sheet.pixels, output_hidden_states=True)
@@ -104,17 +109,20 @@ class Lessons:
         cells = cells[: pages * tiles_of(sheet.size)].reshape(pages, -1, cells.shape[-1])
         projected = core.multi_modal_projector(cells[:, index.clamp(min=0)]).float()
         visual = torch.where((index < 0)[:, None], core.image_newline, projected)
-        return self._read(visual, sheet.packed), looking, counts
+        states = self._read(visual, sheet.packed)
+        on_the_way = [each[:, HEAD : HEAD + len(index)] for each in states]
+        tracing, traced = self.heads.traces(on_the_way, index, sheet, pages)
+        return states[-1][:, -sheet.packed.ids.shape[1] :], looking + tracing, counts | traced
 
-    def _read(self, visual: Tensor | None, packed: Packed) -> Tensor:
-        """Run the language model over <s> USER: | visual, if any | text; its states over the text."""
+    def _read(self, visual: Tensor | None, packed: Packed) -> tuple[Tensor, ...]:
+        """Run the language model over <s> USER: | visual, if any | text; its states behind each layer, and the last."""
         model = self.core.language_model
         start = model.embed_tokens(torch.tensor([[1, 5]], device=self.device)).expand(len(packed.ids), -1, -1)
         parts = [start, visual, model.embed_tokens(packed.ids)]
-        states = model(
+        return model(
             inputs_embeds=torch.cat([part for part in parts if part is not None], 1),
             attention_mask=packed.mask(),
             position_ids=packed.positions,
             use_cache=False,
-        ).last_hidden_state
-        return states[:, -packed.ids.shape[1] :]
+            output_hidden_states=True,
+        ).hidden_states

@@ -36,7 +36,7 @@ class Sheet:
 
     Attributes:
         pixels: tiles, thumbnails first, page by page; those of print, which nothing is asked about, come last.
-        labels: of the patches of each tile.
+        labels: of the patches of each tile: those of ``LABELS``, and the letters in front of each letter.
         size: of the pages that are asked about, in pixels; ``None`` in the tower's phase.
         tasks: of these pages, in order.
         packed: their questions.
@@ -134,4 +134,5 @@ def _some(rng: np.random.Generator, questions: list[QA], most: int) -> list[QA]:
 
 
 def _labels(pages: list[Page]) -> dict[str, Int[Tensor, "tiles cells"]]:
-    return {name: torch.from_numpy(np.concatenate([getattr(page, name) for page in pages])).flatten(1) for name in LABELS}
+    names = (*LABELS, "before", "earlier")
+    return {name: torch.from_numpy(np.concatenate([getattr(page, name) for page in pages])).flatten(1) for name in names}

@@ -1,0 +1,97 @@
+"""What the small language model is asked about every visual token while it reads, on heads that are thrown away.
+
+An answer of two or three tokens says little about where on a page things stand; a page has some 300 visual tokens, and
+each can be asked. Without these labels the model learns within a few hundred steps what stands on a page, and in many
+thousands not where.
+"""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokensel.mini.canvas import CELLS, ILLEGIBLE, TILE
+from tokensel.mini.recipe import tiles_of
+from tokensel.mini.sheets import Sheet
+from tokensel.mini.words import ALPHABET
+
+ROWS = 2 * CELLS  # of patches on the largest page; the thumbnail's are counted behind them
+MOST = 5  # things of one kind, counted
+# what is asked -> the layer of the language model behind which it is asked, the number of answers, the loss's weight
+ASKED = {
+    "row": (2, ROWS + CELLS, 0.15),
+    "column": (2, ROWS + CELLS, 0.15),
+    "before": (3, len(ALPHABET) + 1, 0.15),
+    "earlier": (3, len(ALPHABET) + 1, 0.15),
+    "ordinal": (4, MOST + 1, 0.3),
+}
+UNASKED = -100
+
+
+def places(index: Int[Tensor, "packed"], thumbnail: bool) -> tuple[Int[Tensor, "packed"], Int[Tensor, "packed"]]:
+    """Row and column on the page of each visual token, ``UNASKED`` for a newline.
+
+    Args:
+        index: where the tokens come from, see :func:`tokensel.mini.batches.layout`.
+        thumbnail: whether the first ``CELLS * CELLS`` of them are the thumbnail's.
+    """
+    order, first = torch.arange(len(index), device=index.device), CELLS * CELLS * thumbnail
+    ends = index < 0
+    row = ends.cumsum(0)
+    column = order - 1 - torch.where(ends, order, first - 1).cummax(0).values
+    small = order < first
+    row = torch.where(small, ROWS + order // CELLS, row)
+    column = torch.where(small, ROWS + order % CELLS, column)
+    return row.masked_fill(ends, UNASKED), column.masked_fill(ends, UNASKED)
+
+
+def ordinals(objects: Int[Tensor, "pages packed"]) -> Int[Tensor, "pages packed"]:
+    """Of each thing, how many of its kind there are up to it; 0 where there is none."""
+    counts = functional.one_hot(objects).cumsum(1).gather(2, objects[..., None])[..., 0]
+    return (counts * (objects > 0)).clamp(max=MOST)
+
+
+class Traces(nn.Module):
+    """The heads, and their loss."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = nn.ModuleDict(
+            {name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, count)) for name, (_, count, _) in ASKED.items()}
+        )
+
+    def forward(
+        self, states: list[Tensor], index: Int[Tensor, "packed"], sheet: Sheet, pages: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, and of each question how many answers are right and how many were asked for.
+
+        Args:
+            states: ``[pages, packed, width]`` behind each layer, the embeddings first.
+            index: where the visual tokens come from.
+            sheet: what they show.
+            pages: how many of its pages the language model reads.
+        """
+        thumbnail = sheet.size != (TILE, TILE)
+        large = (index >= CELLS * CELLS * thumbnail).expand(pages, -1)  # things are counted where they are seen best
+
+        def shown(name: str) -> Tensor:
+            cells = sheet.labels[name][: pages * tiles_of(sheet.size)].reshape(pages, -1)
+            return cells[:, index.clamp(min=0)]
+
+        letters, objects = shown("letters"), shown("objects") * large
+        legible = large & (letters > 0) & (letters < ILLEGIBLE)
+        row, column = (each.expand(pages, -1) for each in places(index, thumbnail))
+        truth = {
+            "row": row,
+            "column": column,
+            "before": shown("before").masked_fill(~legible, UNASKED),
+            "earlier": shown("earlier").masked_fill(~legible, UNASKED),
+            "ordinal": ordinals(objects).masked_fill(objects == 0, UNASKED),
+        }
+        loss, counts = torch.zeros((), device=index.device), {}
+        for name, (layer, _, weight) in ASKED.items():
+            said, asked = self.heads[name](states[layer]).float(), truth[name] != UNASKED
+            every = functional.cross_entropy(said.flatten(0, 1), truth[name].flatten(), ignore_index=UNASKED, reduction="sum")
+            loss = loss + weight * every / asked.sum().clamp(min=1)
+            counts[name] = torch.stack([((said.argmax(-1) == truth[name]) & asked).sum(), asked.sum()])
+        return loss, counts
