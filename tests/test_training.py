@@ -42,7 +42,7 @@ def encoder(tmp_path_factory):
 
 
 def test_unknown_options_are_refused_with_the_nearest_name():
-    with pytest.raises(TokenselError, match="unknown training option 'batchsize': did you mean 'batch_size'"):
+    with pytest.raises(TokenselError, match="unknown option 'batchsize': did you mean 'batch_size'"):
         TrainConfig.from_dict({"p": 0.3, "batchsize": 4})
     assert TrainConfig.from_dict(TrainConfig(p=0.2).to_dict()) == TrainConfig(p=0.2)
 

@@ -31,7 +31,7 @@ from tokensel.benchmarks.questions import Questions, load_questions
 from tokensel.benchmarks.table import load_suite
 from tokensel.budget import fraction_count, rank
 from tokensel.checkpoints import History, Progress, load_checkpoint, save_checkpoint, sweep
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, check_layers, check_names
 from tokensel.feed import generator
 from tokensel.io import write_json
 from tokensel.methods import Batch
@@ -97,9 +97,7 @@ class DyRateConfig:
         Raises:
             TokenselError: a name that is no option, or a value out of range.
         """
-        names = [field.name for field in fields(cls)]
-        if unknown := [name for name in values if name not in names]:
-            raise TokenselError(f"option {unknown[0]}: unknown; choose from {', '.join(names)}")
+        check_names(values, [field.name for field in fields(cls)])
         return cls(**values)
 
     def result(self) -> dict[str, Any]:
@@ -154,9 +152,7 @@ class RateLesson:
             TokenselError: another language model, a layer outside it, or another number of heads.
         """
         self.model, self.predictor, self.decoder = model, predictor, decoder_of(model)
-        count, layer = len(self.decoder.layers), predictor.config.layer
-        if not 0 < layer < count:
-            raise TokenselError(f"layer is {layer}: not inside the {count} layers of this model")
+        check_layers("dyrate", [predictor.config.layer], len(self.decoder.layers))
 
     def read(
         self, forced: Forced, tau: float = 1.0, noise: Float[Tensor, "rows steps rates"] | None = None

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, reason
 from tokensel.features import Features
 from tokensel.hub import hub_options, quiet
 from tokensel.tower import run_tower
@@ -130,9 +130,8 @@ class VisionEncoder:
                 f"{name}: its weights are cut short or damaged ({error}); fetch it again"
             ) from None
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise TokenselError(
-                f"{name}: no vision tower can be loaded ({reason}); give a local folder of one"
+                f"{name}: no vision tower can be loaded ({reason(error)}); give a local folder of one"
             ) from None
         return cls(tower.to(device), processor, feature_layer, drop_cls, name)
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, reason
 from tokensel.io import no_space, write_text
 
 
@@ -47,9 +47,8 @@ def hub_options(name: str | os.PathLike) -> dict[str, bool]:
         if not isinstance(error, ValueError):  # a name that no hub model can have is in no cache either
             if isinstance(try_to_load_from_cache(str(name), "config.json"), str):
                 return {"local_files_only": True}
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TokenselError(
-            f"'{name}': no such folder, not in the cache, nor to be had from the hub ({reason}); "
+            f"'{name}': no such folder, not in the cache, nor to be had from the hub ({reason(error)}); "
             f"give a local folder or a hub id, or run `hf download {name}` while online"
         ) from None
 
@@ -169,9 +168,8 @@ class CoreModel(PreTrainedModel):
         except TokenselError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise TokenselError(
-                f"{name}: cannot load a {cls.__name__} ({reason}); give a hub id or a local folder"
+                f"{name}: cannot load a {cls.__name__} ({reason(error)}); give a hub id or a local folder"
             ) from None
         if info["missing_keys"]:
             raise TokenselError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, reason
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 # what Pillow raises on files that are cut short, damaged, no images at all, or absurdly large
@@ -160,7 +160,6 @@ def _load(*names: str | None, **options: Any) -> Any:
     try:
         return load_dataset(*names, **options)
     except Exception as error:  # the hub client, its HTTP library and datasets each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TokenselError(
-            f"{names[0]}: cannot be loaded ({reason}); give a local folder or parquet file"
+            f"{names[0]}: cannot be loaded ({reason(error)}); give a local folder or parquet file"
         ) from None

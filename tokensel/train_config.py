@@ -1,10 +1,9 @@
 """Every choice of a training, with its reason where the paper leaves it open."""
 
-import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, check_names
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,7 @@ class TrainConfig:
         Raises:
             TokenselError: a name that is no field (the nearest one is told), or a value out of range.
         """
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                raise TokenselError(f"unknown training option {name!r}: did you mean {near[0]!r}?")
+        check_names(values, [field.name for field in fields(cls)])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

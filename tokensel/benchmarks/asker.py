@@ -8,7 +8,7 @@ from tokensel.benchmarks.config import KEEPS, SHORT_KEEPS, EvalConfig
 from tokensel.benchmarks.identity import checkpoint_digest, code_digest
 from tokensel.benchmarks.results import Condition
 from tokensel.benchmarks.shards import local_device
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, check_layers
 from tokensel.methods import check_method
 from tokensel.schedules import DyRate, RatePredictor, Schedule, Vtw, make_schedule
 from tokensel.scorers import Scorer, make_scorer
@@ -78,11 +78,7 @@ class Asker:
             raise TokenselError(f"method native: {self.config.model} has no compression of its own; leave the method out")
         shape = model.text_config
         for schedule in filter(None, map(self.schedule, self.config.conditions())):
-            for layer in schedule.layers():
-                if layer >= shape.num_hidden_layers:
-                    raise TokenselError(
-                        f"{schedule.name}: layer {layer} is not inside the {shape.num_hidden_layers} layers of this model"
-                    )
+            check_layers(schedule.name, schedule.layers(), shape.num_hidden_layers)
             if isinstance(schedule, DyRate):
                 schedule.predictor.check_heads(shape.num_attention_heads)
         if not any(row.scorer == "selector" for row in rows):

@@ -7,7 +7,7 @@ from typing import Any
 from tokensel.benchmarks.results import Condition, parse_pairs
 from tokensel.benchmarks.shards import Shard
 from tokensel.benchmarks.table import Benchmark, load_suite
-from tokensel.errors import TokenselError, check_keep
+from tokensel.errors import TokenselError, check_keep, check_names
 
 KEEPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 SHORT_KEEPS = KEEPS[:6]
@@ -102,9 +102,7 @@ class EvalConfig:
         Raises:
             TokenselError: a key that is no option, or a value out of range.
         """
-        names = [field.name for field in fields(cls)]
-        if unknown := [key for key in values if key not in names]:
-            raise TokenselError(f"option {unknown[0]}: unknown; choose from {', '.join(names)}")
+        check_names(values, [field.name for field in fields(cls)])
         return cls(
             **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         )

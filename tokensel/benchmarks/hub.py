@@ -12,7 +12,7 @@ from filelock import FileLock
 from huggingface_hub import HfApi
 
 from tokensel.benchmarks.records import digest
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, reason
 from tokensel.io import write_atomic
 
 TEST = "test"  # the split that is scored, whatever its own name
@@ -98,9 +98,8 @@ class HubData:
             raise self._missing(error) from None
 
     def _missing(self, error: Exception) -> TokenselError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return TokenselError(
-            f"'{self.path}': not to be had from the hub ({reason}); run `hf download {self.path} --repo-type dataset "
+            f"'{self.path}': not to be had from the hub ({reason(error)}); run `hf download {self.path} --repo-type dataset "
             f"--local-dir FOLDER/{self.path.split('/')[-1].lower()}` while online and give --data FOLDER"
         )
 
@@ -162,6 +161,5 @@ class HubData:
             raise
         except Exception as error:  # the network's, the parquet reader's and the hub client's, each of its own kind
             if self.folder:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise TokenselError(f"{self.folder}: cannot be read ({reason}); copy it from the hub again") from None
+                raise TokenselError(f"{self.folder}: cannot be read ({reason(error)}); copy it from the hub again") from None
             raise self._missing(error) from None

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from tokensel.cost.config import CostConfig, image_size
 from tokensel.cost.shapes import SHAPES
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, reason
 from tokensel.hub import hub_options
 from tokensel.methods import Batch, check_method
 from tokensel.schedules import SCHEDULES, Schedule, make_schedule, pruned
@@ -74,7 +74,7 @@ def _configuration(name: str) -> Any:
         found = AutoConfig.from_pretrained(name, **hub_options(name))
     except (OSError, ValueError) as error:
         raise TokenselError(
-            f"{name} holds no configuration ({str(error).splitlines()[0]}); give a folder, a hub id, or one of "
+            f"{name} holds no configuration ({reason(error)}); give a folder, a hub id, or one of "
             f"{', '.join(SHAPES)}"
         ) from None
     if not hasattr(found, "image_grid_pinpoints"):

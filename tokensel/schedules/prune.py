@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokensel.budget import fraction_count, top_count
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, check_layers
 from tokensel.schedules.attention import RESPONSE, last_rows, token_types, type_mass
 from tokensel.schedules.schedule import Schedule
 
@@ -118,9 +118,7 @@ class Pruning:
 
     def __init__(self, decoder: nn.Module, visual: Tensor, attention_mask: Tensor, schedule: Schedule):
         count = len(decoder.layers)
-        for layer in schedule.layers():
-            if not 0 < layer < count:
-                raise TokenselError(f"{schedule.name}: layer {layer} is not inside the {count} layers of this model")
+        check_layers(schedule.name, schedule.layers(), count)
         if not bool(visual.any(1).all()):
             raise TokenselError(f"{schedule.name}: a prompt has no visual tokens, there is nothing to drop")
         windowed = getattr(decoder.config, "use_sliding_window", True)

@@ -20,7 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from tokensel.errors import TokenselError
+from tokensel.errors import TokenselError, reason
 from tokensel.hub import hub_options
 from tokensel.schedules.prune import Pruning, pruned
 from tokensel.schedules.schedule import Schedule, check_options
@@ -172,10 +172,6 @@ class Vlm:
         return self.generate(reduce_inputs(self.model, inputs, scorer, keep, **choices), max_new_tokens)[0]
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def load_vlm(
     name: str | os.PathLike,
     device: torch.device | str | None = None,
@@ -219,7 +215,7 @@ def load_vlm(
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise TokenselError(
-            f"{name} holds no LLaVA with its processor ({_reason(error)}); give a folder or hub id that does"
+            f"{name} holds no LLaVA with its processor ({reason(error)}); give a folder or hub id that does"
         ) from None
     if report["missing_keys"]:
         raise TokenselError(
