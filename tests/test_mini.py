@@ -14,8 +14,10 @@ from tokensel.mini.batches import HEAD, drills, layout, pack, tiles
 from tokensel.mini.lessons import Heads, Lessons
 from tokensel.mini.model import build_model, build_processor, build_tokenizer
 from tokensel.mini.recipe import ONE_TILE, Recipe, Stage
-from tokensel.mini.sheets import Sheet, Sheets
+from tokensel.mini.sheets import Sheet, Sheets, labels_of
 from tokensel.mini.suite import BENCHMARKS
+from tokensel.mini.traces import UNASKED, ordinals, places
+from tokensel.mini.words import ALPHABET
 from tokensel.mini.world import DRAW, SIZES, draw
 
 
@@ -71,13 +73,42 @@ def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_mode
     assert len(layout(model.model, size)) == (inputs["input_ids"] == model.config.image_token_id).sum()
 
 
+def test_a_letter_knows_what_stands_before_it_in_its_word():
+    page = draw("forms", "train", 3, (64, 128))
+    drawn, alphabet = page.letters[1:], " " + ALPHABET  # without the thumbnail, in which nothing can be read
+    rows = np.concatenate([drawn[0], drawn[1]], 1), np.concatenate([page.before[1], page.before[2]], 1)
+    found = set()
+    for letters, before in zip(*rows):
+        for place in letters.nonzero()[0]:
+            found.add((alphabet[before[place]] + alphabet[letters[place]]).strip())
+    words = [*(qa.answers[0] for qa in page.questions), *(qa.question.split()[-1].strip("?") for qa in page.questions)]
+    assert found == {pair for word in words for pair in (word[0], *(word[i : i + 2] for i in range(len(word) - 1)))}
+    assert not page.before[0].any() and not page.before[1:][drawn == 0].any()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 96), (128, 128)])
+def test_places_count_rows_and_columns_of_the_packed_tokens(model, size):
+    index = layout(model.model, size)
+    row, column = places(index, thumbnail=size != (64, 64))
+    ends, small = index < 0, 64 * (size != (64, 64))
+    assert (row[ends] == UNASKED).all() and (column[ends] == UNASKED).all() and ends.sum() == size[0] // 8
+    large = ~ends & (torch.arange(len(index)) >= small)
+    seen = list(zip(row[large].tolist(), column[large].tolist()))
+    assert seen == [(y, x) for y in range(size[0] // 8) for x in range(size[1] // 8)]
+    assert (row[:small] >= 16).all() and len(set(zip(row[:small].tolist(), column[:small].tolist()))) == small
+
+
+def test_things_of_a_kind_are_counted_one_by_one():
+    assert ordinals(torch.tensor([[0, 2, 1, 2, 0, 2, 1]])).tolist() == [[0, 1, 1, 2, 0, 3, 2]]
+
+
 def test_packed_questions_see_what_they_would_see_alone(model):
     """Logits behind a page with many questions equal those of the stock forward with each question alone."""
     page, size = draw("charts", "train", 5, (64, 128)), (64, 128)
     lessons = Lessons(model, Heads(128, model.config.text_config.hidden_size), bf16=False)
     packed = pack([page.questions[:3]], len(lessons.layout(size)), np.random.default_rng(0))
     with torch.no_grad():
-        hidden, _, _ = lessons.forward(Sheet(tiles(page), {}, size, ("charts",), packed), tower=False)
+        hidden, _, _ = lessons.forward(Sheet(tiles(page), labels_of([page]), size, ("charts",), packed), tower=False)
         ours = model.lm_head(hidden)[0][packed.labels[0] >= 0]
         processor, rows = build_processor(), []
         for qa in page.questions[:3]:

@@ -4,7 +4,9 @@
    the world's pages and on pages full of random print, from which letters are learnt ten times as fast.
 2. Projector and language model join it and learn to answer, from single tiles to full pages, on which the tower goes on
    with its labels. A model that starts on full pages learns nothing for a long time: finding and copying first
-   appear in short contexts. Exercises about the same page (``Page.practice``) stand beside the questions.
+   appear in short contexts. Exercises about the same page (``Page.practice``) stand beside the questions, and on its
+   way the language model is asked about every visual token: where it lies, which letters stand before it, how many of
+   its kind there were (:mod:`tokensel.mini.traces`).
 
 No visual token is ever dropped here: the paper's claim is about models that have never seen a reduced image.
 """

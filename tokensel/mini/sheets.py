@@ -111,7 +111,7 @@ class Sheets(Dataset):
             print_page(rng, SIZES[int(rng.integers(len(SIZES)))]) if rng.random() < self.recipe.print_share else page
             for page in pages
         ]
-        return Sheet(torch.cat([tiles(page) for page in pages]), _labels(pages))
+        return Sheet(torch.cat([tiles(page) for page in pages]), labels_of(pages))
 
     def answer(self, step: int) -> Sheet:
         """For all parts together: pages of one size with their questions, some print, some drills."""
@@ -125,7 +125,7 @@ class Sheets(Dataset):
         printed = [print_page(rng, (128, 128)) for _ in range(recipe.print_pages // self.workers if stage.tower else 0)]
         drill = drills(rng, max(1, stage.drills // self.workers), 8) if stage.drills else None
         every = pages + printed
-        return Sheet(torch.cat([tiles(page) for page in every]), _labels(every), size, names, packed, drill)
+        return Sheet(torch.cat([tiles(page) for page in every]), labels_of(every), size, names, packed, drill)
 
 
 def _some(rng: np.random.Generator, questions: list[QA], most: int) -> list[QA]:
@@ -133,6 +133,7 @@ def _some(rng: np.random.Generator, questions: list[QA], most: int) -> list[QA]:
     return [questions[int(place)] for place in rng.permutation(len(questions))[:most]]
 
 
-def _labels(pages: list[Page]) -> dict[str, Int[Tensor, "tiles cells"]]:
+def labels_of(pages: list[Page]) -> dict[str, Int[Tensor, "tiles cells"]]:
+    """The labels of every tile of ``pages``, by name."""
     names = (*LABELS, "before", "earlier")
     return {name: torch.from_numpy(np.concatenate([getattr(page, name) for page in pages])).flatten(1) for name in names}
