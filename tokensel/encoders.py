@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from tokensel.errors import TokenselError, reason
-from tokensel.features import Features
+from tokensel.features import Features, feature_width
 from tokensel.hub import hub_options, quiet
 from tokensel.tower import run_tower
 
@@ -76,8 +76,7 @@ class VisionEncoder:
         self.feature_layer = layer if feature_layer is None else feature_layer
         self.drop_cls = cls if drop_cls is None else drop_cls
         self.name = name or kind
-        layers = 1 if isinstance(self.feature_layer, int) else len(self.feature_layer)
-        self.width = tower.config.hidden_size * layers
+        self.width = feature_width(tower.config, self.feature_layer)
         self.size = tower.config.image_size
         side = self.size // tower.config.patch_size
         self.grid = (side, side)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PretrainedConfig
 
 
 @dataclass
@@ -43,3 +44,13 @@ class Features:
             return None if x is None else x.to(device, dtype if x.is_floating_point() else None)
 
         return Features(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+def feature_width(vision: PretrainedConfig, layers: int | list[int]) -> int:
+    """Channels of a token: those of one layer of the tower, or of several side by side.
+
+    Args:
+        vision: configuration of the tower.
+        layers: the layers that are read, as ``vision_feature_layer`` of a LLaVA names them.
+    """
+    return vision.hidden_size * (1 if isinstance(layers, int) else len(layers))

@@ -9,6 +9,7 @@ from tokensel.benchmarks.identity import checkpoint_digest, code_digest
 from tokensel.benchmarks.results import Condition
 from tokensel.benchmarks.shards import local_device
 from tokensel.errors import TokenselError, check_layers
+from tokensel.features import feature_width
 from tokensel.methods import check_method
 from tokensel.schedules import DyRate, RatePredictor, Schedule, Vtw, make_schedule
 from tokensel.scorers import Scorer, make_scorer
@@ -83,8 +84,7 @@ class Asker:
                 schedule.predictor.check_heads(shape.num_attention_heads)
         if not any(row.scorer == "selector" for row in rows):
             return
-        vision, layers = model.vision_config, model.vision_feature_layer
-        width = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        width = feature_width(model.vision_config, model.vision_feature_layer)
         if (mine := self.selector.config.width) != width:
             raise TokenselError(
                 f"{self.config.selector}: this selector was trained for features of width {mine}, "

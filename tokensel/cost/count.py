@@ -14,6 +14,7 @@ from jaxtyping import Int
 from transformers import PretrainedConfig
 
 from tokensel.errors import TokenselError, check_keep
+from tokensel.features import feature_width
 
 
 Count = TypeVar("Count", int, np.ndarray)
@@ -67,9 +68,7 @@ def count_training(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int
 
 def count_projector(config: PretrainedConfig, tokens: int) -> int:
     """FLOPs of LLaVA's two-layer projector over ``tokens`` visual tokens."""
-    layers = config.vision_feature_layer
-    read = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    width = config.text_config.hidden_size
+    read, width = feature_width(config.vision_config, config.vision_feature_layer), config.text_config.hidden_size
     return 2 * tokens * width * (read + width)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from tokensel.cost.config import CostConfig, image_size
 from tokensel.cost.shapes import SHAPES
 from tokensel.errors import TokenselError, reason
+from tokensel.features import feature_width
 from tokensel.hub import hub_options
 from tokensel.methods import Batch, check_method
 from tokensel.schedules import SCHEDULES, Schedule, make_schedule, pruned
@@ -86,8 +87,7 @@ def build_selector(config: CostConfig, model: PreTrainedModel) -> TokenSelector:
     """The trained selector, or one of the asked-for shape with random weights."""
     if config.selector is not None:
         return TokenSelector.from_pretrained(config.selector)
-    layers = model.config.vision_feature_layer
-    width = model.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    width = feature_width(model.config.vision_config, model.config.vision_feature_layer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return TokenSelector(SelectorConfig(width=width, layers=config.selector_layers))

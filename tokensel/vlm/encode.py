@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokensel.errors import TokenselError
-from tokensel.features import Features
+from tokensel.features import Features, feature_width
 from tokensel.scorers import Scorer
 from tokensel.scorers.random import mix
 from tokensel.tower import run_tower
@@ -53,8 +53,7 @@ class Encoded:
         """
         config = self.model.config
         if self.pixel_values is None:
-            vision, layers = config.vision_config, config.vision_feature_layer
-            width = vision.hidden_size * (1 if isinstance(layers, int) else len(layers))
+            width = feature_width(config.vision_config, config.vision_feature_layer)
             shape = (0, self.layout.tokens, width)
             return Features(torch.zeros(shape, dtype=self.model.dtype, device=self.model.device))
         drop_cls = config.vision_feature_select_strategy == "default"
