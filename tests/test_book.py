@@ -39,8 +39,8 @@ def clone(tmp_path):
     (tmp_path / "_toc.yml").write_text(
         "format: jb-book\nroot: index\nchapters:\n- file: chapters/01_good\n- file: chapters/02_bad\n- file: status\n"
     )
-    good = notebook(("md", "# Good\n\n$x^2$"), ("code", "keep: float = 0.3  # kept\nmodel: str = 'm'"), ("code", "keep * 10"))
-    bad = notebook(("md", "# Bad"), ("code", "sound: bool = True"), ("code", "assert sound, 'no sound'"))
+    good = notebook(("md", "# Good\n\n$x^2$ **run time** about 5 s"), ("code", "keep: float = 0.3  # kept\nmodel: str = 'm'"), ("code", "keep * 10"))
+    bad = notebook(("md", "# Bad, **run time** about 2 min"), ("code", "sound: bool = True"), ("code", "assert sound, 'no sound'"))
     nbformat.write(good, tmp_path / "chapters" / "01_good.ipynb")
     nbformat.write(bad, tmp_path / "chapters" / "02_bad.ipynb")
     return tmp_path
@@ -225,6 +225,7 @@ def test_status_page_tells_versions_times_and_parameters(clone):
     page = status.page(clone)
     assert "`keep = 0.5`" in page and "| torch | 2." in page and "CPU core" in page
     assert "[](chapters/01_good.ipynb)" in page
+    assert [status.stated_seconds(path) for path in run.chapter_paths(clone)] == [5, 120]
 
 
 @pytest.mark.parametrize(

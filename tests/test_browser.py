@@ -13,7 +13,8 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 
-SITE = Path(__file__).parents[1] / "_build" / "html"
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "_build" / "html"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGES = sorted(str(page.relative_to(SITE)) for page in SITE.rglob("*.html") if "_static" not in page.parts)
 
@@ -35,6 +36,8 @@ if reason := _missing():
 
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
+
+from tokensel.book import run, status  # noqa: E402
 
 QUIET = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 AXE = {
@@ -157,6 +160,16 @@ def test_links_inside_the_book_arrive(visit):
                 if unquote(fragment) not in anchors[file]:
                     astray.append(f"{name} -> {target}")
     assert astray == []
+
+
+@pytest.mark.skipif(os.cpu_count() != 2, reason="the times that chapters state are for two cores")
+def test_chapters_take_about_as_long_as_they_say():
+    astray = {}
+    for path in run.chapter_paths(ROOT):
+        stated, took = status.stated_seconds(path), run.stamp(ROOT, path)["seconds"]
+        if not stated / 2 <= took <= 2 * stated and abs(took - stated) > 15:
+            astray[path.name] = f"stated {stated} s, took {took:.0f} s"
+    assert astray == {}
 
 
 EXPLORERS = [name for name in PAGES if 'class="explorer"' in (SITE / name).read_text(encoding="utf-8")]
