@@ -16,7 +16,7 @@ from tokensel.mini.model import build_model, build_processor, build_tokenizer
 from tokensel.mini.recipe import ONE_TILE, Recipe, Stage
 from tokensel.mini.sheets import Sheet, Sheets, labels_of
 from tokensel.mini.suite import BENCHMARKS
-from tokensel.mini.traces import UNASKED, ordinals, places
+from tokensel.mini.traces import UNASKED, middles, ordinals, places
 from tokensel.mini.words import ALPHABET
 from tokensel.mini.world import DRAW, SIZES, draw
 
@@ -95,6 +95,9 @@ def test_places_count_rows_and_columns_of_the_packed_tokens(model, size):
     large = ~ends & (torch.arange(len(index)) >= small)
     seen = list(zip(row[large].tolist(), column[large].tolist()))
     assert seen == [(y, x) for y in range(size[0] // 8) for x in range(size[1] // 8)]
+    far = middles(row, column, size)
+    assert torch.allclose(far[large].mean(0), torch.zeros(2), atol=1e-6), "the middle of the page is the middle"
+    assert (far[large].abs() < 1).all() and (small == 0 or torch.allclose(far[:small].mean(0), torch.zeros(2), atol=1e-6))
     assert (row[:small] >= 16).all() and len(set(zip(row[:small].tolist(), column[:small].tolist()))) == small
 
 
