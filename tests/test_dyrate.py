@@ -187,9 +187,9 @@ def test_bad_options(config, change, line):
 
 
 def test_a_layer_outside_the_model_and_unknown_options_are_refused(config):
-    with pytest.raises(TokenselError, match="layer is 2: not inside the 2 layers"):
+    with pytest.raises(TokenselError, match="layer 2 is not inside the 2 layers"):
         train_dyrate(replace(config, layer=2))
-    with pytest.raises(TokenselError, match="option wieght: unknown"):
+    with pytest.raises(TokenselError, match="unknown option 'wieght': did you mean 'weight'"):
         DyRateConfig.from_dict({"model": "m", "wieght": 1.0})
 
 

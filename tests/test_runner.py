@@ -365,7 +365,7 @@ def test_schedules_that_do_not_fit_the_model_are_refused_before_anything_is_aske
 
 
 def test_unknown_options_are_refused(config):
-    with pytest.raises(TokenselError, match="option keep: unknown"):
+    with pytest.raises(TokenselError, match="unknown option 'keep': did you mean 'keeps'"):
         EvalConfig.from_dict({"model": "m", "keep": 0.5})
     with pytest.raises(TypeError):
         EvalConfig(model="m", keep=0.5)
