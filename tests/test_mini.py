@@ -17,7 +17,7 @@ from tokensel.mini.recipe import ONE_TILE, Recipe, Stage
 from tokensel.mini.sheets import Sheet, Sheets, labels_of
 from tokensel.mini.suite import BENCHMARKS
 from tokensel.mini.traces import UNASKED, middles, ordinals, places
-from tokensel.mini.words import ALPHABET
+from tokensel.mini.words import ALPHABET, SHAPES
 from tokensel.mini.world import DRAW, SIZES, draw
 
 
@@ -84,6 +84,43 @@ def test_a_letter_knows_what_stands_before_it_in_its_word():
     words = [*(qa.answers[0] for qa in page.questions), *(qa.question.split()[-1].strip("?") for qa in page.questions)]
     assert found == {pair for word in words for pair in (word[0], *(word[i : i + 2] for i in range(len(word) - 1)))}
     assert not page.before[0].any() and not page.before[1:][drawn == 0].any()
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_shape_in_a_chain_knows_its_neighbours(index):
+    page = draw("diagrams", "train", index, (128, 128))
+    answers = {qa.question.split(" A. ")[0]: qa.options["ABCD".index(qa.answers[0])] for qa in page.questions}
+    names, here = ["", *SHAPES, "end"], page.follower[1:] > 0
+    assert here.sum() == sum(question.startswith("what comes after") for question in answers) + 1
+    for kind, leader, follower in zip(page.objects[1:][here], page.leader[1:][here], page.follower[1:][here]):
+        shape = names[kind]
+        assert names[leader] == answers.get(f"what comes before the {shape}?", "end")
+        assert names[follower] == answers.get(f"what comes after the {shape}?", "end")
+    assert not draw("attributes", "train", index).leader.any()
+
+
+def test_a_spot_lies_where_the_answer_says():
+    for index in range(30):
+        for qa in draw("attributes", "train", index).practice:
+            for word, (axis, sign) in {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}.items():
+                assert word not in qa.answers[0].split() or qa.spot[axis] * sign > 0, qa
+
+
+def test_the_place_asked_about_is_asked_for_where_the_answer_begins(model):
+    page, size = draw("attributes", "train", 1, (64, 128)), (64, 128)
+    lessons = Lessons(model, Heads(128, model.config.text_config.hidden_size), bf16=False)
+    packed = pack([page.practice], len(lessons.layout(size)), np.random.default_rng(0))
+    where = ~packed.spots[0].isnan().any(1)
+    asked = [qa for qa in page.practice if qa.spot]
+    assert torch.allclose(packed.spots[0][where], torch.tensor([qa.spot for qa in asked]))
+    assistant = build_tokenizer().convert_tokens_to_ids("ASSISTANT:")
+    assert (packed.ids[0][where] == assistant).all() and len(asked) < len(page.practice)  # not where things are counted
+    sheet = Sheet(tiles(page), labels_of([page]), size, ("attributes",), packed)
+    with torch.no_grad():
+        _, loss, _ = lessons.forward(sheet, tower=False)
+        packed.spots += 1
+        _, further, counts = lessons.forward(sheet, tower=False)
+    assert further != loss and counts["across"][1] <= len(asked)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 96), (128, 128)])

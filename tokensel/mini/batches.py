@@ -63,6 +63,7 @@ class Packed:
     weights: Float[Tensor, "pages text"]  # of each label, so that a question's sum to 1
     block: Int[Tensor, "pages text"]  # number of the question, -1 for padding
     positions: Int[Tensor, "pages total"]
+    spots: Float[Tensor, "pages text 2"]  # where what is asked about lies, at the token that begins the answer; else NaN
 
     def mask(self) -> Float[Tensor, "pages 1 total total"]:
         """What is added to the attention's logits: 0 where a token may look, hugely negative elsewhere."""
@@ -91,26 +92,29 @@ def pack(
     ``drill`` asks for the letter of an option that is named, which teaches what the letters are for.
     """
     tokenizer = build_tokenizer()
-    rows = [[_turn(tokenizer, *_wording(qa, rng.random(), free, drill)) for qa in questions] for questions in pages]
+    rows = [[(*_turn(tokenizer, *_wording(qa, rng.random(), free, drill)), qa.spot) for qa in page] for page in pages]
     prefix = HEAD + visual  # the position of the first text token after the picture
-    longest = max(sum(len(ids) for ids, _ in row) for row in rows)
+    longest = max(sum(len(ids) for ids, *_ in row) for row in rows)
     ids = torch.full((len(pages), longest), tokenizer.pad_token_id)
     labels = torch.full((len(pages), longest), -100)
     weights = torch.zeros(len(pages), longest)
     block = torch.full((len(pages), longest), -1)
     positions = torch.zeros(len(pages), prefix + longest, dtype=torch.long)
     positions[:, :prefix] = torch.arange(prefix)
+    spots = torch.full((len(pages), longest, 2), torch.nan)
     for row, turns in enumerate(rows):
         at = 0
-        for number, (turn, answer) in enumerate(turns):
+        for number, (turn, answer, spot) in enumerate(turns):
             end = at + len(turn)
             ids[row, at:end] = torch.tensor(turn)
             labels[row, end - answer - 1 : end - 1] = torch.tensor(turn[-answer:])  # predicted one token earlier
             weights[row, end - answer - 1 : end - 1] = 1 / answer
             block[row, at:end] = number
+            if spot:
+                spots[row, end - answer - 1] = torch.tensor(spot)
             positions[row, prefix + at : prefix + end] = prefix + torch.arange(len(turn))
             at = end
-    return Packed(ids, labels, weights, block, positions)
+    return Packed(ids, labels, weights, block, positions, spots)
 
 
 def _wording(qa: QA, chance: float, free: float, drill: float) -> tuple[str, str]:

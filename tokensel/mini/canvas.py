@@ -17,6 +17,7 @@ PAPERS = ("plain", "gradient", "grain", "stripes", "checks", "dots")
 GROWTH = (7.0, 9.0, 11.0, 13.0)  # radii, in pixels, that part shapes of one size from those of the next
 OBJECTS = (*SHAPES, "arrow right", "arrow down", "arrow left", "arrow up")
 ILLEGIBLE = len(ALPHABET) + 1  # the label of text too small to read; 0 is "no letter here"
+CHAIN_END = len(SHAPES) + 1
 
 FONT_DIR = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 FONTS = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "cmtt10", "cmss10")
@@ -32,6 +33,7 @@ class QA:
     answers: list[str]
     category: str
     options: list[str] = field(default_factory=list)
+    spot: tuple[float, float] | None = None  # for training: how far right and down it lies, see Canvas.spot
 
 
 @dataclass
@@ -42,7 +44,8 @@ class Page:
     thumbnail first, as LLaVA-NeXT orders tiles; 0 means nothing there, or not known. ``objects`` and ``sizes`` mark only
     the patch in which a shape has its centre or an arrow its head, so that things can be counted and compared;
     ``papers`` is what the whole page is drawn on; ``before`` and ``earlier`` are the letter in front of a letter in its
-    word and the one in front of that. A page of a single tile has no thumbnail.
+    word and the one in front of that; ``leader`` and ``follower`` are the shapes before and after a shape in a chain, or
+    ``CHAIN_END``. A page of a single tile has no thumbnail.
 
     ``practice`` are exercises for the small model's training, never put by a benchmark: the same facts asked about from
     another side (which field a value belongs to, at which corner a shape lies).
@@ -59,6 +62,8 @@ class Page:
     papers: np.ndarray
     before: np.ndarray
     earlier: np.ndarray
+    leader: np.ndarray
+    follower: np.ndarray
 
 
 @lru_cache(maxsize=64)
@@ -95,6 +100,7 @@ class Canvas:
         self.color_map = Image.new("L", self.image.size, 0)
         self.glyphs: list[tuple[str, float, float, str]] = []  # what, where, and what stands before it in its word
         self.objects: list[tuple[str, float, float, int]] = []  # what, where, and how large, 0 for no size
+        self.chain: list[tuple[str, float, float]] = []  # shapes and where they are, if arrows join them, in their order
         self.kind = kind
 
     def snap_y(self, y: int, height: int) -> int:
@@ -142,10 +148,15 @@ class Canvas:
         self.pen.rectangle(box, fill=rgb or COLORS[color])
         ImageDraw.Draw(self.color_map).rectangle(box, fill=list(COLORS).index(color) + 1)
 
-    def page(self, questions: list[QA], practice: Sequence[tuple[str, str]] = ()) -> Page:
-        """Close the sheet: the picture, its questions, exercises (question, answer) and the labels of its patches."""
+    def spot(self, x: float, y: float) -> tuple[float, float]:
+        """How far right and down of the page's middle (x, y) is, from -1 to 1."""
+        return 2 * x / self.width - 1, 2 * y / self.height - 1
+
+    def page(self, questions: list[QA], practice: Sequence[tuple] = ()) -> Page:
+        """Close the sheet: the picture, its questions, exercises (question, answer, spot) and its patches' labels."""
         rows, columns = self.grid
-        letters, objects, sizes, papers, before, earlier = np.zeros((6, 1 + rows * columns, CELLS, CELLS), np.int64)
+        zeros = np.zeros((8, 1 + rows * columns, CELLS, CELLS), np.int64)
+        letters, objects, sizes, papers, before, earlier, leader, follower = zeros
         for char, x, y, word in self.glyphs:
             small, large = self._places(x, y)
             letters[small], letters[large] = ILLEGIBLE, ALPHABET.index(char) + 1
@@ -153,12 +164,16 @@ class Canvas:
         for kind, x, y, size in self.objects:
             for place in self._places(x, y):
                 objects[place], sizes[place] = OBJECTS.index(kind) + 1, size
+        links = [CHAIN_END, *(SHAPES.index(kind) + 1 for kind, _, _ in self.chain), CHAIN_END]
+        for number, (_, x, y) in enumerate(self.chain):
+            for place in self._places(x, y):
+                leader[place], follower[place] = links[number], links[number + 2]
         if self.kind:
             papers[:] = PAPERS.index(self.kind) + 1
         shapes, colors = self._cells(self.shape_map), self._cells(self.color_map)
-        labels = (letters, shapes, colors, objects, sizes, papers, before, earlier)
+        labels = (letters, shapes, colors, objects, sizes, papers, before, earlier, leader, follower)
         first = int(rows * columns == 1)  # the thumbnail of a single tile would be the tile
-        exercises = [QA(question, [answer], "practice") for question, answer in practice]
+        exercises = [QA(question, [answer], "practice", spot=(*spot, None)[0]) for question, answer, *spot in practice]
         return Page(self.image, questions, exercises, *(each[first:] for each in labels))
 
     def _places(self, x: float, y: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

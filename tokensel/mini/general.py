@@ -13,12 +13,12 @@ def _pick(rng: np.random.Generator, items):
     return items[int(rng.integers(len(items)))]
 
 
-def choice(rng: np.random.Generator, question: str, answer: str, others: list[str], category: str) -> QA:
+def choice(rng: np.random.Generator, question: str, answer: str, others: list[str], category: str, spot=None) -> QA:
     """A multiple-choice question of four options in random order; the answer is its letter."""
     wrong = [str(other) for other in rng.permutation([other for other in others if other != answer])[:3]]
     options = [str(option) for option in rng.permutation([answer, *wrong])]
     listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
-    return QA(f"{question} {listed}", [LETTERS[options.index(answer)]], category, options)
+    return QA(f"{question} {listed}", [LETTERS[options.index(answer)]], category, options, spot)
 
 
 def _scatter(rng: np.random.Generator, size: tuple[int, int], count: int, low=8.0, high=15.0) -> list[tuple]:
@@ -50,7 +50,12 @@ def _sheet(rng: np.random.Generator, size: tuple[int, int], kind: str | None = N
     return Canvas(paper(rng, size, kind), kind)
 
 
-def _exercises(canvas: Canvas) -> list[tuple[str, str]]:
+def _apart(canvas: Canvas, x: float, y: float, a: float, b: float) -> tuple[float, float]:
+    """How far right and down of (a, b) is (x, y), in halves of the page."""
+    return 2 * (x - a) / canvas.width, 2 * (y - b) / canvas.height
+
+
+def _exercises(canvas: Canvas) -> list[tuple]:
     """Exercises about the shapes on ``canvas``: how many of each, and of what comes once, where it lies."""
     shapes = [(kind, x, y) for kind, x, y, _ in canvas.objects if kind in SHAPES]
     kinds = [kind for kind, _, _ in shapes]
@@ -59,12 +64,12 @@ def _exercises(canvas: Canvas) -> list[tuple[str, str]]:
     for kind, x, y in alone:
         down = "" if abs(y - canvas.height / 2) < 6 else "top" if y < canvas.height / 2 else "bottom"
         along = "" if abs(x - canvas.width / 2) < 6 else "left" if x < canvas.width / 2 else "right"
-        practice.append((f"the {kind} is at the ?", f"{down} {along}".strip() or "no"))
+        practice.append((f"the {kind} is at the ?", f"{down} {along}".strip() or "no", canvas.spot(x, y)))
     for (kind, x, y), (other, a, b) in zip(alone, alone[1:] + alone[:1]):
         if abs(abs(x - a) - abs(y - b)) > 8:
             across = abs(x - a) > abs(y - b)
             answer = ("left of" if x < a else "right of") if across else ("above" if y < b else "below")
-            practice.append((f"the {kind} is ? the {other}.", answer))
+            practice.append((f"the {kind} is ? the {other}.", answer, _apart(canvas, x, y, a, b)))
     return practice
 
 
@@ -76,21 +81,23 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
     questions = []
     for (shape, color), (x, y, radius) in zip(things, spots):
         canvas.shape(shape, color, x, y, radius, _tint(rng, color))
-        questions.append(QA(f"what color is the {shape}?", [color], "color"))
-        questions.append(QA(f"which shape is {color}?", [shape], "shape"))
+        questions.append(QA(f"what color is the {shape}?", [color], "color", spot=canvas.spot(x, y)))
+        questions.append(QA(f"which shape is {color}?", [shape], "shape", spot=canvas.spot(x, y)))
     for (shape, _), (x, y, _) in zip(things, spots):
         for along, side, ends in ((x, canvas.width, ("left", "right")), (y, canvas.height, ("top", "bottom"))):
             if abs(along - side / 2) > 6:
                 asked = int(rng.integers(2))
                 true = (along > side / 2) == bool(asked)
-                questions.append(QA(f"is the {shape} at the {ends[asked]}?", ["yes" if true else "no"], "place"))
+                question, answer = f"is the {shape} at the {ends[asked]}?", "yes" if true else "no"
+                questions.append(QA(question, [answer], "place", spot=canvas.spot(x, y)))
     first, second = (int(place) for place in rng.choice(len(spots), 2, replace=False)) if len(spots) > 1 else (0, 0)
     dx, dy = spots[first][0] - spots[second][0], spots[first][1] - spots[second][1]
     if max(abs(dx), abs(dy)) > 14 and abs(abs(dx) - abs(dy)) > 8:
         asked = _pick(rng, ("left of", "right of") if abs(dx) > abs(dy) else ("above", "below"))
         true = {"left of": dx < 0, "right of": dx > 0, "above": dy < 0, "below": dy > 0}[asked]
         question = f"is the {things[first][0]} {asked} the {things[second][0]}?"
-        questions.append(QA(question, ["yes" if true else "no"], "relation"))
+        spot = _apart(canvas, *spots[first][:2], *spots[second][:2])
+        questions.append(QA(question, ["yes" if true else "no"], "relation", spot=spot))
     return canvas.page(questions, _exercises(canvas))
 
 
@@ -131,15 +138,20 @@ def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
     for before, after in zip(spots, spots[1:]):
         start, end = (before, after) if forward else (after, before)
         _arrow(canvas, start, end, radius + 2)
-    order = things if forward else things[::-1]
+    order = [(shape, *spot) for (shape, _), spot in zip(things, spots)][:: 1 if forward else -1]
+    canvas.chain, shapes = order, list(SHAPES)
     questions = []
-    for (shape, _), (following, _) in zip(order, order[1:]):
-        questions.append(choice(rng, f"what comes after the {shape}?", following, list(SHAPES), "after"))
-        questions.append(choice(rng, f"what comes before the {following}?", shape, list(SHAPES), "before"))
-    questions.append(choice(rng, "what comes first?", order[0][0], list(SHAPES), "first"))
-    questions.append(choice(rng, "what comes last?", order[-1][0], list(SHAPES), "last"))
+    for (shape, *here), (following, *there) in zip(order, order[1:]):
+        questions.append(choice(rng, f"what comes after the {shape}?", following, shapes, "after", canvas.spot(*there)))
+        questions.append(choice(rng, f"what comes before the {following}?", shape, shapes, "before", canvas.spot(*here)))
+    (first, *start), (last, *end) = order[0], order[-1]
+    questions.append(choice(rng, "what comes first?", first, shapes, "first", canvas.spot(*start)))
+    questions.append(choice(rng, "what comes last?", last, shapes, "last", canvas.spot(*end)))
     ends = ("left", "right") if across else ("top", "bottom")
-    practice = [(f"the {which} is at the ?", ends[forward == (which == "last")]) for which in ("first", "last")]
+    practice = [
+        ("the first is at the ?", ends[not forward], canvas.spot(*start)),
+        ("the last is at the ?", ends[forward], canvas.spot(*end)),
+    ]
     return canvas.page(questions, practice)
 
 
@@ -166,13 +178,14 @@ def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     for place, ((shape, color), (x, y, radius)) in enumerate(zip(things, spots)):
         canvas.shape(shape, color, x, y, radius * (1.55 if place == big else 1.0), _tint(rng, color))
     shapes, colors = list(SHAPES), list(COLORS)
+    top, bottom, largest = (canvas.spot(*spots[place][:2]) for place in (0, -1, big))
     questions = [
         choice(rng, "what is the background?", background, list(BACKGROUNDS), "coarse perception"),
-        choice(rng, "which shape is the largest?", things[big][0], shapes, "fine-grained perception"),
-        choice(rng, "what color is the largest shape?", things[big][1], colors, "fine-grained perception"),
+        choice(rng, "which shape is the largest?", things[big][0], shapes, "fine-grained perception", largest),
+        choice(rng, "what color is the largest shape?", things[big][1], colors, "fine-grained perception", largest),
         choice(rng, "how many shapes are there?", str(len(spots)), list("12345"), "instance reasoning"),
-        choice(rng, "which shape is at the top?", things[0][0], shapes, "spatial reasoning"),
-        choice(rng, "which shape is at the bottom?", things[-1][0], shapes, "spatial reasoning"),
+        choice(rng, "which shape is at the top?", things[0][0], shapes, "spatial reasoning", top),
+        choice(rng, "which shape is at the bottom?", things[-1][0], shapes, "spatial reasoning", bottom),
     ]
     return canvas.page(questions, _exercises(canvas))
 

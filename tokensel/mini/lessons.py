@@ -111,8 +111,9 @@ class Lessons:
         visual = torch.where((index < 0)[:, None], core.image_newline, projected)
         states = self._read(visual, sheet.packed)
         on_the_way = [each[:, HEAD : HEAD + len(index)] for each in states]
-        tracing, traced = self.heads.traces(on_the_way, index, sheet, pages)
-        return states[-1][:, -sheet.packed.ids.shape[1] :], looking + tracing, counts | traced
+        asked = [each[:, -sheet.packed.ids.shape[1] :] for each in states]
+        tracing, traced = self.heads.traces(on_the_way, asked, index, sheet)
+        return asked[-1], looking + tracing, counts | traced
 
     def _read(self, visual: Tensor | None, packed: Packed) -> tuple[Tensor, ...]:
         """Run the language model over <s> USER: | visual, if any | text; its states behind each layer, and the last."""

@@ -36,7 +36,7 @@ class Sheet:
 
     Attributes:
         pixels: tiles, thumbnails first, page by page; those of print, which nothing is asked about, come last.
-        labels: of the patches of each tile: those of ``LABELS``, and the letters in front of each letter.
+        labels: of the patches of each tile: those of ``LABELS``, and what stands before and after what they show.
         size: of the pages that are asked about, in pixels; ``None`` in the tower's phase.
         tasks: of these pages, in order.
         packed: their questions.
@@ -135,5 +135,5 @@ def _some(rng: np.random.Generator, questions: list[QA], most: int) -> list[QA]:
 
 def labels_of(pages: list[Page]) -> dict[str, Int[Tensor, "tiles cells"]]:
     """The labels of every tile of ``pages``, by name."""
-    names = (*LABELS, "before", "earlier")
+    names = (*LABELS, "before", "earlier", "leader", "follower")
     return {name: torch.from_numpy(np.concatenate([getattr(page, name) for page in pages])).flatten(1) for name in names}

@@ -1,8 +1,9 @@
-"""What the small language model is asked about every visual token while it reads, on heads that are thrown away.
+"""What the small language model is asked on its way to an answer, on heads that are thrown away.
 
 An answer of two or three tokens says little about where on a page things stand; a page has some 300 visual tokens, and
-each can be asked. The language model that ships learnt rows, columns and letters from this within 500 steps, and with them
-to find a value by its key; to tell left from right at the end of a question it has not learnt yet.
+each can be asked. The language model learnt rows, columns and letters from this within 500 steps, and with them to find a
+value by its key. To know a place at a visual token is not yet to know it where the answer begins: there the model had
+taken over how far down a thing lies and never how far right, until it was asked there too.
 """
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokensel.mini.canvas import CELLS, ILLEGIBLE, PATCH, TILE
+from tokensel.mini.canvas import CELLS, CHAIN_END, ILLEGIBLE, PATCH, TILE
 from tokensel.mini.recipe import tiles_of
 from tokensel.mini.sheets import Sheet
 from tokensel.mini.words import ALPHABET
@@ -23,10 +24,13 @@ ASKED = {
     "column": (2, ROWS + CELLS, 0.15),
     "before": (3, len(ALPHABET) + 1, 0.15),
     "earlier": (3, len(ALPHABET) + 1, 0.15),
-    "ordinal": (4, MOST + 1, 0.3),
+    "ordinal": (3, MOST + 1, 0.3),
+    "leader": (3, CHAIN_END + 1, 0.15),
+    "follower": (3, CHAIN_END + 1, 0.15),
 }
-# besides, how far right and down: one number each, so that two places can be compared by a difference
-FAR = (4, 0.5)  # the layer, and the loss's weight
+# besides, how far right and down: one number each, so that two places can be compared by a difference; of a visual token
+# itself, and, where an answer begins, of what is asked about
+FAR, SPOT = (2, 0.5), (4, 1.0)  # the layer, and the loss's weight
 UNASKED = -100
 
 
@@ -75,17 +79,17 @@ class Traces(nn.Module):
         self.far = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
 
     def forward(
-        self, states: list[Tensor], index: Int[Tensor, "packed"], sheet: Sheet, pages: int
+        self, states: list[Tensor], asked: list[Tensor], index: Int[Tensor, "packed"], sheet: Sheet
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, and of each question how many answers are right and how many were asked for.
 
         Args:
             states: ``[pages, packed, width]`` behind each layer, the embeddings first.
+            asked: ``[pages, text, width]``, the same of the questions.
             index: where the visual tokens come from.
-            sheet: what they show.
-            pages: how many of its pages the language model reads.
+            sheet: what they show, and the questions.
         """
-        thumbnail = sheet.size != (TILE, TILE)
+        thumbnail, pages = sheet.size != (TILE, TILE), len(sheet.packed.ids)
         large = (index >= CELLS * CELLS * thumbnail).expand(pages, -1)  # things are counted where they are seen best
 
         def shown(name: str) -> Tensor:
@@ -101,12 +105,20 @@ class Traces(nn.Module):
             "before": shown("before").masked_fill(~legible, UNASKED),
             "earlier": shown("earlier").masked_fill(~legible, UNASKED),
             "ordinal": ordinals(objects).masked_fill(objects == 0, UNASKED),
+            **{name: shown(name).masked_fill(shown(name) == 0, UNASKED) for name in ("leader", "follower")},
         }
         far = (self.far(states[FAR[0]]).float() - middles(*places(index, thumbnail), sheet.size)).square().mean(-1)
         loss, counts = FAR[1] * far[:, index >= 0].mean(), {}
+        spots = sheet.packed.spots
+        there, truly = ~spots.isnan(), spots.nan_to_num()
+        said = self.far(asked[SPOT[0]]).float()
+        loss = loss + SPOT[1] * ((said - truly).square() * there).sum() / there.sum().clamp(min=1)
+        for place, name in enumerate(("across", "down")):
+            clear = truly[..., place].abs() > 0.1  # 0 where nothing is asked
+            counts[name] = torch.stack([((said[..., place] * truly[..., place] > 0) & clear).sum(), clear.sum()])
         for name, (layer, _, weight) in ASKED.items():
-            said, asked = self.heads[name](states[layer]).float(), truth[name] != UNASKED
+            said, counted = self.heads[name](states[layer]).float(), truth[name] != UNASKED
             every = functional.cross_entropy(said.flatten(0, 1), truth[name].flatten(), ignore_index=UNASKED, reduction="sum")
-            loss = loss + weight * every / asked.sum().clamp(min=1)
-            counts[name] = torch.stack([((said.argmax(-1) == truth[name]) & asked).sum(), asked.sum()])
+            loss = loss + weight * every / counted.sum().clamp(min=1)
+            counts[name] = torch.stack([((said.argmax(-1) == truth[name]) & counted).sum(), counted.sum()])
         return loss, counts
