@@ -11,20 +11,30 @@ from tokensel.errors import TokenselError
 from tokensel.io import load_tensors
 from tokensel.mini import learn
 from tokensel.mini.batches import HEAD, drills, layout, pack, tiles
+from tokensel.mini.canvas import TILE
 from tokensel.mini.lessons import Heads, Lessons
-from tokensel.mini.model import build_model, build_processor, build_tokenizer
+from tokensel.mini.model import KINDS, SHRINKS, build_model, build_processor, build_tokenizer
 from tokensel.mini.recipe import ONE_TILE, Recipe, Stage
 from tokensel.mini.sheets import Sheet, Sheets, labels_of
 from tokensel.mini.suite import BENCHMARKS
 from tokensel.mini.traces import UNASKED, middles, ordinals, places
 from tokensel.mini.words import ALPHABET, SHAPES
 from tokensel.mini.world import DRAW, SIZES, draw
+from tokensel.scorers import make_scorer
+from tokensel.vlm import load_vlm, reduce_inputs
+from tokensel.vlm.native import OFF
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     return build_model().eval()
+
+
+@pytest.fixture(scope="module")
+def onevision():
+    torch.manual_seed(0)
+    return build_model("llava-onevision").eval()
 
 
 @pytest.mark.parametrize("task", DRAW)
@@ -63,14 +73,20 @@ def test_a_benchmark_row_has_the_columns_of_the_real_ones(task):
         )
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_model(model, size):
+def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_model(request, kind, size):
+    model, processor = request.getfixturevalue("onevision" if "onevision" in kind else "model"), build_processor(kind)
     page = draw("forms", "train", 1, size)
-    inputs = build_processor()(images=page.image, text="USER:<image>\nASSISTANT:", return_tensors="pt")
-    ours = tiles(page)
+    inputs = processor(images=page.image, text="USER:<image>\nASSISTANT:", return_tensors="pt")
+    ours, placeholders = tiles(page), (inputs["input_ids"] == model.config.image_token_id).sum()
     assert ours.shape == inputs["pixel_values"][0].shape
     assert torch.allclose(ours, inputs["pixel_values"][0], atol=0.02)  # the processor rounds the thumbnail otherwise
-    assert len(layout(model.model, size)) == (inputs["input_ids"] == model.config.image_token_id).sum()
+    visual = Lessons(model, Heads(128, 192), bf16=False).visual([size])
+    assert visual[size, False] == len(layout(model.model, size)) == len(layout.__wrapped__(build_model().model, size))
+    assert placeholders == visual.get((size, True), visual[size, False])
+    shrinks = kind == "llava-onevision" and size[0] * size[1] > 2 * 1.1**2 * TILE**2  # the model's own rule
+    assert (placeholders < visual[size, False]) == shrinks
 
 
 def test_a_letter_knows_what_stands_before_it_in_its_word():
@@ -115,7 +131,7 @@ def test_the_place_asked_about_is_asked_for_where_the_answer_begins(model):
     assert torch.allclose(packed.spots[0][where], torch.tensor([qa.spot for qa in asked]))
     assistant = build_tokenizer().convert_tokens_to_ids("ASSISTANT:")
     assert (packed.ids[0][where] == assistant).all() and len(asked) < len(page.practice)  # not where things are counted
-    sheet = Sheet(tiles(page), labels_of([page]), size, ("attributes",), packed)
+    sheet = Sheet(tiles(page), labels_of([page]), size, tasks=("attributes",), packed=packed)
     with torch.no_grad():
         _, loss, _ = lessons.forward(sheet, tower=False)
         packed.spots += 1
@@ -142,15 +158,21 @@ def test_things_of_a_kind_are_counted_one_by_one():
     assert ordinals(torch.tensor([[0, 2, 1, 2, 0, 2, 1]])).tolist() == [[0, 1, 1, 2, 0, 3, 2]]
 
 
-def test_packed_questions_see_what_they_would_see_alone(model):
+@pytest.mark.parametrize("kind, shrunk", [("llava-next", False), ("llava-onevision", False), ("llava-onevision", True)])
+def test_packed_questions_see_what_they_would_see_alone(request, kind, shrunk, monkeypatch):
     """Logits behind a page with many questions equal those of the stock forward with each question alone."""
-    page, size = draw("charts", "train", 5, (64, 128)), (64, 128)
+    model, processor = request.getfixturevalue("onevision" if "onevision" in kind else "model"), build_processor(kind)
+    page, size = draw("charts", "train", 5, (128, 112)), (128, 112)
     lessons = Lessons(model, Heads(128, model.config.text_config.hidden_size), bf16=False)
-    packed = pack([page.questions[:3]], len(lessons.layout(size)), np.random.default_rng(0))
+    packed = pack([page.questions[:3]], lessons.visual([size])[size, shrunk], np.random.default_rng(0))
     with torch.no_grad():
-        hidden, _, _ = lessons.forward(Sheet(tiles(page), labels_of([page]), size, ("charts",), packed), tower=False)
+        sheet = Sheet(tiles(page), labels_of([page]), size, shrunk, ("charts",), packed)
+        hidden, _, _ = lessons.forward(sheet, tower=False)
         ours = model.lm_head(hidden)[0][packed.labels[0] >= 0]
-        processor, rows = build_processor(), []
+        if kind == "llava-onevision" and not shrunk:
+            processor.vision_aspect_ratio = OFF
+            monkeypatch.setattr(model.config, "vision_aspect_ratio", OFF)
+        rows = []
         for qa in page.questions[:3]:
             prompt = f"USER:<image>\n{qa.question}ASSISTANT:"
             inputs = processor(images=page.image, text=prompt + f"{qa.answers[0]}</s>", return_tensors="pt")
@@ -187,8 +209,9 @@ TINY = Recipe(
 )
 
 
-def train(out, workers=1, start=None):
-    return learn.train(out, TINY, save_every=1, device="cpu", workers=workers, bf16=False, compiled=False, start=start)
+def train(out, workers=1, start=None, kind="llava-next"):
+    settings = dict(save_every=1, device="cpu", workers=workers, bf16=False, compiled=False, start=start, kind=kind)
+    return learn.train(out, TINY, **settings)
 
 
 def weights(folder):
@@ -248,6 +271,28 @@ def test_the_history_has_each_step_once_and_counts_right_answers(tmp_path):
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(0 <= right <= total for line in lines for right, total in line["tasks"].values())
     assert "drill" in lines[3]["tasks"] and "drill" not in lines[0]["tasks"]
+
+
+def test_a_model_of_the_other_kind_lends_what_fits_and_every_phase_is_run(tmp_path):
+    first, called = train(tmp_path / "first"), {"shrunk": 0}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def count(self, sheet, tower, real=Lessons.answer):
+            called["shrunk"] += sheet.shrunk
+            return real(self, sheet, tower)
+
+        patch.setattr(Lessons, "answer", count)
+        folder = train(tmp_path / "second", start=first, kind="llava-onevision")
+    assert len((tmp_path / "second" / "history.tower.jsonl").read_text().splitlines()) == TINY.tower_steps
+    assert called["shrunk"] > 0
+    lent = [name for name, tensor in weights(first).items() if weights(folder).get(name, tensor[:0]).shape == tensor.shape]
+    assert any("language_model" in name for name in lent) and any("vision_tower" in name for name in lent)
+    vlm = load_vlm(str(folder), device="cpu")
+    assert vlm.native == SHRINKS and type(vlm.model).__name__ == "LlavaOnevisionForConditionalGeneration"
+    page = draw("forms", "test", 0, (128, 128))
+    inputs = vlm.inputs([page.image], [vlm.prompt(page.questions[0].question)])
+    prompt = reduce_inputs(vlm.model, inputs, make_scorer("uniform"), keep=0.5)
+    assert int(prompt.n_visual) == 160 and len(vlm.generate(prompt, max_new_tokens=2)) == 1
 
 
 def test_the_finished_folder_loads_as_any_llava_next(tmp_path):

@@ -14,6 +14,8 @@ from tokensel.mini.canvas import CELLS, PATCH, QA, TILE, Page
 from tokensel.mini.general import BACKGROUNDS, LETTERS, choice
 from tokensel.mini.model import build_tokenizer
 from tokensel.mini.words import COLORS, SHAPES
+from tokensel.vlm.layout import pack as packing
+from tokensel.vlm.native import OFF
 
 MEAN, STD = (np.array(stat, np.float32)[:, None, None] for stat in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
@@ -35,7 +37,7 @@ def tiles(page: Page) -> Float[Tensor, "tiles 3 height width"]:
 
 @lru_cache(maxsize=64)
 def layout(core, size: tuple[int, int]) -> Int[Tensor, "packed"]:
-    """For each visual token of a page of ``size``: tile * 64 + cell, or -1 for a newline.
+    """For each visual token of a page of ``size``: tile * 64 + cell, or -1 for a newline; nothing is shrunk.
 
     The model's own packing is run on the indices, so unpadding and newlines are its, not ours. A page of one
     tile (the first stage of the curriculum) is its rows with newlines, without a thumbnail.
@@ -46,8 +48,7 @@ def layout(core, size: tuple[int, int]) -> Int[Tensor, "packed"]:
         return torch.cat([cells, cells.new_full((CELLS, 1), -1)], 1).flatten()
     count = 1 + -(-size[0] // TILE) * -(-size[1] // TILE)
     index = torch.arange(count * CELLS * CELLS, dtype=torch.float32).view(count, CELLS * CELLS, 1)
-    packed, _ = core.pack_image_features([index], torch.tensor([size]), "default", image_newline=newline)
-    return packed[0][:, 0].round().long()
+    return packing(core, [index], torch.tensor([size]), newline, OFF)[0][:, 0].round().long()
 
 
 @dataclass

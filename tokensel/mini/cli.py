@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="The small world and the small LLaVA-NeXT that ships with the book.", no_args_is_help=True)
+app = typer.Typer(help="The small world and the small models that ship with the book.", no_args_is_help=True)
 
 
 @app.command()
@@ -27,13 +27,14 @@ def train(
     start: Annotated[
         Path | None, typer.Option(help="finished model to go on from, such as data/mini/llava-next; by default none")
     ] = None,
+    kind: Annotated[str, typer.Option(help="llava-next or llava-onevision")] = "llava-next",
 ) -> None:
     """Train the small model; the same command again goes on where a killed run stopped."""
     from tokensel.mini.learn import train as run
     from tokensel.mini.recipe import Recipe
 
     recipe = Recipe(seed=seed).scaled(times, batch)
-    typer.echo(f"finished: {run(out, recipe, save_every, device, workers, bf16, start=start)}")
+    typer.echo(f"finished: {run(out, recipe, save_every, device, workers, bf16, start=start, kind=kind)}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Train the small LLaVA-NeXT by its recipe: on a GPU, or in a few processes on a CPU; resumable at any step."""
+"""Train the small LLaVA-NeXT or LLaVA-OneVision by its recipe: on a GPU, or in a few processes on a CPU; resumable at any step."""
 
 import json
 import os
@@ -14,10 +14,11 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText
 
 from tokensel import io
 from tokensel.mini.lessons import Heads, Lessons
-from tokensel.mini.model import build_model, build_processor
+from tokensel.mini.model import KINDS, build_model, build_processor
 from tokensel.mini.recipe import Recipe
 from tokensel.mini.sheets import Sheet, Sheets
 
@@ -33,6 +34,7 @@ def train(
     bf16: bool | None = None,
     compiled: bool | None = None,
     start: Path | None = None,
+    kind: str = KINDS[0],
 ) -> Path:
     """Train the small model, by default from nothing; resumes from ``out/checkpoint.safetensors`` if it is there.
 
@@ -46,7 +48,9 @@ def train(
         bf16: compute in bfloat16; by default on a GPU, and on a CPU that has the instructions for it.
         compiled: compile the language model (a quarter faster on a CPU); by default where there is a C++ compiler.
         start: folder of a finished model to go on from. The recipe's first phase is left out; in its place new heads are
-            fitted to that model's tower, as a finished model has none.
+            fitted to that model's tower, as a finished model has none. From a model of another kind every weight of the
+            same name and shape is taken over, and no phase is left out.
+        kind: of model, one of ``KINDS``.
 
     Returns:
         The folder of the finished model.
@@ -59,8 +63,8 @@ def train(
         "bf16": (not on_cpu or torch.cpu._is_avx512_bf16_supported()) if bf16 is None else bf16,
         "compiled": shutil.which("g++") is not None if compiled is None else compiled,
     }
-    build_processor()  # a faulty environment fails here, in one process
-    arguments = (Path(out), recipe, save_every, settings, start)
+    build_processor(kind)  # a faulty environment fails here, in one process
+    arguments = (Path(out), recipe, save_every, settings | {"kind": kind}, start)
     if settings["workers"] == 1:
         _work(0, *arguments)
     else:
@@ -85,7 +89,7 @@ def _work(
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
         distributed.init_process_group("gloo", init_method=meeting, rank=worker, world_size=workers)
     torch.manual_seed(recipe.seed)
-    model, heads = build_model().to(device), Heads(128, 192).to(device)
+    model, heads = build_model(settings["kind"]).to(device), Heads(128, 192).to(device)
     if device.type == "cpu":
         # Written-out attention: with a mask for each row, the backward pass of sdpa takes six times as long there.
         model.model.language_model.set_attn_implementation("eager")
@@ -99,7 +103,7 @@ def _work(
     if worker == 0:
         folder = out / "model"
         model.save_pretrained(folder)
-        build_processor().save_pretrained(folder)
+        build_processor(settings["kind"]).save_pretrained(folder)
         io.write_json(folder / "recipe.json", asdict(recipe) | settings | {"torch": torch.__version__})
     if meeting:
         distributed.destroy_process_group()
@@ -142,9 +146,11 @@ class _Run:
         io.save_tensors(self.out / "checkpoint.safetensors", tensors, {"phase": self.phase, "step": str(step)})
 
     def take_over(self, folder: Path) -> None:
-        """Begin with the weights of a finished model."""
-        self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
-        self.phase = "heads"
+        """Begin with the weights of a finished model; if it is of another kind, with those that fit."""
+        finished, mine = AutoModelForImageTextToText.from_pretrained(folder), self.model.state_dict()
+        found = {name: tensor for name, tensor in finished.state_dict().items() if name in mine and tensor.shape == mine[name].shape}
+        self.model.load_state_dict(mine | found)
+        self.phase = "heads" if type(finished) is type(self.model) else "tower"
         self.optimizers = self._optimizers()
 
     def load(self) -> bool:
@@ -190,8 +196,7 @@ class _Run:
 
     def _sheets(self, steps: range) -> DataLoader:
         """Sheets drawn ahead by other processes where a GPU trains; on a CPU they would only take its cores."""
-        sizes = {size for stage in self.recipe.stages for size in stage.sizes}
-        visual = {size: len(self.lessons.layout(size)) for size in sizes}
+        visual = self.lessons.visual({size for stage in self.recipe.stages for size in stage.sizes})
         sheets = Sheets(self.recipe, self.phase, steps, visual, self.worker, self.workers)
         ahead = 0 if self.lessons.device.type == "cpu" else max(1, (os.cpu_count() or 2) - 2)
         return DataLoader(sheets, batch_size=None, num_workers=ahead, prefetch_factor=4 if ahead else None)

@@ -1,5 +1,6 @@
 """The two losses of the small model's training: what the tower sees, and what the language model answers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ from torch.nn import functional
 
 from tokensel.mini.batches import HEAD, Packed, layout, patch_pixels
 from tokensel.mini.canvas import CELLS, ILLEGIBLE
-from tokensel.mini.recipe import tiles_of
+from tokensel.mini.recipe import ONE_TILE, tiles_of
 from tokensel.mini.sheets import LABELS, Sheet
 from tokensel.mini.traces import Traces
+from tokensel.vlm.layout import pack as packing
+from tokensel.vlm.native import count_tokens
 
 RARE = ("letters", "objects", "sizes", "papers")  # labels of few patches, or unknown of many: there, 0 weighs less
 
@@ -44,6 +47,19 @@ class Lessons:
             self._layouts[size] = layout(self.core, size).to(self.device)
         return self._layouts[size]
 
+    def visual(self, sizes: Iterable[tuple[int, int]]) -> dict[tuple[tuple[int, int], bool], int]:
+        """Visual tokens of pages of ``sizes``, newlines included; and of the same pages shrunk, if the model does that."""
+        counts = {(size, False): len(self.layout(size)) for size in sizes}
+        if getattr(self.core.config, "vision_aspect_ratio", None):
+            shrunk = {size: count_tokens(self.model, *size) for size in sizes if size not in ONE_TILE}
+            counts |= {(size, True): visual + newlines for size, (_, visual, newlines) in shrunk.items()}
+        return counts
+
+    def _given(self, seen) -> Tensor:
+        """What the language model is given of the tower: the patches, at one of its layers."""
+        states = seen.hidden_states[self.core.config.vision_feature_layer]
+        return states[:, 1:] if seen.pooler_output is not None else states  # without the CLS token, where there is one
+
     def look(self, sheet: Sheet) -> tuple[Tensor, dict[str, Any]]:
         """Loss of the tower on the labels, and how well it reads."""
         with self._half():
@@ -52,12 +68,13 @@ class Lessons:
     def _labels(self, sheet: Sheet, seen) -> tuple[Tensor, dict[str, Any]]:
         """How far the tower's features are from the labels of patches and tiles."""
         labels = sheet.labels
-        patches = seen.hidden_states[-2][:, 1:]  # the layer that the language model is given
+        patches = self._given(seen)
         said = {name: head(patches).float() for name, head in self.heads.patch.items()}
-        present = [functional.one_hot(labels[name], count + 1).amax(1)[:, 1:] for name, count in LABELS.items()]
-        holds = self.heads.holds(seen.pooler_output).float()
-        loss = functional.binary_cross_entropy_with_logits(holds, torch.cat(present, 1).float())
-        loss = loss + 0.3 * functional.mse_loss(self.heads.pixels(patches).float(), patch_pixels(sheet.pixels))
+        loss = 0.3 * functional.mse_loss(self.heads.pixels(patches).float(), patch_pixels(sheet.pixels))
+        if seen.pooler_output is not None:  # of a CLS token, which SigLIP has not
+            present = [functional.one_hot(labels[name], count + 1).amax(1)[:, 1:] for name, count in LABELS.items()]
+            holds = self.heads.holds(seen.pooler_output).float()
+            loss = loss + functional.binary_cross_entropy_with_logits(holds, torch.cat(present, 1).float())
         # Where a patch lies in its tile: asked only what it shows, the tower forgets, and nothing after it can find out.
         cells = torch.arange(patches.shape[1], device=self.device).expand(len(patches), -1)
         loss = loss + 0.3 * functional.cross_entropy(self.heads.cell(patches).float().transpose(1, 2), cells)
@@ -105,13 +122,19 @@ class Lessons:
         with torch.set_grad_enabled(tower and torch.is_grad_enabled()):
             seen = core.vision_tower(sheet.pixels, output_hidden_states=True)
         looking, counts = self._labels(sheet, seen) if tower else (0.0, {})
-        pages, cells = len(sheet.packed.ids), seen.hidden_states[-2][:, 1:]
-        cells = cells[: pages * tiles_of(sheet.size)].reshape(pages, -1, cells.shape[-1])
-        projected = core.multi_modal_projector(cells[:, index.clamp(min=0)]).float()
-        visual = torch.where((index < 0)[:, None], core.image_newline, projected)
+        pages, many = len(sheet.packed.ids), tiles_of(sheet.size)
+        cells = self._given(seen)[: pages * many]
+        if sheet.shrunk:
+            projected = core.multi_modal_projector(cells).float().split(many)
+            visual = torch.stack(packing(core, projected, torch.tensor([sheet.size] * pages), core.image_newline))
+        else:
+            projected = core.multi_modal_projector(cells.reshape(pages, -1, cells.shape[-1])[:, index.clamp(min=0)]).float()
+            visual = torch.where((index < 0)[:, None], core.image_newline, projected)
         states = self._read(visual, sheet.packed)
-        on_the_way = [each[:, HEAD : HEAD + len(index)] for each in states]
         asked = [each[:, -sheet.packed.ids.shape[1] :] for each in states]
+        if sheet.shrunk:  # an interpolated token lies in no one place
+            return asked[-1], looking, counts
+        on_the_way = [each[:, HEAD : HEAD + len(index)] for each in states]
         tracing, traced = self.heads.traces(on_the_way, asked, index, sheet)
         return asked[-1], looking + tracing, counts | traced
 

@@ -1,4 +1,4 @@
-"""The small LLaVA-NeXT: stock classes, a tokenizer of words and letters, and nothing else."""
+"""The small LLaVA-NeXT and LLaVA-OneVision: stock classes, a tokenizer of words and letters, and nothing else."""
 
 from functools import lru_cache
 
@@ -9,17 +9,31 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from tokensel.mini.canvas import PATCH, TILE
+from tokensel.errors import check_names
+from tokensel.mini.canvas import CELLS, PATCH, TILE
 from tokensel.mini.general import BACKGROUNDS
 from tokensel.mini.words import COLORS, SHAPES
 from tokensel.mini.world import DRAW, draw
+from tokensel.vlm.native import LlavaOnevisionProcessor
 
+KINDS = ("llava-next", "llava-onevision")
 # The five grids of LLaVA-NeXT at 336 pixels a tile, at 64 (height, width).
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
+# LLaVA-OneVision has every grid of up to six by six, and shrinks what is larger than nine tiles: to a quarter of the tokens
+# at most. The largest page here has four tiles, so the small one shrinks what is larger than two: to a half at most.
+MANY_PINPOINTS = [[rows * TILE, columns * TILE] for rows in range(1, 4) for columns in range(1, 4)]
+SHRINKS = "anyres_max_2"
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", "\n"]
 TEMPLATE = (
     "{% for message in messages %}"
@@ -71,8 +85,24 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaNextProcessor:
-    """Tokenizer and anyres image processor, as a LLaVA-NeXT checkpoint carries them."""
+def build_processor(kind: str = KINDS[0]) -> ProcessorMixin:
+    """Tokenizer and anyres image processor, as a checkpoint of this kind carries them.
+
+    Raises:
+        TokenselError: an unknown kind.
+    """
+    check_names([kind], KINDS)
+    if kind == "llava-onevision":
+        return LlavaOnevisionProcessor(
+            image_processor=LlavaOnevisionImageProcessorPil(
+                size={"height": TILE, "width": TILE}, image_grid_pinpoints=MANY_PINPOINTS
+            ),
+            tokenizer=build_tokenizer(),
+            num_image_tokens=CELLS * CELLS,
+            vision_feature_select_strategy="full",
+            chat_template=TEMPLATE,
+            vision_aspect_ratio=SHRINKS,
+        )
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
     )
@@ -87,19 +117,14 @@ def build_processor() -> LlavaNextProcessor:
     )
 
 
-def build_config() -> LlavaNextConfig:
-    """CLIP tower of five layers (the model uses the fourth, layer -2), Llama of six."""
+def build_config(kind: str = KINDS[0]) -> LlavaNextConfig | LlavaOnevisionConfig:
+    """Four layers of a vision tower, six of a language model: CLIP and Llama, or SigLIP and Qwen2.
+
+    CLIP has a fifth layer, whose CLS token answers for the whole tile; the language model is given layer -2.
+    """
     tokenizer = build_tokenizer()
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        projection_dim=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=TILE,
-        patch_size=PATCH,
-    )
-    text = LlamaConfig(
+    sight = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, image_size=TILE, patch_size=PATCH)
+    speech = dict(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
@@ -111,21 +136,38 @@ def build_config() -> LlavaNextConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    if kind == "llava-onevision":
+        return LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(**sight, num_hidden_layers=4, vision_use_head=False),
+            text_config=Qwen2Config(**speech),
+            image_token_id=image,
+            video_token_id=-1,  # it knows no videos
+            vision_aspect_ratio=SHRINKS,
+            image_grid_pinpoints=MANY_PINPOINTS,
+            tie_word_embeddings=False,
+        )
     return LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=CLIPVisionConfig(**sight, num_hidden_layers=5, projection_dim=128),
+        text_config=LlamaConfig(**speech),
+        image_token_id=image,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_grid_pinpoints=PINPOINTS,
-        image_seq_length=(TILE // PATCH) ** 2,
+        image_seq_length=CELLS * CELLS,
         tie_word_embeddings=False,
     )
 
 
-def build_model() -> LlavaNextForConditionalGeneration:
-    """The small model at random weights; seed torch first."""
-    model = LlavaNextForConditionalGeneration(build_config())
+def build_model(kind: str = KINDS[0]) -> PreTrainedModel:
+    """The small model at random weights; seed torch first.
+
+    Raises:
+        TokenselError: an unknown kind.
+    """
+    check_names([kind], KINDS)
+    classes = {"llava-next": LlavaNextForConditionalGeneration, "llava-onevision": LlavaOnevisionForConditionalGeneration}
+    model = classes[kind](build_config(kind))
     model.generation_config.pad_token_id = model.config.text_config.pad_token_id
     model.generation_config.eos_token_id = model.config.text_config.eos_token_id
     model.generation_config.bos_token_id = model.config.text_config.bos_token_id

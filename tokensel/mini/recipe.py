@@ -72,6 +72,7 @@ class Recipe:
     print_pages: int = 2  # full of print, beside the pages of each step of the second phase
     free: float = 0.3  # share of multiple-choice questions that are put without their options
     drill: float = 0.15  # share of them that ask for the letter of an option that is named
+    shrunk: float = 0.5  # share of the steps in which a model that shrinks large pages does so; LLaVA-NeXT never does
     weights: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(DRAW, 1.0)
         | {"charts": 1.5, "diagrams": 1.5, "mixed": 1.5, "attributes": 1.5, "describe": 0.6}

@@ -38,6 +38,7 @@ class Sheet:
         pixels: tiles, thumbnails first, page by page; those of print, which nothing is asked about, come last.
         labels: of the patches of each tile: those of ``LABELS``, and what stands before and after what they show.
         size: of the pages that are asked about, in pixels; ``None`` in the tower's phase.
+        shrunk: whether the model's own compression is on.
         tasks: of these pages, in order.
         packed: their questions.
         drill: questions without a picture.
@@ -46,6 +47,7 @@ class Sheet:
     pixels: Float[Tensor, "tiles 3 height width"]
     labels: dict[str, Int[Tensor, "tiles cells"]]
     size: tuple[int, int] | None = None
+    shrunk: bool = False
     tasks: tuple[str, ...] = ()
     packed: Packed | None = None
     drill: Packed | None = None
@@ -69,7 +71,7 @@ class Sheets(Dataset):
         recipe: Recipe,
         phase: str,
         steps: range,
-        visual: dict[tuple[int, int], int],
+        visual: dict[tuple[tuple[int, int], bool], int],
         worker: int = 0,
         workers: int = 1,
     ):
@@ -78,7 +80,7 @@ class Sheets(Dataset):
             recipe: what is drawn.
             phase: "tower", "heads" (the same pages) or "language".
             steps: the steps whose sheets are wanted.
-            visual: visual tokens of a page, by its size.
+            visual: visual tokens of a page, by its size and whether they are shrunk, if they ever are.
             worker, workers: which share of each step.
         """
         self.recipe, self.phase, self.steps, self.visual = recipe, phase, steps, visual
@@ -118,14 +120,15 @@ class Sheets(Dataset):
         recipe, stage = self.recipe, self.recipe.stage(step)
         sizes = np.random.default_rng([recipe.seed, 2, step])
         size = stage.sizes[int(sizes.integers(len(stage.sizes)))]
+        shrunk = (size, True) in self.visual and bool(sizes.random() < recipe.shrunk)
         names, pages = self.pages(3, step, stage.pages(size), size, stage.oftener)
         rng = self._rng(4, step)
         asked = [_some(rng, page.questions, stage.questions) + _some(rng, page.practice, stage.practice) for page in pages]
-        packed = pack(asked, self.visual[size], rng, recipe.free, recipe.drill)
+        packed = pack(asked, self.visual[size, shrunk], rng, recipe.free, recipe.drill)
         printed = [print_page(rng, (128, 128)) for _ in range(recipe.print_pages // self.workers if stage.tower else 0)]
         drill = drills(rng, max(1, stage.drills // self.workers), 8) if stage.drills else None
         every = pages + printed
-        return Sheet(torch.cat([tiles(page) for page in every]), labels_of(every), size, names, packed, drill)
+        return Sheet(torch.cat([tiles(page) for page in every]), labels_of(every), size, shrunk, names, packed, drill)
 
 
 def _some(rng: np.random.Generator, questions: list[QA], most: int) -> list[QA]:
