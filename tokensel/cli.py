@@ -338,7 +338,7 @@ _Words = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
 @app.command(context_settings=_FORWARD, add_help_option=False)
 def mini(words: _Words = None) -> None:
-    """The small world that ships with the book: draw its pictures, train its model."""
+    """The small world that ships with the book: draw its pictures, train its models."""
     from tokensel.mini.cli import app as inner
 
     _forward(inner, "mini", words)
