@@ -122,6 +122,16 @@ def test_a_spot_lies_where_the_answer_says():
                 assert word not in qa.answers[0].split() or qa.spot[axis] * sign > 0, qa
 
 
+@pytest.mark.parametrize("task", ["science", "diagrams", "forms"])
+def test_a_letter_is_asked_for_in_words_where_the_answer_begins(task):
+    page, tokenizer = draw(task, "train", 3), build_tokenizer()
+    packed = pack([page.questions], 10, np.random.default_rng(0))
+    where = packed.named[0] >= 0
+    assert [tokenizer.decode([word]).strip() for word in packed.named[0][where]] == [qa.named for qa in page.questions if qa.options]
+    assert (packed.ids[0][where] == tokenizer.convert_tokens_to_ids("ASSISTANT:")).all()
+    assert task == "forms" or all(qa.named not in "ABCD" for qa in page.questions)
+
+
 def test_the_place_asked_about_is_asked_for_where_the_answer_begins(model):
     page, size = draw("attributes", "train", 1, (64, 128)), (64, 128)
     lessons = Lessons(model, Heads(128, model.config.text_config.hidden_size), bf16=False)

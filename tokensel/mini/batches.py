@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tokensel.mini.canvas import CELLS, PATCH, QA, TILE, Page
-from tokensel.mini.general import BACKGROUNDS, LETTERS, choice
+from tokensel.mini.general import BACKGROUNDS, choice
 from tokensel.mini.model import build_tokenizer
 from tokensel.mini.words import COLORS, SHAPES
 from tokensel.vlm.layout import pack as packing
@@ -64,7 +64,9 @@ class Packed:
     weights: Float[Tensor, "pages text"]  # of each label, so that a question's sum to 1
     block: Int[Tensor, "pages text"]  # number of the question, -1 for padding
     positions: Int[Tensor, "pages total"]
-    spots: Float[Tensor, "pages text 2"]  # where what is asked about lies, at the token that begins the answer; else NaN
+    # at the token that begins an answer: where what is asked about lies, and what a letter stands for; elsewhere NaN and -100
+    spots: Float[Tensor, "pages text 2"]
+    named: Int[Tensor, "pages text"]
 
     def mask(self) -> Float[Tensor, "pages 1 total total"]:
         """What is added to the attention's logits: 0 where a token may look, hugely negative elsewhere."""
@@ -93,37 +95,38 @@ def pack(
     ``drill`` asks for the letter of an option that is named, which teaches what the letters are for.
     """
     tokenizer = build_tokenizer()
-    rows = [[(*_turn(tokenizer, *_wording(qa, rng.random(), free, drill)), qa.spot) for qa in page] for page in pages]
+    rows = [[(qa, *_turn(tokenizer, *_wording(qa, rng.random(), free, drill))) for qa in page] for page in pages]
     prefix = HEAD + visual  # the position of the first text token after the picture
-    longest = max(sum(len(ids) for ids, *_ in row) for row in rows)
+    longest = max(sum(len(ids) for _, ids, _ in row) for row in rows)
     ids = torch.full((len(pages), longest), tokenizer.pad_token_id)
     labels = torch.full((len(pages), longest), -100)
     weights = torch.zeros(len(pages), longest)
     block = torch.full((len(pages), longest), -1)
     positions = torch.zeros(len(pages), prefix + longest, dtype=torch.long)
     positions[:, :prefix] = torch.arange(prefix)
-    spots = torch.full((len(pages), longest, 2), torch.nan)
+    spots, named = torch.full((len(pages), longest, 2), torch.nan), torch.full((len(pages), longest), -100)
     for row, turns in enumerate(rows):
         at = 0
-        for number, (turn, answer, spot) in enumerate(turns):
+        for number, (qa, turn, answer) in enumerate(turns):
             end = at + len(turn)
             ids[row, at:end] = torch.tensor(turn)
             labels[row, end - answer - 1 : end - 1] = torch.tensor(turn[-answer:])  # predicted one token earlier
             weights[row, end - answer - 1 : end - 1] = 1 / answer
             block[row, at:end] = number
-            if spot:
-                spots[row, end - answer - 1] = torch.tensor(spot)
+            if qa.spot:
+                spots[row, end - answer - 1] = torch.tensor(qa.spot)
+            if qa.options:  # the last token: a digit has an empty one before it
+                named[row, end - answer - 1] = _ids(tokenizer, qa.named)[-1]
             positions[row, prefix + at : prefix + end] = prefix + torch.arange(len(turn))
             at = end
-    return Packed(ids, labels, weights, block, positions, spots)
+    return Packed(ids, labels, weights, block, positions, spots, named)
 
 
 def _wording(qa: QA, chance: float, free: float, drill: float) -> tuple[str, str]:
     """Question and answer as they are put to the model; ``chance`` in [0, 1) decides how, for multiple choice."""
     if qa.options and chance < free + drill:
         question, listed = qa.question.split(" A. ")
-        named = qa.options[LETTERS.index(qa.answers[0])]
-        return (question, named) if chance < free else (f"which is {named}? A. {listed}", qa.answers[0])
+        return (question, qa.named) if chance < free else (f"which is {qa.named}? A. {listed}", qa.answers[0])
     return qa.question, qa.answers[0]
 
 

@@ -18,6 +18,7 @@ GROWTH = (7.0, 9.0, 11.0, 13.0)  # radii, in pixels, that part shapes of one siz
 OBJECTS = (*SHAPES, "arrow right", "arrow down", "arrow left", "arrow up")
 ILLEGIBLE = len(ALPHABET) + 1  # the label of text too small to read; 0 is "no letter here"
 CHAIN_END = len(SHAPES) + 1
+OPTION_LETTERS = "ABCD"
 
 FONT_DIR = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 FONTS = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "cmtt10", "cmss10")
@@ -34,6 +35,11 @@ class QA:
     category: str
     options: list[str] = field(default_factory=list)
     spot: tuple[float, float] | None = None  # for training: how far right and down it lies, see Canvas.spot
+
+    @property
+    def named(self) -> str:
+        """The answer in words: what the letter of a multiple-choice question stands for."""
+        return self.options[OPTION_LETTERS.index(self.answers[0])] if self.options else self.answers[0]
 
 
 @dataclass

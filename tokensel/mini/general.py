@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from tokensel.mini.canvas import PAPERS, QA, Canvas, Page, paper
+from tokensel.mini.canvas import OPTION_LETTERS, PAPERS, QA, Canvas, Page, paper
 from tokensel.mini.words import COLORS, SHAPES
 
-LETTERS = "ABCD"
 BACKGROUNDS = ("plain", "stripes", "checks", "dots")
 
 
@@ -17,8 +16,8 @@ def choice(rng: np.random.Generator, question: str, answer: str, others: list[st
     """A multiple-choice question of four options in random order; the answer is its letter."""
     wrong = [str(other) for other in rng.permutation([other for other in others if other != answer])[:3]]
     options = [str(option) for option in rng.permutation([answer, *wrong])]
-    listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
-    return QA(f"{question} {listed}", [LETTERS[options.index(answer)]], category, options, spot)
+    listed = " ".join(f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options))
+    return QA(f"{question} {listed}", [OPTION_LETTERS[options.index(answer)]], category, options, spot)
 
 
 def _scatter(rng: np.random.Generator, size: tuple[int, int], count: int, low=8.0, high=15.0) -> list[tuple]:

@@ -18,7 +18,8 @@ from tokensel.mini.world import DRAW, SIZES
 
 ONE_TILE = ((TILE, TILE),)
 HARD = {"science": 4.0, "mixed": 3.0, "attributes": 2.0, "diagrams": 1.5, "charts": 1.5}
-MANY = {"science": 2.0, "attributes": 1.5, "posters": 1.6, "forms": 1.5, "diagrams": 1.3, "scene_text": 1.4, "transcribe": 1.3}
+MANY = {"science": 2.0, "attributes": 2.0, "diagrams": 2.0, "forms": 1.7, "describe": 1.3, "transcribe": 1.3, "posters": 1.2}
+MANY |= {"charts": 0.9, "mixed": 0.8, "scene_text": 0.8}
 STRIPS = ((TILE, 2 * TILE), (2 * TILE, TILE))
 
 
@@ -61,7 +62,7 @@ class Recipe:
         Stage("tile", 1800, 48, ONE_TILE, tower=False),
         Stage("tile, eyes open", 900, 40, ONE_TILE, oftener=HARD),
         Stage("mixed", 800, 64, (*ONE_TILE, *STRIPS, *SIZES[:4]), 6, drills=12, oftener=HARD),
-        Stage("page", 5000, 80, SIZES, 8, drills=2, oftener=MANY),
+        Stage("page", 5000, 80, (SIZES[0], *SIZES), 8, 6, drills=2, oftener=MANY),
     )
     rate: float = 3e-3  # of Muon; half of it for AdamW beside it
     joint_rate: float = 5e-4  # of the tower's Muon and AdamW, once the language model has joined it

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokensel.mini.canvas import CELLS, CHAIN_END, ILLEGIBLE, PATCH, TILE
+from tokensel.mini.model import build_tokenizer
 from tokensel.mini.recipe import tiles_of
 from tokensel.mini.sheets import Sheet
 from tokensel.mini.words import ALPHABET
@@ -29,8 +30,8 @@ ASKED = {
     "follower": (3, CHAIN_END + 1, 0.15),
 }
 # besides, how far right and down: one number each, so that two places can be compared by a difference; of a visual token
-# itself, and, where an answer begins, of what is asked about
-FAR, SPOT = (2, 0.5), (4, 1.0)  # the layer, and the loss's weight
+# itself, and, where an answer begins, of what is asked about; there also, what the letter that is to be said stands for
+FAR, SPOT, NAMED = (2, 0.5), (4, 1.0), (4, 0.5)  # the layer, and the loss's weight
 UNASKED = -100
 
 
@@ -77,6 +78,7 @@ class Traces(nn.Module):
             {name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, count)) for name, (_, count, _) in ASKED.items()}
         )
         self.far = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
+        self.named = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(build_tokenizer())))
 
     def forward(
         self, states: list[Tensor], asked: list[Tensor], index: Int[Tensor, "packed"], sheet: Sheet
@@ -116,6 +118,10 @@ class Traces(nn.Module):
         for place, name in enumerate(("across", "down")):
             clear = truly[..., place].abs() > 0.1  # 0 where nothing is asked
             counts[name] = torch.stack([((said[..., place] * truly[..., place] > 0) & clear).sum(), clear.sum()])
+        said, named = self.named(asked[NAMED[0]]).float(), sheet.packed.named
+        every = functional.cross_entropy(said.flatten(0, 1), named.flatten(), ignore_index=UNASKED, reduction="sum")
+        counts["named"] = torch.stack([(said.argmax(-1) == named).sum(), (named != UNASKED).sum()])
+        loss = loss + NAMED[1] * every / counts["named"][1].clamp(min=1)
         for name, (layer, _, weight) in ASKED.items():
             said, counted = self.heads[name](states[layer]).float(), truth[name] != UNASKED
             every = functional.cross_entropy(said.flatten(0, 1), truth[name].flatten(), ignore_index=UNASKED, reduction="sum")
