@@ -116,7 +116,7 @@ def time_answer(subject: Subject, condition: Condition, inputs: dict[str, Tensor
     scorer = subject.scorers.get(check_method(condition.method).scorer)
     stamps, spans = Stamps(), Spans(model.device)
     _wait(model.device)
-    peak = _peak(model.device)
+    peak = watch_peak(model.device)
     start = perf_counter()
     with spans.listening(model):
         spans.mark("prepare")
@@ -149,7 +149,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak(device: torch.device) -> Callable[[], int | None]:
+def watch_peak(device: torch.device) -> Callable[[], int | None]:
     """Start watching memory; what is returned tells the peak since then, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

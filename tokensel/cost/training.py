@@ -20,6 +20,7 @@ from tokensel.cost.config import CostConfig
 from tokensel.cost.count import count_training, count_vision, layers_read
 from tokensel.cost.measure import Block, Rounds, spread, weights_of
 from tokensel.cost.subject import build_model
+from tokensel.cost.timing import watch_peak
 from tokensel.errors import TokenselError
 from tokensel.features import Features
 from tokensel.io import write_json
@@ -127,9 +128,10 @@ def measure(config: CostConfig, progress: bool = True, model: PreTrainedModel | 
             missing = max(0, config.repetitions - len(rounds.of(block)))
             bar.update(config.repetitions - missing + (0 if missing else config.warmup))
             for number in range(-config.warmup if missing else 0, missing):
+                peak = watch_peak(model.device)
                 times = {name: _seconds(getattr(workshop, name), model.device) for name in ROUND}
                 if number >= 0:
-                    rounds.add(block, times)
+                    rounds.add(block, times | {"peak_bytes": peak()})
                 bar.update(1)
             rows.append(summarise(workshop, size, [each["times"] for each in rounds.of(block)[: config.repetitions]]))
     report = {
@@ -156,7 +158,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def summarise(workshop: Workshop, size: int, times: list[dict[str, float]]) -> dict[str, Any]:
-    """Images a second, share of the ceiling, and hours for the paper's pictures; medians with quartiles.
+    """Images a second, share of the ceiling, hours for the paper's pictures, medians with quartiles; and peak memory.
 
     "features" trains on features that are there, "pictures" encodes each batch first; the ceiling of a round is that of
     the products of the same round.
@@ -164,6 +166,7 @@ def summarise(workshop: Workshop, size: int, times: list[dict[str, float]]) -> d
     flops, found = workshop.flops(), {"batch": size, "repetitions": len(times)}
     ceilings = [flops["multiply"] / each["multiply"] for each in times]
     found["ceiling_flops_per_second"] = spread(ceilings)
+    found["peak_bytes"] = max((each["peak_bytes"] for each in times if each["peak_bytes"]), default=None)
     for name, parts in {"features": ("train",), "pictures": ("encode", "train")}.items():
         seconds = [sum(each[part] for part in parts) for each in times]
         work = sum(flops[part] for part in parts)
@@ -179,11 +182,12 @@ def summarise(workshop: Workshop, size: int, times: list[dict[str, float]]) -> d
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """The report as a small table of text."""
-    yield f"{'batch':>5} {'from':>9} {'images/s':>9} {'of ceiling':>10} {'100K images':>12}"
+    yield f"{'batch':>5} {'from':>9} {'images/s':>9} {'of ceiling':>10} {'100K images':>12} {'peak':>9}"
     for row in report["rows"]:
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"
         for name in ("features", "pictures"):
             part = row[name]
             yield (
                 f"{row['batch']:>5} {name:>9} {part['images_per_second']['median']:>9.4g} "
-                f"{part['of_ceiling']['median']:>10.2f} {part['hours_for_100k_images']:>10.2f} h"
+                f"{part['of_ceiling']['median']:>10.2f} {part['hours_for_100k_images']:>10.2f} h {peak:>9}"
             )
