@@ -64,7 +64,8 @@ class Packed:
     weights: Float[Tensor, "pages text"]  # of each label, so that a question's sum to 1
     block: Int[Tensor, "pages text"]  # number of the question, -1 for padding
     positions: Int[Tensor, "pages total"]
-    # at the token that begins an answer: where what is asked about lies, and what a letter stands for; elsewhere NaN and -100
+    # at the token that begins an answer: where what is asked about lies, and the answer in a word, where that is a letter or a
+    # number; elsewhere NaN and -100
     spots: Float[Tensor, "pages text 2"]
     named: Int[Tensor, "pages text"]
 
@@ -115,7 +116,7 @@ def pack(
             block[row, at:end] = number
             if qa.spot:
                 spots[row, end - answer - 1] = torch.tensor(qa.spot)
-            if qa.options:  # the last token: a digit has an empty one before it
+            if qa.options or len(qa.named) == 1:  # the last token: a digit has an empty one before it
                 named[row, end - answer - 1] = _ids(tokenizer, qa.named)[-1]
             positions[row, prefix + at : prefix + end] = prefix + torch.arange(len(turn))
             at = end
