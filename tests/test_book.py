@@ -54,8 +54,10 @@ def result_of(root: Path, name: str) -> str:
 # --- the chapters of this repository ------------------------------------------------------------------------------
 
 
-def test_every_notebook_is_in_the_table_of_contents():
+def test_every_notebook_is_in_the_table_of_contents_and_on_the_landing_page():
     assert sorted(CHAPTERS) == sorted((ROOT / "chapters").glob("*.ipynb"))
+    landing = (ROOT / "index.md").read_text()
+    assert [path.stem for path in CHAPTERS if f"[](chapters/{path.name})\n: " not in landing] == []
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

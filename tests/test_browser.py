@@ -165,11 +165,11 @@ def test_links_inside_the_book_arrive(visit):
 
 
 @pytest.mark.skipif(os.cpu_count() != 2, reason="the times that chapters state are for two cores")
-def test_chapters_take_no_longer_than_they_say():
+def test_chapters_take_about_as_long_as_they_say():
     astray = {}
-    for path in run.chapter_paths(ROOT):  # less is no fault: what an earlier run answered is not asked again
+    for path in run.chapter_paths(ROOT):
         stated, took = status.stated_seconds(path), run.stamp(ROOT, path)["seconds"]
-        if took > 2 * stated:
+        if not stated / 2 <= took <= 2 * stated and abs(took - stated) > 15:
             astray[path.name] = f"stated {stated} s, took {took:.0f} s"
     assert astray == {}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import suite_tiny
-from test_runner import answers
+from suite_tiny import answers
 
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.records import append_records, read_records, sole_writer

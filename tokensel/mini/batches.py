@@ -64,8 +64,8 @@ class Packed:
     weights: Float[Tensor, "pages text"]  # of each label, so that a question's sum to 1
     block: Int[Tensor, "pages text"]  # number of the question, -1 for padding
     positions: Int[Tensor, "pages total"]
-    # at the token that begins an answer: where what is asked about lies, and the answer in a word, where that is a letter or a
-    # number; elsewhere NaN and -100
+    # At the token that begins an answer: where what is asked about lies; elsewhere NaN. There and at the question's end, before
+    # its options: the answer in a word, where that is a letter or a number; elsewhere -100.
     spots: Float[Tensor, "pages text 2"]
     named: Int[Tensor, "pages text"]
 
@@ -98,7 +98,7 @@ def pack(
     tokenizer = build_tokenizer()
     rows = [[(qa, *_turn(tokenizer, *_wording(qa, rng.random(), free, drill))) for qa in page] for page in pages]
     prefix = HEAD + visual  # the position of the first text token after the picture
-    longest = max(sum(len(ids) for _, ids, _ in row) for row in rows)
+    longest = max(sum(len(turn[1]) for turn in row) for row in rows)
     ids = torch.full((len(pages), longest), tokenizer.pad_token_id)
     labels = torch.full((len(pages), longest), -100)
     weights = torch.zeros(len(pages), longest)
@@ -108,7 +108,7 @@ def pack(
     spots, named = torch.full((len(pages), longest, 2), torch.nan), torch.full((len(pages), longest), -100)
     for row, turns in enumerate(rows):
         at = 0
-        for number, (qa, turn, answer) in enumerate(turns):
+        for number, (qa, turn, question, answer) in enumerate(turns):
             end = at + len(turn)
             ids[row, at:end] = torch.tensor(turn)
             labels[row, end - answer - 1 : end - 1] = torch.tensor(turn[-answer:])  # predicted one token earlier
@@ -117,7 +117,7 @@ def pack(
             if qa.spot:
                 spots[row, end - answer - 1] = torch.tensor(qa.spot)
             if qa.options or len(qa.named) == 1:  # the last token: a digit has an empty one before it
-                named[row, end - answer - 1] = _ids(tokenizer, qa.named)[-1]
+                named[row, [at + question - 1, end - answer - 1]] = _ids(tokenizer, qa.named)[-1]
             positions[row, prefix + at : prefix + end] = prefix + torch.arange(len(turn))
             at = end
     return Packed(ids, labels, weights, block, positions, spots, named)
@@ -150,11 +150,12 @@ def _ids(tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _turn(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of newline, question, answer and end; and how many of them are the answer and its end."""
+def _turn(tokenizer, question: str, answer: str) -> tuple[list[int], int, int]:
+    """Token ids of newline, question, answer and end; how many of them are the newline and the question without its
+    options, and how many the answer and its end."""
     asked = _ids(tokenizer, f"\n{question}ASSISTANT:")
     said = _ids(tokenizer, f"{answer}</s>")
-    return [*asked, *said], len(said)
+    return [*asked, *said], len(_ids(tokenizer, f"\n{question.split(' A. ')[0]}")), len(said)
 
 
 def patch_pixels(pixels: Float[Tensor, "tiles 3 height width"]) -> Float[Tensor, "tiles cells channels"]:

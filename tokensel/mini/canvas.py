@@ -154,9 +154,10 @@ class Canvas:
         self.pen.rectangle(box, fill=rgb or COLORS[color])
         ImageDraw.Draw(self.color_map).rectangle(box, fill=list(COLORS).index(color) + 1)
 
-    def spot(self, x: float, y: float) -> tuple[float, float]:
-        """How far right and down of the page's middle (x, y) is, from -1 to 1."""
-        return 2 * x / self.width - 1, 2 * y / self.height - 1
+    def spot(self, x: float, y: float, other: tuple[float, float] | None = None) -> tuple[float, float]:
+        """How far right and down of ``other``, by default the page's middle, (x, y) is, in halves of the page."""
+        a, b = other or (self.width / 2, self.height / 2)
+        return 2 * (x - a) / self.width, 2 * (y - b) / self.height
 
     def page(self, questions: list[QA], practice: Sequence[tuple] = ()) -> Page:
         """Close the sheet: the picture, its questions, exercises (question, answer, spot) and its patches' labels."""
@@ -179,7 +180,7 @@ class Canvas:
         shapes, colors = self._cells(self.shape_map), self._cells(self.color_map)
         labels = (letters, shapes, colors, objects, sizes, papers, before, earlier, leader, follower)
         first = int(rows * columns == 1)  # the thumbnail of a single tile would be the tile
-        exercises = [QA(question, [answer], "practice", spot=(*spot, None)[0]) for question, answer, *spot in practice]
+        exercises = [QA(question, [answer], "practice", [], *spot) for question, answer, *spot in practice]
         return Page(self.image, questions, exercises, *(each[first:] for each in labels))
 
     def _places(self, x: float, y: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -49,11 +49,6 @@ def _sheet(rng: np.random.Generator, size: tuple[int, int], kind: str | None = N
     return Canvas(paper(rng, size, kind), kind)
 
 
-def _apart(canvas: Canvas, x: float, y: float, a: float, b: float) -> tuple[float, float]:
-    """How far right and down of (a, b) is (x, y), in halves of the page."""
-    return 2 * (x - a) / canvas.width, 2 * (y - b) / canvas.height
-
-
 def _exercises(canvas: Canvas) -> list[tuple]:
     """Exercises about the shapes on ``canvas``: how many of each, and of what comes once, where it lies."""
     shapes = [(kind, x, y) for kind, x, y, _ in canvas.objects if kind in SHAPES]
@@ -68,7 +63,7 @@ def _exercises(canvas: Canvas) -> list[tuple]:
         if abs(abs(x - a) - abs(y - b)) > 8:
             across = abs(x - a) > abs(y - b)
             answer = ("left of" if x < a else "right of") if across else ("above" if y < b else "below")
-            practice.append((f"the {kind} is ? the {other}.", answer, _apart(canvas, x, y, a, b)))
+            practice.append((f"the {kind} is ? the {other}.", answer, canvas.spot(x, y, (a, b))))
     return practice
 
 
@@ -95,7 +90,7 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
         asked = _pick(rng, ("left of", "right of") if abs(dx) > abs(dy) else ("above", "below"))
         true = {"left of": dx < 0, "right of": dx > 0, "above": dy < 0, "below": dy > 0}[asked]
         question = f"is the {things[first][0]} {asked} the {things[second][0]}?"
-        spot = _apart(canvas, *spots[first][:2], *spots[second][:2])
+        spot = canvas.spot(*spots[first][:2], spots[second][:2])
         questions.append(QA(question, ["yes" if true else "no"], "relation", spot=spot))
     return canvas.page(questions, _exercises(canvas))
 

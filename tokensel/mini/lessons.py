@@ -57,8 +57,9 @@ class Lessons:
 
     def _given(self, seen) -> Tensor:
         """What the language model is given of the tower: the patches, at one of its layers."""
-        states = seen.hidden_states[self.core.config.vision_feature_layer]
-        return states[:, 1:] if seen.pooler_output is not None else states  # without the CLS token, where there is one
+        config = self.core.config
+        states = seen.hidden_states[config.vision_feature_layer]
+        return states[:, 1:] if config.vision_feature_select_strategy == "default" else states  # without the CLS token
 
     def look(self, sheet: Sheet) -> tuple[Tensor, dict[str, Any]]:
         """Loss of the tower on the labels, and how well it reads."""

@@ -100,16 +100,16 @@ class Traces(nn.Module):
 
         letters, objects = shown("letters"), shown("objects") * large
         legible = large & (letters > 0) & (letters < ILLEGIBLE)
-        row, column = (each.expand(pages, -1) for each in places(index, thumbnail))
+        row, column = places(index, thumbnail)
         truth = {
-            "row": row,
-            "column": column,
+            "row": row.expand(pages, -1),
+            "column": column.expand(pages, -1),
             "before": shown("before").masked_fill(~legible, UNASKED),
             "earlier": shown("earlier").masked_fill(~legible, UNASKED),
             "ordinal": ordinals(objects).masked_fill(objects == 0, UNASKED),
             **{name: shown(name).masked_fill(shown(name) == 0, UNASKED) for name in ("leader", "follower")},
         }
-        far = (self.far(states[FAR[0]]).float() - middles(*places(index, thumbnail), sheet.size)).square().mean(-1)
+        far = (self.far(states[FAR[0]]).float() - middles(row, column, sheet.size)).square().mean(-1)
         loss, counts = FAR[1] * far[:, index >= 0].mean(), {}
         spots = sheet.packed.spots
         there, truly = ~spots.isnan(), spots.nan_to_num()
@@ -118,13 +118,17 @@ class Traces(nn.Module):
         for place, name in enumerate(("across", "down")):
             clear = truly[..., place].abs() > 0.1  # 0 where nothing is asked
             counts[name] = torch.stack([((said[..., place] * truly[..., place] > 0) & clear).sum(), clear.sum()])
-        said, named = self.named(asked[NAMED[0]]).float(), sheet.packed.named
-        every = functional.cross_entropy(said.flatten(0, 1), named.flatten(), ignore_index=UNASKED, reduction="sum")
-        counts["named"] = torch.stack([(said.argmax(-1) == named).sum(), (named != UNASKED).sum()])
-        loss = loss + NAMED[1] * every / counts["named"][1].clamp(min=1)
+        wrong, counts["named"] = _judge(self.named(asked[NAMED[0]]), sheet.packed.named)
+        loss = loss + NAMED[1] * wrong
         for name, (layer, _, weight) in ASKED.items():
-            said, counted = self.heads[name](states[layer]).float(), truth[name] != UNASKED
-            every = functional.cross_entropy(said.flatten(0, 1), truth[name].flatten(), ignore_index=UNASKED, reduction="sum")
-            loss = loss + weight * every / counted.sum().clamp(min=1)
-            counts[name] = torch.stack([((said.argmax(-1) == truth[name]) & counted).sum(), counted.sum()])
+            wrong, counts[name] = _judge(self.heads[name](states[layer]), truth[name])
+            loss = loss + weight * wrong
         return loss, counts
+
+
+def _judge(said: Float[Tensor, "pages tokens answers"], truth: Int[Tensor, "pages tokens"]) -> tuple[Tensor, Tensor]:
+    """Mean loss of what is said where something is asked (0 if nothing is), and how much is right of how much."""
+    said, asked = said.float(), truth != UNASKED
+    every = functional.cross_entropy(said.flatten(0, 1), truth.flatten(), ignore_index=UNASKED, reduction="sum")
+    count = asked.sum()
+    return every / count.clamp(min=1), torch.stack([((said.argmax(-1) == truth) & asked).sum(), count])
