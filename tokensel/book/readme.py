@@ -1,5 +1,6 @@
 """The table of results in README.md, from a recorded table."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,8 @@ METHODS = ("selector", "random")
 
 def results_table(table: pd.DataFrame) -> str:
     """The mean score of each group of benchmarks, 0 to 100, with all tokens, some, and without the image, in Markdown.
+
+    The intervals of a group's benchmarks add as those of independent means do.
 
     Args:
         table: the long table of results, scores 0..1, see :data:`tokensel.figures.curves.COLUMNS`.
@@ -34,7 +37,8 @@ def results_table(table: pd.DataFrame) -> str:
             mine = rows[(rows["method"] == method) & (True if keep is None else rows["keep"] == keep)]
             if mine.empty:
                 raise TokenselError(f"no results for {head} on {group}: evaluate it first")
-            cells.append(f"{100 * mine['score'].mean():.1f}")
+            reach = ((mine["ci_high"] - mine["ci_low"]) ** 2).sum() ** 0.5 / 2 / len(mine)
+            cells.append(f"{100 * mine['score'].mean():.1f} ± {100 * reach:.1f}")
         lines.append(f"| {group} ({rows['benchmark'].nunique()}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -43,18 +47,21 @@ def write(readme: Path, results: Path) -> None:
     """Replace what stands between the marks in ``readme`` by the table of ``results``.
 
     Raises:
-        TokenselError: no such table, not whole, or no marks in the README.
+        TokenselError: no such table or nothing that says where it is from, not whole, or no marks in the README.
     """
-    if not results.is_file():
-        raise TokenselError(f"{results}: no such table; record one with python -m tokensel evaluate")
+    provenance = results.with_suffix(".provenance.json")
+    for path in (results, provenance):
+        if not path.is_file():
+            raise TokenselError(f"{path}: no such file; record both with python -m tokensel evaluate")
     text = readme.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise TokenselError(f"{readme} has no {BEGIN} and {END}: put them where the table belongs")
-    table = pd.read_csv(results)
+    table, made = pd.read_csv(results), json.loads(provenance.read_text(encoding="utf-8"))
     note = (
-        f"The small model of this book on its own tasks, mean score, 0 to 100, {int(table['n'].min())} questions a task; "
-        f"recorded in `{results}`. No figure of the paper."
+        f"`{made['model']['name']}` on its own tasks: mean score, 0 to 100, ± half of the 95 % interval, {int(table['n'].min())} questions a "
+        f"task, seed {made['seed']}; recorded {made['date'][:10]} on {made['device']}, {made['model']['dtype']}, in `{results}`. No figure of the "
+        "paper."
     )
     io.write_text(readme, f"{before}{BEGIN}\n{note}\n\n{results_table(table)}\n{END}{after}")
