@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgb
 
 # Okabe and Ito's palette (2008)
 ORANGE, BLUE, GREEN, RED = "#E69F00", "#0072B2", "#009E73", "#D55E00"
-SKY, PURPLE, YELLOW, BLACK, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#7F7F7F"
+SKY, PURPLE, BLACK, GREY = "#56B4E9", "#CC79A7", "#000000", "#7F7F7F"
 
 # As in the paper's figures: selector orange, random blue, all tokens green and no image red, both dashed.
 COLOURS = {
@@ -19,7 +19,7 @@ COLOURS = {
     "cls": "#8C6D31",
     "diversity": BLACK,
     "downsample": GREY,
-    "native": YELLOW,
+    "native": "#8C6D31",  # as cls, which no model has beside it
     "fastv": BLUE,
     "vtw": RED,
     "dyrate": BLACK,
