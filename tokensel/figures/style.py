@@ -19,7 +19,7 @@ COLOURS = {
     "cls": "#8C6D31",
     "diversity": BLACK,
     "downsample": GREY,
-    "native": "#8C6D31",  # as cls, which no model has beside it
+    "native": "#882255",  # wine, of Tol's palette
     "fastv": BLUE,
     "vtw": RED,
     "dyrate": BLACK,
