@@ -11,3 +11,31 @@ from jaxtyping import install_import_hook
 
 # before anything imports the package: modules that are loaded already would go unchecked
 install_import_hook("tokensel", "beartype.beartype")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import suite_tiny  # noqa: E402
+
+from tokensel.benchmarks.config import EvalConfig  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The folder of a tiny LLaVA-NeXT, with a selector for it beside it."""
+    return suite_tiny.save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def config(model, tmp_path) -> EvalConfig:
+    """Four methods at two keeps on nine questions to that model."""
+    return EvalConfig(
+        model=str(model),
+        selector=str(model.parent / "selector"),
+        suite="suite_tiny",
+        methods=("full", "none", "random", "selector"),
+        keeps=(0.2, 0.6),
+        n=9,
+        batch_size=4,
+        out=str(tmp_path / "out"),
+    )

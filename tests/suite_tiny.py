@@ -10,7 +10,6 @@ from PIL import Image as Pictures
 from tiny import WIDTH, tiny_llava
 
 from tokensel.benchmarks import Benchmark
-from tokensel.benchmarks.config import EvalConfig
 from tokensel.selector import SelectorConfig, TokenSelector
 
 SIZES = [(24, 24), (30, 48), (60, 20)]  # (height, width); tiles of the tiny model have 24 pixels
@@ -71,20 +70,6 @@ def save_models(folder: Path) -> Path:
     processor.save_pretrained(folder / "tiny-llava")
     TokenSelector(SelectorConfig(width=WIDTH, layers=1, heads=2)).save_pretrained(folder / "selector")
     return folder / "tiny-llava"
-
-
-def small_sweep(model: Path, out: Path) -> EvalConfig:
-    """Four methods at two keeps on nine questions, with what :func:`save_models` wrote."""
-    return EvalConfig(
-        model=str(model),
-        selector=str(model.parent / "selector"),
-        suite="suite_tiny",
-        methods=("full", "none", "random", "selector"),
-        keeps=(0.2, 0.6),
-        n=9,
-        batch_size=4,
-        out=str(out),
-    )
 
 
 def answers(out: str | Path) -> dict:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import suite_tiny
 import torch
 from test_schedules import dyrate, generated, prompt, vlm_of
 
@@ -21,11 +20,6 @@ from tokensel.errors import TokenselError
 from tokensel.schedules import RatePredictor
 from tokensel.schedules.attention import TYPES
 from tokensel.vlm.forced import IGNORED, answer_mass, force
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return suite_tiny.save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -17,22 +17,11 @@ from tiny import WIDTH
 
 import tokensel
 from tokensel.benchmarks import runner
-from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.identity import CODE, _meaning, checkpoint_digest
 from tokensel.benchmarks.records import append_records, read_records, sole_writer
 from tokensel.benchmarks.runner import evaluate
 from tokensel.errors import TokenselError
 from tokensel.selector import SelectorConfig, TokenSelector
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return suite_tiny.save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def config(model, tmp_path) -> EvalConfig:
-    return suite_tiny.small_sweep(model, tmp_path / "out")
 
 
 def test_a_second_run_asks_nothing_and_a_larger_one_only_what_is_new(config):

@@ -4,10 +4,8 @@ import csv
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import suite_tiny
 import torch
 from suite_tiny import answers
 
@@ -19,16 +17,6 @@ from tokensel.schedules.dyrate import RateConfig
 from tokensel.tower import run_tower
 
 METHODS = ("full", "none", "random", "uniform", "norm", "cls", "diversity", "selector", "downsample")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return suite_tiny.save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def config(model, tmp_path) -> EvalConfig:
-    return suite_tiny.small_sweep(model, tmp_path / "out")
 
 
 def test_every_method_on_every_benchmark_fills_the_long_table(config, monkeypatch):
