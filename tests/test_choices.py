@@ -24,7 +24,7 @@ def test_counts_follow_the_budget(vlm):
     cells = torch.bincount(layout.image[layout.cell])
     for keep in (0.01, 0.1, 0.3, 0.5, 0.9, 1.0):
         wanted = [max(1, round(keep * n)) for n in cells.tolist()]
-        for budget, thumbnail in product(("image", "tile"), ("compete", "keep", "drop")):
+        for budget, thumbnail in product(("image", "tile"), ("compete", "keep", "last", "drop")):
             chosen = choose_cells(layout, encoded.score(scorer), keep, Choices(budget, thumbnail))
             counts = torch.bincount(layout.image[chosen], minlength=4).tolist()
             small = torch.bincount(layout.image[layout.thumbnail], minlength=4).tolist()
@@ -36,6 +36,9 @@ def test_counts_follow_the_budget(vlm):
                 assert mine == [0, 0, 0, 0]
             if thumbnail == "keep":
                 assert mine == [min(w, t) for w, t in zip(wanted, small, strict=True)]
+            if thumbnail == "last":
+                pages = [n - t for n, t in zip(cells.tolist(), small, strict=True)]
+                assert mine == [max(w - p, 0) for w, p in zip(wanted, pages, strict=True)]
 
 
 def test_a_budget_per_tile_gives_every_tile_its_share(vlm):

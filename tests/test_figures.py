@@ -12,6 +12,7 @@ from tiny import ask, tiny_vlm
 
 from tokensel.errors import TokenselError
 from tokensel.figures import curves, overlays, principia, style
+from tokensel.figures.sweep import Sweep
 from tokensel.vlm import encode, reduce
 
 
@@ -99,6 +100,24 @@ def test_curves_refuse_a_table_that_is_not_long():
         curves.score_curves(table().drop(columns="ci_low"))
     with pytest.raises(TokenselError, match="empty"):
         curves.score_curves(table().iloc[:0])
+
+
+def test_a_recorded_sweep_is_said_to_be_one_and_drawn_under_the_live_points(tmp_path):
+    live, recorded = tmp_path / "live.csv", tmp_path / "recorded.csv"
+    table(benchmarks=("forms", "charts")).to_csv(live, index=False)
+    alone = Sweep.beside(live, recorded)
+    assert alone.live is None and "recorded" not in alone.source and "computed here, now**, 9 questions" in alone.source
+    table().assign(n=400, score=0.5).to_csv(recorded, index=False)
+    (tmp_path / "recorded.provenance.json").write_text('{"date": "2026-01-02T03:04:05"}')
+    both = Sweep.beside(live, recorded)
+    assert "recorded** 2026-01-02" in both.source and "400 questions a point, in" in both.source and "9 questions" in both.source
+    assert both.points("reading", "random", 0.5) == both.points("reading", "random") == 50.0
+    assert alone.points("reading", "random", 0.5) == pytest.approx(55.0)
+    both.draw("general", ["random"])
+    assert not plt.get_fignums()  # no benchmark of that group
+    both.draw("reading", ["random", "selector"])
+    panels = [ax for ax in plt.gcf().axes if ax.get_visible()]
+    assert [len(ax.containers) for ax in panels] == [2, 2, 0]  # the third was not asked here
 
 
 def test_labels_keep_their_distance_and_stay_in_order():

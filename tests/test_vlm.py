@@ -173,7 +173,7 @@ def test_half_precision():
 ALL_CHOICES = [
     dict(zip(("budget", "thumbnail", "newline", "positions"), values, strict=True))
     for values in product(
-        ("image", "tile"), ("compete", "keep", "drop"), ("keep", "drop", "row"), ("compact", "original")
+        ("image", "tile"), ("compete", "keep", "last", "drop"), ("keep", "drop", "row"), ("compact", "original")
     )
 ]
 

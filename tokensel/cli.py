@@ -212,8 +212,8 @@ def evaluate(
     ] = None,
     budget: Annotated[Literal["image", "tile"], _option("What the kept fraction is of.", _SEAM)] = "image",
     thumbnail: Annotated[
-        Literal["compete", "keep", "drop"],
-        _option("Its tokens compete, are kept first, or are dropped.", _SEAM),
+        Literal["compete", "keep", "last", "drop"],
+        _option("Its tokens compete, come first, come last, or are dropped.", _SEAM),
     ] = "compete",
     newline: Annotated[
         Literal["keep", "drop", "row"],

@@ -1,6 +1,7 @@
-"""How sure a score is: bootstrap over questions, all columns at once."""
+"""How sure a score is: bootstrap over questions, all columns at once, and means over benchmarks."""
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Shaped
 
 RESAMPLES = 10_000
@@ -57,3 +58,20 @@ def _resample(
         counts = np.bincount(cells.ravel(), minlength=rows * questions).reshape(rows, questions)
         means[start : start + rows] = counts.astype(np.float64) @ scores / questions
     return means
+
+
+def average(table: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
+    """Mean score over the benchmarks of each group of rows, with half of its 95 % interval.
+
+    The intervals of the benchmarks add as those of independent means do: no question belongs to two of them.
+
+    Args:
+        table: the long table of results, scores 0..1, see :data:`tokensel.benchmarks.results.TABLE`.
+        by: the columns that name a group.
+
+    Returns:
+        ``score`` and ``reach``, 0 to 100, a row for each group in the table's order.
+    """
+    rows = table.assign(reach=(100 * (table["ci_high"] - table["ci_low"]) / 2) ** 2, score=100 * table["score"])
+    found = rows.groupby(by, sort=False).agg(score=("score", "mean"), reach=("reach", "sum"), n=("score", "size"))
+    return found.assign(reach=found["reach"] ** 0.5 / found["n"])[["score", "reach"]]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from tokensel import io
+from tokensel.benchmarks.statistics import average
 from tokensel.errors import TokenselError
 from tokensel.figures import style
 
@@ -16,8 +17,6 @@ METHODS = ("selector", "random")
 
 def results_table(table: pd.DataFrame) -> str:
     """The mean score of each group of benchmarks, 0 to 100, with all tokens, some, and without the image, in Markdown.
-
-    The intervals of a group's benchmarks add as those of independent means do.
 
     Args:
         table: the long table of results, scores 0..1, see :data:`tokensel.figures.curves.COLUMNS`.
@@ -37,8 +36,8 @@ def results_table(table: pd.DataFrame) -> str:
             mine = rows[(rows["method"] == method) & (True if keep is None else rows["keep"] == keep)]
             if mine.empty:
                 raise TokenselError(f"no results for {head} on {group}: evaluate it first")
-            reach = ((mine["ci_high"] - mine["ci_low"]) ** 2).sum() ** 0.5 / 2 / len(mine)
-            cells.append(f"{100 * mine['score'].mean():.1f} ± {100 * reach:.1f}")
+            mean = average(mine, "group").loc[group]
+            cells.append(f"{mean['score']:.1f} ± {mean['reach']:.1f}")
         lines.append(f"| {group} ({rows['benchmark'].nunique()}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tokensel.benchmarks.statistics import average
 from tokensel.errors import TokenselError
 from tokensel.figures import style
 
@@ -101,7 +102,7 @@ def cost_curves(
     full = table[table["method"] == "full"].set_index("benchmark")[cost]
     if missing := set(table["benchmark"]) - set(full.index):
         raise TokenselError(f"the table has no row full for {sorted(missing)[0]}: evaluate that method too")
-    table = table.assign(share=100 * table[cost] / table["benchmark"].map(full), reach=(table["ci_high"] - table["ci_low"]) / 2)
+    table = table.assign(share=100 * table[cost] / table["benchmark"].map(full))
     names = list(dict.fromkeys(table[by]))
     methods = list(methods) if methods is not None else list(dict.fromkeys(table["method"]))
     figure, axes = plt.subplots(
@@ -109,11 +110,10 @@ def cost_curves(
     )
     for ax, name in zip(axes[0], names):
         for method in methods:
-            rows = table[(table[by] == name) & (table["method"] == method)].groupby("keep")
-            points = rows.agg(share=("share", "mean"), score=("score", "mean"), n=("score", "size"))
-            points["reach"] = rows["reach"].apply(lambda reach: (reach**2).sum() ** 0.5) / points["n"]
+            rows = table[(table[by] == name) & (table["method"] == method)]
+            points = average(rows, "keep").sort_index()
             ax.errorbar(
-                points["share"], 100 * points["score"], yerr=100 * points["reach"], color=style.colour(method),
+                rows.groupby("keep")["share"].mean(), points["score"], yerr=points["reach"], color=style.colour(method),
                 marker=style.MARKERS.get(method, "o"), markersize=5 if len(points) == 1 else 3.5, linewidth=1.3,
                 elinewidth=0.7, label=style.label(method),
             )  # fmt: skip

@@ -20,15 +20,16 @@ class Choices:
         budget: "image": one contest among all visual cells of an image; "tile": every tile keeps the same
             share of its own (the two keep equally many in total).
         thumbnail: "compete": its cells are cells like any other; "keep": they are served first, and the
-            high-resolution cells share what is left; "drop": only high-resolution cells are kept. All three
-            keep the same number, as far as there are enough cells to take.
+            high-resolution cells share what is left; "last": they share what the high-resolution cells leave;
+            "drop": only high-resolution cells are kept. All four keep the same number, as far as there are enough
+            cells to take. A selector that decides on its own leaves nothing over: "last" is "compete" then.
         newline: "keep" all, "drop" all, or "row": keep the newline of a row where a cell of the row stays.
         positions: "compact": kept tokens are numbered anew without gaps; "original": every token keeps the
             position it has in the full sequence.
     """
 
     budget: Literal["image", "tile"] = "image"
-    thumbnail: Literal["compete", "keep", "drop"] = "compete"
+    thumbnail: Literal["compete", "keep", "last", "drop"] = "compete"
     newline: Literal["keep", "drop", "row"] = "keep"
     positions: Literal["compact", "original"] = "compact"
 
@@ -113,8 +114,9 @@ def choose_cells(
     elif choices.thumbnail == "drop":
         chosen = best(~thumbnail, amount)
     else:
-        first = torch.minimum(amount, torch.bincount(image[thumbnail], minlength=images))
-        chosen = best(thumbnail, first) | best(~thumbnail, amount - first)
+        ahead = thumbnail if choices.thumbnail == "keep" else ~thumbnail
+        first = torch.minimum(amount, torch.bincount(image[ahead], minlength=images))
+        chosen = best(ahead, first) | best(~ahead, amount - first)
     kept = torch.zeros_like(cell)
     kept[cell] = chosen[group, slot]
     return kept
