@@ -45,10 +45,10 @@ def test_a_budget_per_tile_gives_every_tile_its_share(vlm):
     encoded = encode(vlm.model, ask(vlm, [0, 3]))
     tiles, tokens = encoded.features.tokens.shape[:2]
     scorer = GivenScores(torch.arange(tiles * tokens).view(tiles, tokens).float())  # later tiles score higher
-    share = reduce(encoded, scorer, 0.25, budget="tile").kept.sum(1)
+    share = reduce(encoded, scorer, 0.25, budget="tile", thumbnail="compete").kept.sum(1)
     exact = encoded.layout.valid.sum(1) * 0.25
     assert ((share - exact).abs() <= 1).all()
-    greedy = reduce(encoded, scorer, 0.25, budget="image").kept.sum(1)
+    greedy = reduce(encoded, scorer, 0.25, budget="image", thumbnail="compete").kept.sum(1)
     assert greedy[0] == 0 and greedy.sum() == share.sum()
 
 

@@ -249,7 +249,7 @@ def test_original_positions_equal_a_full_sequence_with_the_dropped_tokens_masked
         mask = torch.cat([mask, torch.ones_like(token)], 1)
         positions = torch.cat([positions, positions[:, -1:] + 1], 1)
     # and the numbering matters: compact positions give something else
-    compact = vlm.model.generate(**reduce(encoded, make_scorer("random"), 0.3, newline="row"), **options)
+    compact = vlm.model.generate(**reduce(encoded, make_scorer("random"), 0.3, newline="row", positions="compact"), **options)
     assert (compact.logits[0] - out.logits[0]).abs().max() > 1e-3
 
 

@@ -214,14 +214,14 @@ def evaluate(
     thumbnail: Annotated[
         Literal["compete", "keep", "last", "drop"],
         _option("Its tokens compete, come first, come last, or are dropped.", _SEAM),
-    ] = "compete",
+    ] = "last",
     newline: Annotated[
         Literal["keep", "drop", "row"],
         _option("Newline tokens: all, none, or with a token of their row.", _SEAM),
     ] = "keep",
     positions: Annotated[
         Literal["compact", "original"], _option("Number kept tokens anew, or leave their places.", _SEAM)
-    ] = "compact",
+    ] = "original",
     compare: Annotated[
         str, _option("Paired differences as method:against or fastv@0.3:random@0.3, comma-separated.", _TABLES)
     ] = "selector:random",

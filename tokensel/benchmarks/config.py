@@ -67,9 +67,9 @@ class EvalConfig:
     device: str = "auto"
     dtype: str = "auto"
     budget: str = "image"
-    thumbnail: str = "compete"
+    thumbnail: str = "last"
     newline: str = "keep"
-    positions: str = "compact"
+    positions: str = "original"
     compare: tuple[str, ...] = ("selector:random",)
     shard: str = "1/1"
     out: str = "_build/results"

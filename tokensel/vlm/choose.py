@@ -16,6 +16,10 @@ from tokensel.vlm.layout import Layout
 class Choices:
     """What the paper leaves open about dropping tokens inside LLaVA.
 
+    The defaults are those that a measurement chose, for all scorers alike and on questions that no other result is
+    counted on: ``data/results/choices.csv``. It is a measurement on the small model, whose thumbnail shows no letter;
+    for another model repeat it.
+
     Attributes:
         budget: "image": one contest among all visual cells of an image; "tile": every tile keeps the same
             share of its own (the two keep equally many in total).
@@ -29,9 +33,9 @@ class Choices:
     """
 
     budget: Literal["image", "tile"] = "image"
-    thumbnail: Literal["compete", "keep", "last", "drop"] = "compete"
+    thumbnail: Literal["compete", "keep", "last", "drop"] = "last"
     newline: Literal["keep", "drop", "row"] = "keep"
-    positions: Literal["compact", "original"] = "compact"
+    positions: Literal["compact", "original"] = "original"
 
     @classmethod
     def of(cls, values: "dict[str, Any] | Choices | None") -> "Choices":

@@ -20,7 +20,7 @@ from tokensel.vlm.layout import NEWLINE
 
 
 class Reduced(dict):
-    """Inputs for ``model.generate(**reduced)``: embeddings, mask and, with original positions, position ids.
+    """Inputs for ``model.generate(**reduced)``: embeddings, mask and, where gaps are left in them, position ids.
 
     There are no ``input_ids`` among them, so ``generate`` returns new tokens only.
 
@@ -86,7 +86,7 @@ def assemble(
         # always given: without it, gaps in the positions would be read as several packed sequences
         "attention_mask": mask.long().to(device),
     }
-    if positions == "original":
+    if positions == "original" and not bool(kept.all()):  # with nothing gone they are the model's own, which it makes itself
         place = (encoded.attention_mask.long().cumsum(1) - 1).clamp(min=0)
         out["position_ids"] = place.gather(1, order).masked_fill(~mask, 0).to(device)
     return out, slots.to(device)
