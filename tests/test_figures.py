@@ -106,10 +106,12 @@ def test_a_recorded_sweep_is_said_to_be_one_and_drawn_under_the_live_points(tmp_
     live, recorded = tmp_path / "live.csv", tmp_path / "recorded.csv"
     table(benchmarks=("forms", "charts")).to_csv(live, index=False)
     alone = Sweep.beside(live, recorded)
-    assert alone.live is None and "recorded" not in alone.source and "computed here, now**, 9 questions" in alone.source
+    assert alone.recorded is None and "recorded" not in alone.source and "computed here, now**, 9 questions" in alone.source
     table().assign(n=400, score=0.5).to_csv(recorded, index=False)
     (tmp_path / "recorded.provenance.json").write_text('{"date": "2026-01-02T03:04:05"}')
     both = Sweep.beside(live, recorded)
+    table().assign(difference=0.25).to_csv(tmp_path / "recorded.differences.csv", index=False)
+    assert (both.companion("differences", live)["difference"] == 0.25).all() and "difference" not in alone.companion("differences", live)
     assert "recorded** 2026-01-02" in both.source and "400 questions a point, in" in both.source and "9 questions" in both.source
     assert both.points("reading", "random", 0.5) == both.points("reading", "random") == 50.0
     assert alone.points("reading", "random", 0.5) == pytest.approx(55.0)
@@ -118,6 +120,8 @@ def test_a_recorded_sweep_is_said_to_be_one_and_drawn_under_the_live_points(tmp_
     both.draw("reading", ["random", "selector"])
     panels = [ax for ax in plt.gcf().axes if ax.get_visible()]
     assert [len(ax.containers) for ax in panels] == [2, 2, 0]  # the third was not asked here
+    table().assign(model="another").to_csv(recorded, index=False)
+    assert Sweep.beside(live, recorded).recorded is None  # no figure of one model stands for another
 
 
 def test_labels_keep_their_distance_and_stay_in_order():

@@ -10,19 +10,34 @@ import pandas as pd
 from tokensel.figures import curves
 
 
+def recorded_table(path: str | Path, live: pd.DataFrame) -> pd.DataFrame | None:
+    """The table at ``path``; ``None`` if there is none, or if it is of another model than ``live``."""
+    if not Path(path).is_file():
+        return None
+    table = pd.read_csv(path)
+    return table if set(table["model"]) == set(live["model"]) else None
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Two tables of one experiment, in the long format.
 
     Attributes:
-        table: what lines and numbers are taken from: the recorded table, else the live one.
-        live: what was computed here, where ``table`` is a recorded one.
+        live: what was computed here.
+        recorded: what was computed earlier for the same model, with more questions, if there is such a table.
+        path: where the recorded one lies, or would.
         source: a sentence in Markdown that says which is which, and how many questions a point has.
     """
 
-    table: pd.DataFrame
-    live: pd.DataFrame | None
+    live: pd.DataFrame
+    recorded: pd.DataFrame | None
+    path: Path
     source: str
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """What lines and numbers are taken from: the recorded table, else the live one."""
+        return self.live if self.recorded is None else self.recorded
 
     @classmethod
     def beside(cls, live: str | Path, recorded: str | Path) -> "Sweep":
@@ -34,18 +49,22 @@ class Sweep:
         """
         here, path = pd.read_csv(live), Path(recorded)
         now = f"**computed here, now**, {here['n'].min()} questions a point. "
-        if not path.is_file():
-            return cls(here, None, f"All of it {now}Bands are 95 % intervals.")
-        table, provenance = pd.read_csv(path), path.with_suffix(".provenance.json")
-        dated = json.loads(provenance.read_text(encoding="utf-8"))["date"][:10] if provenance.is_file() else "earlier"
+        table = recorded_table(path, here)
+        if table is None:
+            return cls(here, None, path, f"All of it {now}Bands are 95 % intervals.")
+        dated = json.loads(path.with_suffix(".provenance.json").read_text(encoding="utf-8"))["date"][:10]
         then = f"**recorded** {dated} by `python -m tokensel evaluate`, {table['n'].min()} questions a point, in `{recorded}`. "
-        return cls(table, here, f"Lines: {then}Open points: {now}Bands and bars are 95 % intervals.")
+        return cls(here, table, path, f"Lines: {then}Open points: {now}Bands and bars are 95 % intervals.")
+
+    def companion(self, kind: str, live: str | Path) -> pd.DataFrame:
+        """Another table of the same evaluation, ``differences`` or ``categories``: the recorded one, else the one at ``live``."""
+        return pd.read_csv(live if self.recorded is None else self.path.with_suffix(f".{kind}.csv"))
 
     def draw(self, group: str, methods: Sequence[str]) -> None:
         """The panels of one group of benchmarks, if there are any, see :func:`~tokensel.figures.curves.score_curves`."""
-        mine = [None if each is None else each[each["group"] == group] for each in (self.table, self.live)]
-        if len(mine[0]):
-            curves.score_curves(mine[0], live=mine[1], methods=methods)
+        lines, points = (each[each["group"] == group] for each in (self.table, self.live))
+        if len(lines):
+            curves.score_curves(lines, live=None if self.recorded is None else points, methods=methods)
 
     def points(self, group: str, method: str, keep: float | None = None) -> float:
         """Mean score of a group of benchmarks, 0 to 100, under a method; over all of its budgets if none is given."""
