@@ -1,11 +1,14 @@
 """What the paper leaves open: budget, thumbnail, newlines, the selector's own threshold."""
 
+import inspect
 from itertools import product
 
 import pytest
 import torch
 from tiny import GivenScores, ask, tiny_vlm
 
+from tokensel import cli
+from tokensel.benchmarks.config import EvalConfig
 from tokensel.errors import TokenselError
 from tokensel.scorers import make_scorer
 from tokensel.selector import SelectorConfig, TokenSelector
@@ -148,3 +151,9 @@ def test_what_does_not_fit_is_told_in_one_line(vlm):
         encode(vlm.model.model.language_model, inputs)
     with pytest.raises(TokenselError, match="2 rows of images for 1 prompts"):
         vlm.inputs([None, None], ["x"])
+
+
+def test_the_defaults_are_the_same_wherever_they_are_said():
+    assert EvalConfig(model="m").choices() == vars(Choices())
+    options = inspect.signature(cli.evaluate).parameters
+    assert {name: options[name].default for name in vars(Choices())} == vars(Choices())
