@@ -40,7 +40,7 @@ def test_other_choices_or_another_selector_keep_records_of_their_own(config, mod
     config = replace(config, benchmarks=("page",))
     evaluate(config, progress=False)
     # full and none do not depend on the choices
-    assert evaluate(replace(config, positions="original"), progress=False).computed == 9 * 4
+    assert evaluate(replace(config, positions="compact"), progress=False).computed == 9 * 4
     TokenSelector(SelectorConfig(width=WIDTH, layers=1, heads=4)).save_pretrained(tmp_path / "selector")
     assert evaluate(replace(config, selector=str(tmp_path / "selector")), progress=False).computed == 9 * 2
     assert evaluate(config, progress=False).computed == 0
