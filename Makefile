@@ -22,7 +22,8 @@ unit: env
 # Runs what is not up to date, then runs it again and compares every printed output.
 chapters: env
 	$(PY) -m tokensel book run
-	$(PY) -m pytest --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 1500 -o timeout=1500 _build/chapters
+	TOKENSEL_UNWATCHED=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --nbval --nbval-sanitize-with tests/nbval.cfg \
+	  --nbval-cell-timeout 1500 -o timeout=1500 _build/chapters
 
 # The built book in an installed Chromium: a missing book or browser is an error here, and a skip in `make unit`.
 browser: env

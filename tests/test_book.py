@@ -1,6 +1,7 @@
 """The book's machinery: which chapters run, what they are told, what is left when one fails, and clean pages."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,37 @@ def test_run_resume_and_parameters(clone, capsys):
     assert "injected-parameters" in (clone / "_build" / "chapters" / "01_good.ipynb").read_text()
 
 
+MEET = """import os, time
+from pathlib import Path
+mark = Path("_build")
+(mark / f"{mine}.begun").touch()
+until = time.monotonic() + 60
+while not (mark / f"{other}.begun").exists():
+    assert time.monotonic() < until, "alone"
+    time.sleep(0.01)
+(mark / f"{mine}.ended").touch()
+int(os.environ["OMP_NUM_THREADS"])"""
+
+
+def test_chapters_run_side_by_side_but_those_that_measure_time(clone, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    stems = ("01_good", "02_bad", "03_timed")
+    for mine, other in (stems[:2], stems[1::-1]):
+        body = f"mine, other = {mine!r}, {other!r}\n{MEET}"
+        nbformat.write(notebook(("code", "keep: float = 0.3"), ("code", body)), clone / "chapters" / f"{mine}.ipynb")
+    ended = "from pathlib import Path\nsorted(path.name for path in Path('_build').glob('*.ended'))"
+    timed = notebook(("code", "keep: float = 0.3"), ("code", ended))
+    timed.metadata["tokensel"] = {"measures_time": True}
+    nbformat.write(timed, clone / "chapters" / "03_timed.ipynb")
+    toc = clone / "_toc.yml"
+    toc.write_text("format: jb-book\nroot: index\nchapters:\n" + "".join(f"- file: chapters/{each}\n" for each in reversed(stems)))
+    (clone / "_build").mkdir()
+    run.run_chapters(clone, [], {}, jobs=2)
+    assert result_of(clone, "01_good") == result_of(clone, "02_bad") == str(max(1, run.cores() // 2))
+    assert result_of(clone, "03_timed") == "['01_good.ended', '02_bad.ended']"
+    assert "OMP_NUM_THREADS" not in os.environ and list(clone.glob("*ipc*")) == []
+
+
 def test_what_makes_a_chapter_stale(clone):
     path = clone / "chapters" / "01_good.ipynb"
     before = run.digest(clone, path, {})
@@ -127,13 +159,15 @@ def test_what_makes_a_chapter_stale(clone):
     assert run.digest(clone, path, {}) != before
 
 
-def test_failed_cell_is_named_and_kept(clone):
-    with pytest.raises(TokenselError, match=r"chapters/02_bad.ipynb, cell 4: AssertionError: no sound") as caught:
-        run.run_chapters(clone, ["02"], {"sound": False})  # the given parameters have a cell of their own
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_failed_cell_is_named_and_kept(clone, jobs):
+    shutil.copy(clone / "chapters" / "02_bad.ipynb", clone / "chapters" / "01_good.ipynb")
+    with pytest.raises(TokenselError, match=r"chapters/0\d_\w+.ipynb, cell 4: AssertionError: no sound") as caught:
+        run.run_chapters(clone, [], {"sound": False}, jobs=jobs)  # the given parameters have a cell of their own
     assert "\n" not in str(caught.value)
-    kept = clone / "_build" / "chapters" / "02_bad.ipynb"
-    assert "no sound" in kept.read_text()
-    assert run.stamp(clone, clone / "chapters" / "02_bad.ipynb") == {}
+    kept = list((clone / "_build" / "chapters").glob("*.ipynb"))
+    assert len(kept) >= 1 and all("no sound" in path.read_text() for path in kept)
+    assert run.stamp(clone, clone / "chapters" / "01_good.ipynb") == run.stamp(clone, clone / "chapters" / "02_bad.ipynb") == {}
 
 
 def test_unknown_names_are_refused_before_anything_runs(clone):

@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,13 +152,19 @@ def test_a_cut_last_line_is_dropped_and_a_bad_line_within_is_refused(tmp_path):
     assert read_records(tmp_path / "none.jsonl") == {}
 
 
-def test_two_evaluations_cannot_write_the_same_records(tmp_path):
-    with sole_writer(tmp_path):
-        with pytest.raises(TokenselError, match="another evaluation"):
-            with sole_writer(tmp_path):
-                pass
-    with sole_writer(tmp_path):
-        pass
+def test_an_evaluation_waits_for_another_and_takes_what_it_computed(config, tmp_path, monkeypatch):
+    config = replace(config, benchmarks=("page",))
+    first = evaluate(replace(config, out=str(tmp_path / "first")), progress=False)
+    waits = threading.Event()
+    monkeypatch.setattr(runner, "sole_writer", lambda folder, shard, waiting: sole_writer(folder, shard, waits.set))
+    records = tmp_path / "second" / "records" / "page"
+    with ThreadPoolExecutor(1) as pool:
+        with sole_writer(records):
+            second = pool.submit(evaluate, replace(config, out=str(tmp_path / "second")), progress=False)
+            assert waits.wait(timeout=120), "it should not go on while another writes"
+            shutil.copytree(tmp_path / "first" / "records" / "page", records, dirs_exist_ok=True)
+        assert second.result(timeout=120).computed == 0 < first.computed
+    assert second.result().table.read_bytes() == first.table.read_bytes()
 
 
 def test_the_code_digest_covers_what_answering_imports():

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from tiny import tiny_llava
 
 from tokensel.autoencoder import Autoencoder, MaskedAutoencoder, Statistics
+from tokensel.budget import top_fraction
 from tokensel.encoders import VisionEncoder
 from tokensel.errors import TokenselError
 from tokensel.features import Features
 from tokensel.feed import ImageFeed, ahead, derived_seed, generator, rows_of_step
 from tokensel.images import open_images
-from tokensel.judging import policy_masks, reconstruction_error, train_reconstructor
+from tokensel.judging import policy_scores, reconstruction_error, train_reconstructor
 from tokensel.objective import objective
 from tokensel.optimisation import learning_rate, seeded, slice_of, temperature
 from tokensel.scorers import make_scorer
@@ -268,6 +269,10 @@ def test_two_processes_end_where_one_does(tmp_path):
 # --- Eq. (1) ----------------------------------------------------------------------------------------------
 
 
+def kept(features, policy, keep):
+    return top_fraction(policy_scores(features, policy, batch_size=16), keep, features.valid)
+
+
 class Places:
     """Keeps what stands at the given places first."""
 
@@ -292,8 +297,8 @@ def test_the_subset_that_says_more_is_reconstructed_more_closely():
     errors = []
     for places in (range(8), range(4, 12), range(8, 16)):
         policy = Places(list(places))
-        judge = train_reconstructor(train_tiles, policy, 0.5, config)
-        errors.append(reconstruction_error(judge, test_tiles, policy, 0.5))
+        judge = train_reconstructor(train_tiles, kept(train_tiles, policy, 0.5), config)
+        errors.append(reconstruction_error(judge, test_tiles, kept(test_tiles, policy, 0.5)))
     all_content, half, none = (error.mean().item() for error in errors)
     assert errors[0].shape == (64,)
     # what is kept comes back, the blank too; of the content that is gone the best guess is its mean, 0:
@@ -305,11 +310,11 @@ def test_the_subset_that_says_more_is_reconstructed_more_closely():
 def test_a_judge_can_start_from_another_and_leaves_it_alone():
     features, policy = random_features(), make_scorer("random", seed=1)
     config = TrainConfig(steps=4, batch_size=8, layers=1, progress=False)
-    first = train_reconstructor(features, policy, 0.5, config)
+    first = train_reconstructor(features, kept(features, policy, 0.5), config)
     before = {name: value.clone() for name, value in first.state_dict().items()}
-    again = train_reconstructor(features, policy, 0.5, config)
+    again = train_reconstructor(features, kept(features, policy, 0.5), config)
     assert same(first.state_dict(), again.state_dict())
-    second = train_reconstructor(features, policy, 0.3, config, initial=first)
+    second = train_reconstructor(features, kept(features, policy, 0.3), config, initial=first)
     assert same(before, first.state_dict()) and not same(before, second.state_dict())
 
 
@@ -318,18 +323,14 @@ def test_the_selector_is_a_policy_and_is_not_trained():
     trained = train(small(), features=features)
     policy = make_scorer("selector", selector=trained.selector)
     before = {name: value.clone() for name, value in trained.selector.state_dict().items()}
-    judge = train_reconstructor(features, policy, 0.3, small())
+    masks = kept(features, policy, 0.3)
+    assert masks.sum(1).unique().tolist() == [3]
+    judge = train_reconstructor(features, masks, small())
     assert same(before, trained.selector.state_dict())
     joint = MaskedAutoencoder.of(trained.selector, trained.reconstructor)
     for model in (judge, joint):
-        error = reconstruction_error(model, features, policy, 0.3, batch_size=7)
-        torch.testing.assert_close(
-            error, reconstruction_error(model, features, policy, 0.3), atol=1e-5, rtol=1e-5
-        )
-    assert policy_masks(features, policy, 0.3).sum(1).unique().tolist() == [3]
-    for keep in (0.0, float("nan")):
-        with pytest.raises(TokenselError, match="keep is"):
-            train_reconstructor(features, policy, keep, small())
+        error = reconstruction_error(model, features, masks, batch_size=7)
+        torch.testing.assert_close(error, reconstruction_error(model, features, masks), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_is_not_judged():
@@ -337,9 +338,10 @@ def test_padding_is_not_judged():
     features.valid = torch.ones(40, 9, dtype=torch.bool)
     features.valid[:, 6:] = False
     policy = make_scorer("norm")
-    judge = train_reconstructor(features, policy, 0.5, small())
-    error = reconstruction_error(judge, features, policy, 0.5)
+    masks = kept(features, policy, 0.5)
+    judge = train_reconstructor(features, masks, small())
+    error = reconstruction_error(judge, features, masks)
     changed = Features(
         features.tokens.masked_fill(~features.valid[..., None], 99.0), features.valid, keys=features.keys
     )
-    assert torch.equal(error, reconstruction_error(judge, changed, policy, 0.5))
+    assert torch.equal(error, reconstruction_error(judge, changed, masks))

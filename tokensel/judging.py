@@ -13,8 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokensel.autoencoder import MaskedAutoencoder, Statistics
-from tokensel.budget import top_fraction
-from tokensel.errors import check_keep
 from tokensel.features import Features
 from tokensel.feed import rows_of_step
 from tokensel.objective import distance
@@ -25,42 +23,35 @@ Scorer = Callable[[Features], Tensor]
 
 
 @torch.no_grad()
-def policy_masks(
-    features: Features, scorer: Scorer, keep: float, batch_size: int = 256
-) -> Bool[Tensor, "tiles tokens"]:
-    """What a policy keeps of each tile: the best fraction ``keep`` by its scores.
+def policy_scores(features: Features, scorer: Scorer, batch_size: int = 256) -> Float[Tensor, "tiles tokens"]:
+    """A policy's scores of all tiles, some at a time; :func:`~tokensel.budget.top_fraction` makes masks of them.
 
     Raises:
-        TokenselError: ``keep`` outside (0, 1], or features that the scorer cannot read.
+        TokenselError: features that the scorer cannot read.
     """
-    parts = [features[slice(start, start + batch_size)] for start in range(0, len(features), batch_size)]
-    return torch.cat([top_fraction(scorer(part), keep, part.valid) for part in parts])
+    starts = range(0, len(features), batch_size)
+    return torch.cat([scorer(features[slice(start, start + batch_size)]) for start in starts])
 
 
 def train_reconstructor(
     features: Features,
-    scorer: Scorer,
-    keep: float,
+    masks: Bool[Tensor, "tiles tokens"],
     config: TrainConfig | None = None,
     initial: MaskedAutoencoder | None = None,
+    name: str = "reconstructor",
 ) -> MaskedAutoencoder:
     """Train only a reconstructor, and the masked embedding it reads, for one policy at one budget.
 
     Args:
-        features: training tiles, in memory. Each tile has one mask, the same in every epoch.
-        scorer: the policy; nothing of it is trained.
-        keep: fraction of the tokens kept.
+        features: training tiles, in memory.
+        masks: what the policy keeps of each tile, the same in every epoch; True = kept.
         config: of its fields those on model, optimisation and running count; 300 steps at a rate of 1e-3 if
             not given: more than in joint training, since no sampling disturbs the gradient here.
         initial: start from a copy of this one's weights instead of from new ones, which saves steps.
-
-    Raises:
-        TokenselError: ``keep`` outside (0, 1], or features that the scorer cannot read.
+        name: what the progress bar says.
     """
-    check_keep(keep)
     config = config or TrainConfig(steps=300, lr=1e-3, progress=False)
     accelerator = Accelerator(cpu=features.tokens.device.type == "cpu")
-    masks = policy_masks(features, scorer, keep)
     model = seeded(lambda: MaskedAutoencoder.new(features.tokens.shape[-1], config), config.seed)
     statistics = Statistics.of([features[: config.statistics_tiles]])
     if initial is None:
@@ -69,8 +60,7 @@ def train_reconstructor(
         model.load_state_dict(initial.state_dict())
     model.to(features.tokens.device)
     optimizer = adamw(model, config)
-    name = getattr(scorer, "name", "policy")
-    for step in tqdm(range(config.steps), desc=f"{name} {keep:g}", unit="step", disable=not config.progress):
+    for step in tqdm(range(config.steps), desc=name, unit="step", disable=not config.progress):
         rows = rows_of_step(step, config.batch_size, len(features), config.seed).to(features.tokens.device)
         batch = features[rows]
         with autocast(accelerator, config):
@@ -82,18 +72,18 @@ def train_reconstructor(
 
 @torch.no_grad()
 def reconstruction_error(
-    model: MaskedAutoencoder, features: Features, scorer: Scorer, keep: float, batch_size: int = 256
+    model: MaskedAutoencoder, features: Features, masks: Bool[Tensor, "tiles tokens"], batch_size: int = 256
 ) -> Float[Tensor, "tiles"]:
     """||R(F^pr) - F||_2 / ||F||_2 of each tile, all tokens counted: the dist of Eq. (1), relative.
 
     Args:
         model: from :func:`train_reconstructor` for this policy and budget.
         features: tiles it was not trained on.
+        masks: what the policy keeps of each; True = kept.
 
     Raises:
-        TokenselError: ``keep`` outside (0, 1], features of another width.
+        TokenselError: features of another width.
     """
-    masks = policy_masks(features, scorer, keep, batch_size)
     errors = []
     for start in range(0, len(features), batch_size):
         part = features[slice(start, start + batch_size)]

@@ -1,4 +1,4 @@
-"""A progress bar that can be read in a terminal and in a log file."""
+"""A progress bar that can be read in a terminal, in a notebook and in a log file."""
 
 import io
 import sys
@@ -31,13 +31,14 @@ def progress_bar(total: int, *, done: int = 0, unit: str = "it", shown: bool = T
         shown: ``False`` for silence.
     """
     terminal = sys.stderr.isatty()
+    redrawn = terminal or type(sys.stderr).__module__.startswith("ipykernel")  # a notebook goes back to the line's start, too
     return tqdm(
         total=total,
         initial=done,
         unit=unit,
         disable=not shown,
-        file=sys.stderr if terminal else _Lines(sys.stderr),
-        mininterval=0.5 if terminal else 30,
+        file=sys.stderr if redrawn else _Lines(sys.stderr),
+        mininterval=0.5 if redrawn else 30,
         ascii=not terminal,
         dynamic_ncols=terminal,
         ncols=None if terminal else 120,

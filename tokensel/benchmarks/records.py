@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ Record = dict[str, Any]
 def read_records(path: str | Path, *, mine: bool = True) -> dict[str, Record]:
     """The whole records of a file by question id; none where there is no file.
 
-    A last line that was cut short, as a kill or a full disk leaves it, is cut off the file; unless the file is not ``mine``:
-    then another process may be in the middle of writing that line.
+    A last line that was cut short, as a kill or a full disk leaves it, is cut off the file; unless the file is not ``mine``
+    (not held by ``sole_writer``): then another process may be in the middle of writing that line.
 
     Raises:
         TokenselError: a line in the middle is not a record, so the file was changed by other hands.
@@ -64,14 +64,19 @@ def append_records(path: str | Path, records: Iterable[Record]) -> None:
 
 
 @contextmanager
-def sole_writer(folder: str | Path, shard: Shard = Shard()) -> Iterator[None]:
-    """Hold ``folder`` for this process, so that two evaluations do not write the same records.
+def sole_writer(folder: str | Path, shard: Shard = Shard(), waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold ``folder`` for this process, so that two evaluations do not write the same records; wait while another does.
 
     Parts of one sweep share the folder with each other, but neither with an evaluation of the whole nor with themselves.
     The system lets go of the lock when the process ends, however it ends.
 
+    Args:
+        folder: the records of one benchmark.
+        shard: which part of a sweep is to write.
+        waiting: called once before each wait.
+
     Raises:
-        TokenselError: another process holds the folder, or nothing can be written there.
+        TokenselError: nothing can be written there.
     """
     folder = Path(folder)
     wanted = [(".lock", fcntl.LOCK_SH if shard.name else fcntl.LOCK_EX)]
@@ -89,9 +94,8 @@ def sole_writer(folder: str | Path, shard: Shard = Shard()) -> Iterator[None]:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise TokenselError(
-                    f"{folder}: another evaluation is writing here; wait, or give another --out"
-                ) from None
+                waiting()
+                fcntl.flock(file, kind)
         yield
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,7 +97,8 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     run with the same model, selector, choices and code takes what is there and asks the rest; with others it
     keeps records of its own. Scores depend on neither batch size nor order nor the number of interruptions,
     processes and machines: each part of a split sweep writes files of its own, all read all of them, and
-    whichever part ends last writes the tables.
+    whichever part ends last writes the tables. Where two evaluations want answers of the same benchmark in the
+    same ``out``, one waits for the other and takes what that one computed.
 
     Args:
         config: what to run.
@@ -115,19 +117,25 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     config = asker.config  # with the keeps of this model
     asker.check_fit()
     questions = [load_questions(benchmark, config.split, config.n) for benchmark in benchmarks.values()]
-    folder = Path(config.out)
-    with sole_writer(folder / "records", shard):
-        shelves = [_open_shelves(asker, each, folder / "records", shard) for each in questions]
-        total = sum(len(each) * len(mine) for each, mine in zip(questions, shelves))
-        missing = _count_missing(questions, shelves)
-        share = -(-missing // shard.count)  # of the split, about
-        shown = progress and is_first_here()
-        with progress_bar(total - missing + share, done=total - missing, unit="answers", shown=shown) as bar:
-            computed = sum(_ask(asker, each, mine, shard, bar) for each, mine in zip(questions, shelves))
-        if shard.count > 1:  # others have gone on meanwhile
-            shelves = [_open_shelves(asker, each, folder / "records", shard) for each in questions]
-            if left := _count_missing(questions, shelves):
-                return Evaluation(None, None, None, None, computed, left)
+    records = Path(config.out) / "records"
+    shelves = [_open_shelves(asker, each, records, shard) for each in questions]
+    total = sum(len(each) * len(mine) for each, mine in zip(questions, shelves))
+    missing, computed = _count_missing(questions, shelves), 0
+    share = -(-missing // shard.count)  # of the split, about
+    shown = progress and is_first_here()
+    with progress_bar(total - missing + share, done=total - missing, unit="answers", shown=shown) as bar:
+        for i, each in enumerate(questions):
+            if before := _count_missing([each], [shelves[i]]):
+                note = partial(bar.set_description, f"{each.benchmark.name}: another evaluation is at it")
+                with sole_writer(records / each.benchmark.name, shard, waiting=note):
+                    shelves[i] = _open_shelves(asker, each, records, shard, held=True)  # others have gone on meanwhile
+                    if shard.count == 1:
+                        bar.update(before - _count_missing([each], [shelves[i]]))
+                    computed += _ask(asker, each, shelves[i], shard, bar)
+    if shard.count > 1:
+        shelves = [_open_shelves(asker, each, records, shard) for each in questions]
+        if left := _count_missing(questions, shelves):
+            return Evaluation(None, None, None, None, computed, left)
     sheets = [
         Sheet.of(
             each.benchmark,
@@ -175,8 +183,10 @@ def _write_tables(
     )
 
 
-def _open_shelves(asker: Asker, questions: Questions, folder: Path, shard: Shard) -> dict[Condition, _Shelf]:
-    """The records there are for each condition, made sure to belong to these questions."""
+def _open_shelves(
+    asker: Asker, questions: Questions, folder: Path, shard: Shard, *, held: bool = False
+) -> dict[Condition, _Shelf]:
+    """The records there are for each condition, made sure to belong to these questions; for writing if they are ``held``."""
     benchmark, shelves = questions.benchmark, {}
     number = {name: i for i, name in enumerate(questions.ids)}
     pictures: dict[int, str | None] = {}
@@ -187,7 +197,7 @@ def _open_shelves(asker: Asker, questions: Questions, folder: Path, shard: Shard
         place = folder / benchmark.name / condition.method
         shelf = shelves[condition] = _Shelf(place / f"{stem}{shard.name}.jsonl")
         for path in [place / f"{stem}.jsonl", *sorted(place.glob(f"{stem}.*-of-*.jsonl"))]:
-            for name, record in read_records(path, mine=path == shelf.path).items():
+            for name, record in read_records(path, mine=held and path == shelf.path).items():
                 if name in number and name not in shelf.scores:
                     questions.check_record(number[name], record)
                     pictures[number[name]] = record["image"]

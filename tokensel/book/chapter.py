@@ -3,6 +3,8 @@
 import ast
 import difflib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ class Chapter:
         root: the project's root, also the working directory from here on.
         results: where the chapter's table belongs, ``_build/results/<name>.csv``.
         figures: folder for pictures that pages outside the chapter show, ``_build/figures``.
+        progress: whether somebody watches, so that long work shows its progress; not where the book runs the chapter.
     """
 
     name: str
@@ -30,6 +33,25 @@ class Chapter:
     @property
     def figures(self) -> Path:
         return _folder(self.root / "_build" / "figures")
+
+    @property
+    def progress(self) -> bool:
+        return UNWATCHED not in os.environ
+
+
+UNWATCHED = "TOKENSEL_UNWATCHED"  # in the environment of a kernel whose outputs go on a page: bars are no part of it
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Kernels that are started meanwhile show no progress of their own."""
+    before = os.environ.get(UNWATCHED)
+    os.environ[UNWATCHED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[UNWATCHED]
 
 
 def _folder(path: Path) -> Path:

@@ -12,6 +12,10 @@ Parameters = Annotated[
     typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Override a parameter, such as -p keep=0.3."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Run chapters again that are up to date.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Chapters at a time, sharing the cores; two when left out, one where there is a GPU."),
+]
 Chapters = Annotated[list[str] | None, typer.Argument(help="Names such as 03 or 03_selector; all when left out.")]
 
 
@@ -30,22 +34,26 @@ def list_command() -> None:
 
 
 @app.command("run")
-def run_command(chapters: Chapters = None, parameter: Parameters = None, force: Force = False) -> None:
+def run_command(
+    chapters: Chapters = None, parameter: Parameters = None, force: Force = False, jobs: Jobs = None
+) -> None:
     """Execute chapters that are not up to date; the results lie in _build/chapters and _build/results."""
     from tokensel.book import run
     from tokensel.book.chapter import find_root
 
-    run.run_chapters(find_root(), chapters or [], run.parse_parameters(parameter or []), force=force)
+    given = run.parse_parameters(parameter or [])
+    run.run_chapters(find_root(), chapters or [], given, force=force, jobs=jobs or run.default_jobs())
 
 
 @app.command("build")
-def build_command(parameter: Parameters = None, force: Force = False) -> None:
+def build_command(parameter: Parameters = None, force: Force = False, jobs: Jobs = None) -> None:
     """Execute what is not up to date, then build the pages in _build/html; any warning is an error."""
     from tokensel.book import run, site
     from tokensel.book.chapter import find_root
 
     root = find_root()
-    run.run_chapters(root, [], run.parse_parameters(parameter or []), force=force)
+    given = run.parse_parameters(parameter or [])
+    run.run_chapters(root, [], given, force=force, jobs=jobs or run.default_jobs())
     index: Path = site.build(root)
     typer.echo(f"the book: {index}")
 

@@ -1,15 +1,19 @@
-"""Run chapters headless with papermill: in order, with progress, and only those whose inputs changed."""
+"""Run chapters headless with papermill: some at a time, with progress, and only those whose inputs changed."""
 
 import ast
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from tokensel import io
-from tokensel.book.chapter import refuse_unknown
+from tokensel.book.chapter import refuse_unknown, unwatched
 from tokensel.errors import TokenselError
 
 
@@ -104,8 +108,13 @@ def stamp(root: Path, path: Path) -> dict[str, Any]:
         return {}
 
 
-def run_chapters(root: Path, names: list[str], parameters: dict[str, Any], *, force: bool = False) -> None:
-    """Run the chapters that are not up to date, in order.
+def run_chapters(
+    root: Path, names: list[str], parameters: dict[str, Any], *, force: bool = False, jobs: int = 1
+) -> None:
+    """Run the chapters that are not up to date, ``jobs`` at a time.
+
+    Small matrices do not keep several cores busy, several chapters do. Each gets an equal share of the cores; a chapter that
+    measures time has all of them, after the others, with nothing beside it.
 
     Raises:
         TokenselError: an unknown chapter or parameter (before anything runs), or a failed cell.
@@ -113,13 +122,54 @@ def run_chapters(root: Path, names: list[str], parameters: dict[str, Any], *, fo
     paths = select_chapters(root, names)
     for path in paths:
         refuse_unknown(path.stem, list(parameters_of(path)), list(parameters))
+    together, alone = [], []
     for number, path in enumerate(paths, 1):
         label = f"[{number}/{len(paths)}] {path.stem}"
         if not force and is_current(root, path, parameters):
             print(f"{label}: up to date", flush=True)
-            continue
-        seconds = run_one(root, path, parameters, label)
-        print(f"{label}: {seconds:.1f} s", flush=True)
+        else:
+            (alone if measures_time(path) else together).append((root, path, parameters, label))
+    jobs = min(jobs, len(together))
+    if jobs > 1:
+        _run_together(together, jobs)
+    else:
+        alone = together + alone
+    for task in alone:
+        print(f"{task[-1]}: {run_one(*task):.1f} s", flush=True)
+
+
+def default_jobs() -> int:
+    """How many chapters run at a time unless one says: two, but one where a GPU's memory would have to be shared."""
+    return 1 if torch.cuda.is_available() else min(2, cores())
+
+
+def measures_time(path: Path) -> bool:
+    """Whether the chapter says of itself, in its metadata, that nothing may run beside it."""
+    return nbformat.read(path, as_version=4).metadata.get("tokensel", {}).get("measures_time", False)
+
+
+def _run_together(tasks: list[tuple], jobs: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    places = context.SimpleQueue()
+    for place in range(jobs):
+        places.put(place)
+    with ProcessPoolExecutor(jobs, context, _share_cores, (places, max(1, cores() // jobs))) as pool:
+        running = {pool.submit(run_one, *task): task[-1] for task in tasks}
+        try:
+            for done in as_completed(running):
+                print(f"{running[done]}: {done.result():.1f} s", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what runs ends and is kept, nothing else starts
+            raise
+
+
+_place = 0  # of this process among those that run chapters side by side: the line of its progress bar
+
+
+def _share_cores(places: SimpleQueue, threads: int) -> None:
+    global _place
+    _place = places.get()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # kernels inherit it
 
 
 def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> float:
@@ -134,16 +184,21 @@ def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> f
     target.with_suffix(".json").unlink(missing_ok=True)
     started = time.monotonic()
     try:
-        papermill.execute_notebook(
-            str(path),
-            str(target),
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=str(root),
-            config=Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}),  # no open port
-            # one line a chapter on a terminal; in a log, a line now and then
-            progress_bar={"desc": label, "leave": False, "mininterval": 0.5 if sys.stderr.isatty() else 20.0},
-        )
+        with unwatched(), tempfile.TemporaryDirectory(prefix="tokensel-", ignore_cleanup_errors=True) as sockets:
+            # no open port; sockets of its own, as two kernels that start at once would pick the same names
+            local = {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}
+            papermill.execute_notebook(
+                str(path),
+                str(target),
+                parameters=parameters,
+                kernel_name="python3",
+                cwd=str(root),
+                config=Config(local if os.name == "posix" else {}),
+                # one line a chapter on a terminal; in a log, a line now and then
+                progress_bar={
+                    "desc": label, "leave": False, "position": _place, "mininterval": 0.5 if sys.stderr.isatty() else 20.0,
+                },
+            )  # fmt: skip
     except PapermillExecutionError as error:
         raise TokenselError(
             f"{path.relative_to(root)}, cell {error.cell_index + 1}: {error.ename}: {_first_line(error.evalue)} "
@@ -158,6 +213,7 @@ def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> f
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "parameters": parameters,
             "device": device(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", cores())),
             "versions": {name: version(name) for name in ("torch", "transformers")},
         },
     )
@@ -167,8 +223,12 @@ def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> f
 def device() -> str:
     """The machine in words: accelerators if there are any, cores, system."""
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ", ".join([*cards, f"{cores} CPU cores", f"{platform.system()} {platform.machine()}"])
+    return ", ".join([*cards, f"{cores()} CPU cores", f"{platform.system()} {platform.machine()}"])
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _first_line(text: str) -> str:

@@ -25,10 +25,12 @@ def page(root: Path) -> str:
         "",
         "## Run time of the chapters",
         "",
-        "| chapter | seconds | stated | finished (UTC) | parameters changed |",
-        "|---|---:|---:|---|---|",
+        "Chapters run side by side share the cores; the time stated is that of a chapter alone on two.",
+        "",
+        "| chapter | seconds | stated | threads | finished (UTC) | parameters changed |",
+        "|---|---:|---:|---:|---|---|",
         *rows,
-        f"| **together** | {total:.1f} | | | |",
+        f"| **together** | {total:.1f} | | | | |",
         "",
         "## Versions",
         "",
@@ -46,7 +48,8 @@ def _row(root: Path, path: Path) -> str:
     stamp = run.stamp(root, path)
     changed = ", ".join(f"`{name} = {value}`" for name, value in stamp.get("parameters", {}).items())
     finished = stamp.get("finished", "").replace("T", " ").removesuffix("+00:00")
-    return f"| [](chapters/{path.name}) | {stamp.get('seconds', 0.0):.1f} | {stated_seconds(path)} | {finished} | {changed} |"
+    took = f"{stamp.get('seconds', 0.0):.1f} | {stated_seconds(path)} | {stamp.get('threads', '')}"
+    return f"| [](chapters/{path.name}) | {took} | {finished} | {changed} |"
 
 
 def stated_seconds(path: Path) -> int:
