@@ -125,7 +125,8 @@ def test_chapters_run_side_by_side_but_those_that_measure_time(clone, monkeypatc
     stems = ("01_good", "02_bad", "03_timed")
     for mine, other in (stems[:2], stems[1::-1]):
         body = f"mine, other = {mine!r}, {other!r}\n{MEET}"
-        nbformat.write(notebook(("code", "keep: float = 0.3"), ("code", body)), clone / "chapters" / f"{mine}.ipynb")
+        promise = ("md", "**run time** about 5 s")
+        nbformat.write(notebook(promise, ("code", "keep: float = 0.3"), ("code", body)), clone / "chapters" / f"{mine}.ipynb")
     ended = "from pathlib import Path\nsorted(path.name for path in Path('_build').glob('*.ended'))"
     timed = notebook(("code", "keep: float = 0.3"), ("code", ended))
     timed.metadata["tokensel"] = {"measures_time": True}
@@ -261,7 +262,7 @@ def test_status_page_tells_versions_times_and_parameters(clone):
     page = status.page(clone)
     assert "`keep = 0.5`" in page and "| torch | 2." in page and "CPU core" in page
     assert "[](chapters/01_good.ipynb)" in page
-    assert [status.stated_seconds(path) for path in run.chapter_paths(clone)] == [5, 120]
+    assert [run.stated_seconds(path) for path in run.chapter_paths(clone)] == [5, 120]
 
 
 @pytest.mark.parametrize(

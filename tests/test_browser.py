@@ -37,7 +37,7 @@ if reason := _missing():
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
-from tokensel.book import run, status  # noqa: E402
+from tokensel.book import run  # noqa: E402
 
 QUIET = ("--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 AXE = {
@@ -168,7 +168,7 @@ def test_links_inside_the_book_arrive(visit):
 def test_chapters_take_about_as_long_as_they_say():
     astray = {}
     for path in run.chapter_paths(ROOT):
-        stated, took = status.stated_seconds(path), run.stamp(ROOT, path)["seconds"]
+        stated, took = run.stated_seconds(path), run.stamp(ROOT, path)["seconds"]
         if not stated / 2 <= took <= 2 * stated and abs(took - stated) > 15:
             astray[path.name] = f"stated {stated} s, took {took:.0f} s"
     assert astray == {}

@@ -28,7 +28,7 @@ def read_records(path: str | Path, *, mine: bool = True) -> dict[str, Record]:
     """
     try:
         data = Path(path).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     whole = data.rfind(b"\n") + 1
     if whole < len(data) and mine:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -131,7 +132,8 @@ def run_chapters(
             (alone if measures_time(path) else together).append((root, path, parameters, label))
     jobs = min(jobs, len(together))
     if jobs > 1:
-        _run_together(together, jobs)
+        # the longest first, so that none of them is left over in the end with nothing beside it
+        _run_together(sorted(together, key=lambda task: stated_seconds(task[1]), reverse=True), jobs)
     else:
         alone = together + alone
     for task in alone:
@@ -146,6 +148,18 @@ def default_jobs() -> int:
 def measures_time(path: Path) -> bool:
     """Whether the chapter says of itself, in its metadata, that nothing may run beside it."""
     return nbformat.read(path, as_version=4).metadata.get("tokensel", {}).get("measures_time", False)
+
+
+def stated_seconds(path: Path) -> int:
+    """The run time that a chapter promises its reader in its opening, alone on two CPU cores.
+
+    Raises:
+        TokenselError: it promises none, or in other words than "**run time** about 20 s" or "2 min".
+    """
+    said = re.search(r"\*\*run time\*\* about (\d+) (s|min)\b", path.read_text(encoding="utf-8"))
+    if said is None:
+        raise TokenselError(f"{path.name} states no run time: write '**run time** about 20 s' or '2 min' in its opening")
+    return int(said[1]) * (60 if said[2] == "min" else 1)
 
 
 def _run_together(tasks: list[tuple], jobs: int) -> None:

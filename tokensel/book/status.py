@@ -1,14 +1,12 @@
 """The status page: with what, on what and for how long the book was made."""
 
 import platform
-import re
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 from tokensel import __version__
 from tokensel.book import run
-from tokensel.errors import TokenselError
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "matplotlib", "scikit-image")
 TOOLS = ("jupyter-book", "myst-nb", "papermill", "sphinx")
@@ -48,17 +46,5 @@ def _row(root: Path, path: Path) -> str:
     stamp = run.stamp(root, path)
     changed = ", ".join(f"`{name} = {value}`" for name, value in stamp.get("parameters", {}).items())
     finished = stamp.get("finished", "").replace("T", " ").removesuffix("+00:00")
-    took = f"{stamp.get('seconds', 0.0):.1f} | {stated_seconds(path)} | {stamp.get('threads', '')}"
+    took = f"{stamp.get('seconds', 0.0):.1f} | {run.stated_seconds(path)} | {stamp.get('threads', '')}"
     return f"| [](chapters/{path.name}) | {took} | {finished} | {changed} |"
-
-
-def stated_seconds(path: Path) -> int:
-    """The run time that a chapter promises its reader in its opening, on two CPU cores.
-
-    Raises:
-        TokenselError: it promises none, or in other words than "**run time** about 20 s" or "2 min".
-    """
-    said = re.search(r"\*\*run time\*\* about (\d+) (s|min)\b", path.read_text(encoding="utf-8"))
-    if said is None:
-        raise TokenselError(f"{path.name} states no run time: write '**run time** about 20 s' or '2 min' in its opening")
-    return int(said[1]) * (60 if said[2] == "min" else 1)
