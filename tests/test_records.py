@@ -156,10 +156,10 @@ def test_an_evaluation_waits_for_another_and_takes_what_it_computed(config, tmp_
     config = replace(config, benchmarks=("page",))
     first = evaluate(replace(config, out=str(tmp_path / "first")), progress=False)
     waits = threading.Event()
-    monkeypatch.setattr(runner, "sole_writer", lambda folder, shard, waiting: sole_writer(folder, shard, waits.set))
+    monkeypatch.setattr(runner, "sole_writer", lambda lock, shard, waiting: sole_writer(lock, shard, waits.set))
     records = tmp_path / "second" / "records" / "page"
     with ThreadPoolExecutor(1) as pool:
-        with sole_writer(records):
+        with sole_writer(records / f".lock-{checkpoint_digest(config.model)}"):
             second = pool.submit(evaluate, replace(config, out=str(tmp_path / "second")), progress=False)
             assert waits.wait(timeout=120), "it should not go on while another writes"
             shutil.copytree(tmp_path / "first" / "records" / "page", records, dirs_exist_ok=True)

@@ -99,17 +99,18 @@ def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path):
     assert list(read_records(path, mine=False)) == ["a"] and path.read_bytes() == before
 
 
-def test_parts_share_a_folder_but_not_with_themselves_or_the_whole(tmp_path):
+def test_parts_share_a_lock_but_not_with_themselves_or_the_whole(tmp_path):
     class Waits(Exception):
         pass
 
     def wait():
         raise Waits
 
-    with sole_writer(tmp_path, Shard(0, 2), wait), sole_writer(tmp_path, Shard(1, 2), wait):
+    lock = tmp_path / ".lock"
+    with sole_writer(lock, Shard(0, 2), wait), sole_writer(lock, Shard(1, 2), wait):
         for other in (Shard(0, 2), Shard()):
-            with pytest.raises(Waits), sole_writer(tmp_path, other, wait):
+            with pytest.raises(Waits), sole_writer(lock, other, wait):
                 pass
-    with sole_writer(tmp_path, waiting=wait), pytest.raises(Waits):
-        with sole_writer(tmp_path, Shard(1, 2), wait):
+    with sole_writer(lock, waiting=wait), pytest.raises(Waits):
+        with sole_writer(lock, Shard(1, 2), wait):
             pass

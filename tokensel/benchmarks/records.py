@@ -64,32 +64,32 @@ def append_records(path: str | Path, records: Iterable[Record]) -> None:
 
 
 @contextmanager
-def sole_writer(folder: str | Path, shard: Shard = Shard(), waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold ``folder`` for this process, so that two evaluations do not write the same records; wait while another does.
+def sole_writer(lock: str | Path, shard: Shard = Shard(), waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold ``lock`` for this process, so that two evaluations do not write the same records; wait while another does.
 
-    Parts of one sweep share the folder with each other, but neither with an evaluation of the whole nor with themselves.
-    The system lets go of the lock when the process ends, however it ends.
+    Parts of one sweep share the lock with each other, but neither with an evaluation of the whole nor with themselves.
+    The system lets go of it when the process ends, however it ends.
 
     Args:
-        folder: the records of one benchmark.
+        lock: a file beside the records, which is made.
         shard: which part of a sweep is to write.
         waiting: called once before each wait.
 
     Raises:
         TokenselError: nothing can be written there.
     """
-    folder = Path(folder)
-    wanted = [(".lock", fcntl.LOCK_SH if shard.name else fcntl.LOCK_EX)]
+    lock = Path(lock)
+    wanted = [(lock, fcntl.LOCK_SH if shard.name else fcntl.LOCK_EX)]
     if shard.name:
-        wanted.append((f".lock{shard.name}", fcntl.LOCK_EX))
+        wanted.append((lock.with_name(f"{lock.name}{shard.name}"), fcntl.LOCK_EX))
     with ExitStack() as files:
-        for name, kind in wanted:
+        for path, kind in wanted:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                file = files.enter_context((folder / name).open("w"))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = files.enter_context(path.open("w"))
             except OSError as error:
                 raise TokenselError(
-                    f"{folder}: cannot write here ({error.strerror}); give another --out"
+                    f"{path.parent}: cannot write here ({error.strerror}); give another --out"
                 ) from None
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)

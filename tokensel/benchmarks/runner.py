@@ -97,8 +97,8 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     run with the same model, selector, choices and code takes what is there and asks the rest; with others it
     keeps records of its own. Scores depend on neither batch size nor order nor the number of interruptions,
     processes and machines: each part of a split sweep writes files of its own, all read all of them, and
-    whichever part ends last writes the tables. Where two evaluations want answers of the same benchmark in the
-    same ``out``, one waits for the other and takes what that one computed.
+    whichever part ends last writes the tables. Where two evaluations want answers of the same model on the
+    same benchmark in the same ``out``, one waits for the other and takes what that one computed.
 
     Args:
         config: what to run.
@@ -126,8 +126,9 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     with progress_bar(total - missing + share, done=total - missing, unit="answers", shown=shown) as bar:
         for i, each in enumerate(questions):
             if before := _count_missing([each], [shelves[i]]):
+                lock = records / each.benchmark.name / f".lock-{asker.model_digest}"
                 note = partial(bar.set_description, f"{each.benchmark.name}: another evaluation is at it")
-                with sole_writer(records / each.benchmark.name, shard, waiting=note):
+                with sole_writer(lock, shard, waiting=note):
                     shelves[i] = _open_shelves(asker, each, records, shard, held=True)  # others have gone on meanwhile
                     if shard.count == 1:
                         bar.update(before - _count_missing([each], [shelves[i]]))
