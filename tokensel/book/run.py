@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -167,14 +168,15 @@ def _run_together(tasks: list[tuple], jobs: int) -> None:
     places = context.SimpleQueue()
     for place in range(jobs):
         places.put(place)
+    left, running = iter(tasks), {}
     with ProcessPoolExecutor(jobs, context, _share_cores, (places, max(1, cores() // jobs))) as pool:
-        running = {pool.submit(run_one, *task): task[-1] for task in tasks}
-        try:
-            for done in as_completed(running):
-                print(f"{running[done]}: {done.result():.1f} s", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what runs ends and is kept, nothing else starts
-            raise
+        while True:
+            # handed out one by one: after a failure what runs ends and is kept, and nothing else starts
+            running |= {pool.submit(run_one, *task): task[-1] for task in islice(left, jobs - len(running))}
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                print(f"{running.pop(done)}: {done.result():.1f} s", flush=True)
 
 
 _place = 0  # of this process among those that run chapters side by side: the line of its progress bar
