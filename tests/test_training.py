@@ -331,6 +331,9 @@ def test_the_selector_is_a_policy_and_is_not_trained():
     for model in (judge, joint):
         error = reconstruction_error(model, features, masks, batch_size=7)
         torch.testing.assert_close(error, reconstruction_error(model, features, masks), atol=1e-5, rtol=1e-5)
+    for keep in (0.0, float("nan")):
+        with pytest.raises(TokenselError, match="keep is"):
+            kept(features, policy, keep)
 
 
 def test_padding_is_not_judged():

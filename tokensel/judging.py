@@ -38,7 +38,6 @@ def train_reconstructor(
     masks: Bool[Tensor, "tiles tokens"],
     config: TrainConfig | None = None,
     initial: MaskedAutoencoder | None = None,
-    name: str = "reconstructor",
 ) -> MaskedAutoencoder:
     """Train only a reconstructor, and the masked embedding it reads, for one policy at one budget.
 
@@ -48,7 +47,6 @@ def train_reconstructor(
         config: of its fields those on model, optimisation and running count; 300 steps at a rate of 1e-3 if
             not given: more than in joint training, since no sampling disturbs the gradient here.
         initial: start from a copy of this one's weights instead of from new ones, which saves steps.
-        name: what the progress bar says.
     """
     config = config or TrainConfig(steps=300, lr=1e-3, progress=False)
     accelerator = Accelerator(cpu=features.tokens.device.type == "cpu")
@@ -60,7 +58,7 @@ def train_reconstructor(
         model.load_state_dict(initial.state_dict())
     model.to(features.tokens.device)
     optimizer = adamw(model, config)
-    for step in tqdm(range(config.steps), desc=name, unit="step", disable=not config.progress):
+    for step in tqdm(range(config.steps), desc="reconstructor", unit="step", disable=not config.progress):
         rows = rows_of_step(step, config.batch_size, len(features), config.seed).to(features.tokens.device)
         batch = features[rows]
         with autocast(accelerator, config):

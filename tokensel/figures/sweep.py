@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,6 +17,11 @@ def recorded_table(path: str | Path, live: pd.DataFrame) -> pd.DataFrame | None:
         return None
     table = pd.read_csv(path)
     return table if set(table["model"]) == set(live["model"]) else None
+
+
+def provenance(path: str | Path) -> dict[str, Any]:
+    """What lies beside the recorded table at ``path`` and tells how it was made."""
+    return json.loads(Path(path).with_suffix(".provenance.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Sweep:
         table = recorded_table(path, here)
         if table is None:
             return cls(here, None, path, f"All of it {now}Bands are 95 % intervals.")
-        dated = json.loads(path.with_suffix(".provenance.json").read_text(encoding="utf-8"))["date"][:10]
+        dated = provenance(path)["date"][:10]
         then = f"**recorded** {dated} by `python -m tokensel evaluate`, {table['n'].min()} questions a point, in `{recorded}`. "
         return cls(here, table, path, f"Lines: {then}Open points: {now}Bands and bars are 95 % intervals.")
 
