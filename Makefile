@@ -27,7 +27,7 @@ chapters: env
 
 # The built book in an installed Chromium: a missing book or browser is an error here, and a skip in `make unit`.
 browser: env
-	TOKENSEL_BROWSER=required $(PY) -m pytest -n auto tests/test_browser.py
+	TOKENSEL_BROWSER=required $(PY) -m pytest -n auto tests/book/test_browser.py
 
 # Asks every address outside the book whether it is still there; needs a network.
 links: env

@@ -12,12 +12,12 @@ from jaxtyping import install_import_hook
 # before anything imports the package: modules that are loaded already would go unchecked
 install_import_hook("tokensel", "beartype.beartype")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import suite_tiny  # noqa: E402
+import pytest
+import suite_tiny
 
-from tokensel.benchmarks.config import EvalConfig  # noqa: E402
+from tokensel.benchmarks.config import EvalConfig
 
 
 @pytest.fixture(scope="module")

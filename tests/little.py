@@ -8,8 +8,8 @@ from datasets import Image as ImageFeature
 from tiny import noise_image, scale_up
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tokensel.features import Features
-from tokensel.train_config import TrainConfig
+from tokensel.data.features import Features
+from tokensel.training.config import TrainConfig
 
 VISION = dict(
     hidden_size=16,

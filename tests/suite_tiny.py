@@ -10,7 +10,7 @@ from PIL import Image as Pictures
 from tiny import WIDTH, tiny_llava
 
 from tokensel.benchmarks import Benchmark
-from tokensel.selector import SelectorConfig, TokenSelector
+from tokensel.model.selector import SelectorConfig, TokenSelector
 
 SIZES = [(24, 24), (30, 48), (60, 20)]  # (height, width); tiles of the tiny model have 24 pixels
 ROWS = 24

@@ -16,8 +16,8 @@ from tiny import WIDTH
 
 from tokensel import cli
 from tokensel.benchmarks.records import append_records, read_records
-from tokensel.errors import TokenselError
-from tokensel.selector import SelectorConfig, TokenSelector
+from tokensel.model.selector import SelectorConfig, TokenSelector
+from tokensel.utils.errors import TokenselError
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from tokensel import cli
 from tokensel.benchmarks.config import EvalConfig
-from tokensel.cost.config import CostConfig
-from tokensel.dyrate_training import DyRateConfig
-from tokensel.errors import TokenselError
-from tokensel.train_config import TrainConfig
+from tokensel.profiling.config import CostConfig
+from tokensel.training.config import TrainConfig
+from tokensel.training.dyrate import DyRateConfig
+from tokensel.utils.errors import TokenselError
 
 HELP = {"TERM": "dumb", "COLUMNS": "200"}
 
@@ -63,7 +63,7 @@ def test_the_mounted_commands_show_their_own_help(command):
 
 
 def inner_commands(command: str) -> dict:
-    module = {"mini": "tokensel.mini.cli", "book": "tokensel.book.cli"}[command]
+    module = {"mini": "tokensel.book.mini.cli", "book": "tokensel.book.site.cli"}[command]
     return typer.main.get_group(__import__(module, fromlist=["app"]).app).commands
 
 
@@ -116,10 +116,15 @@ def test_values_reach_the_configuration(monkeypatch):
 
 def test_several_p_are_trained_one_after_the_other(monkeypatch):
     seen = []
-    monkeypatch.setattr("tokensel.training.train", seen.append)
+    monkeypatch.setattr("tokensel.training.train.train", seen.append)
     result = run("train", "--images", "i", "--encoder", "e", "--out", "o", "--ps", "0.1,.5", "--steps", "7")
-    assert [(config.p, config.out, config.steps) for config in seen] == [(0.1, "o/p-0.1", 7), (0.5, "o/p-0.5", 7)]
-    assert result.output.split()[1::2] == [f"o/p-{p}/{name}" for p in (0.1, 0.5) for name in ("selector", "reconstructor")]
+    assert [(config.p, config.out, config.steps) for config in seen] == [
+        (0.1, "o/p-0.1", 7),
+        (0.5, "o/p-0.5", 7),
+    ]
+    assert result.output.split()[1::2] == [
+        f"o/p-{p}/{name}" for p in (0.1, 0.5) for name in ("selector", "reconstructor")
+    ]
     result = run("train", "--images", "i", "--encoder", "e", "--out", "o", "--ps", "0.1,2")
     assert isinstance(result.exception, TokenselError) and len(seen) == 2
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import noise_image, tiny_selector, tiny_vlm
 
-from tokensel.errors import TokenselError
 from tokensel.methods import METHODS, Batch, check_method, prepare
 from tokensel.schedules import SCHEDULES
 from tokensel.scorers import make_scorer
+from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Choices, Vlm
 
 IMAGES = [noise_image(40, 48), noise_image(30, 90, seed=1)]
@@ -28,7 +28,9 @@ def ask(vlm, method, keep=0.3, **options):
     return prepare(vlm, IMAGES, QUESTIONS, method, keep, keys=[1, 2], **options)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "native"])  # which needs a LLaVA-OneVision
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name != "native"]
+)  # which needs a LLaVA-OneVision
 def test_every_method_gives_generate_what_it_needs(vlm, selector, method):
     reduced = ask(vlm, method, scorer=selector if method == "selector" else None)
     answers = vlm.generate(reduced, max_new_tokens=4)
@@ -52,7 +54,13 @@ def test_a_schedule_alone_gets_the_whole_picture_and_behind_a_scorer_what_it_cho
     assert row.schedule == schedule and row.uses_keep == SCHEDULES[schedule].uses_keep and not row.chooses
     assert torch.equal(ask(vlm, schedule)["inputs_embeds"], ask(vlm, "full")["inputs_embeds"])
     both = check_method(f"random+{schedule}")
-    assert (both.schedule, both.scorer, both.uses_seed, both.uses_keep, both.chooses) == (schedule, "random", True, True, True)
+    assert (both.schedule, both.scorer, both.uses_seed, both.uses_keep, both.chooses) == (
+        schedule,
+        "random",
+        True,
+        True,
+        True,
+    )
     assert torch.equal(ask(vlm, f"random+{schedule}")["inputs_embeds"], ask(vlm, "random")["inputs_embeds"])
 
 
@@ -105,7 +113,9 @@ def test_keep_none_lets_the_selector_decide(vlm, selector):
 
 def test_bad_input(vlm, selector):
     for name in ("fast", "none+fastv", "full+fastv", "fastv+selector", "selector+norm", "+fastv"):
-        with pytest.raises(TokenselError, match="is unknown: choose one of full, none, selector, random") as told:
+        with pytest.raises(
+            TokenselError, match="is unknown: choose one of full, none, selector, random"
+        ) as told:
             ask(vlm, name)
         assert name in str(told.value)
     for method in METHODS:

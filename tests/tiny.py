@@ -26,10 +26,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
-from tokensel.features import Features
-from tokensel.selector import SelectorConfig, TokenSelector
+from tokensel.data.features import Features
+from tokensel.model.selector import SelectorConfig, TokenSelector
 from tokensel.vlm import Vlm
 from tokensel.vlm.native import LlavaOnevisionProcessor
 
@@ -142,7 +144,10 @@ def tiny_vlm(text: str = "llama", attn: str = "sdpa") -> Vlm:
 
 
 def onevision_processor(
-    tile: int = TILE, patch: int = PATCH, pinpoints: list[list[int]] = MANY_PINPOINTS, ratio: str = "anyres_max_9"
+    tile: int = TILE,
+    patch: int = PATCH,
+    pinpoints: list[list[int]] = MANY_PINPOINTS,
+    ratio: str = "anyres_max_9",
 ) -> LlavaOnevisionProcessor:
     """The stock processor without its half for videos."""
     return LlavaOnevisionProcessor(

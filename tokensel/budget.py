@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokensel.errors import TokenselError, check_keep
+from tokensel.utils.errors import TokenselError, check_keep
 
 
 def fraction_count(

@@ -5,12 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.main import get_group
 
-from tokensel.errors import TokenselError
+from tokensel.utils.errors import TokenselError
 
 app = typer.Typer(
     name="tokensel",
@@ -36,7 +37,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        from tokensel.io import no_space
+        from tokensel.utils.files import no_space
 
         _fail(no_space(error, error.filename or "output"))
 
@@ -67,7 +68,9 @@ def train(
     p: Annotated[float, _option("Proportion of tokens below which keeping is free, Eq. (3).", _LOSS)] = 0.3,
     ps: Annotated[
         str,
-        _option("Several p, comma-separated: a training each, in <out>/p-<p>; --cache saves encoding anew.", _LOSS),
+        _option(
+            "Several p, comma-separated: a training each, in <out>/p-<p>; --cache saves encoding anew.", _LOSS
+        ),
     ] = "",
     tau_start: Annotated[float, _option("Gumbel-Softmax temperature at the first step.", _LOSS)] = 1.0,
     tau_end: Annotated[float, _option("Gumbel-Softmax temperature at the last step.", _LOSS)] = 0.5,
@@ -96,12 +99,12 @@ def train(
     `accelerate launch -m tokensel train ...`
     """
     values = {key: value for key, value in locals().items() if key != "ps"}
-    from tokensel.train_config import TrainConfig
+    from tokensel.training.config import TrainConfig
 
     several = [{"p": each, "out": f"{out}/p-{each:g}"} for each in _list("ps", ps, float)]
     # before the heavy import: bad values are told at once
     configs = [TrainConfig.from_dict(values | each) for each in several or [{}]]
-    from tokensel.training import train as run
+    from tokensel.training.train import train as run
 
     _quiet()
     for config in configs:
@@ -112,10 +115,8 @@ def train(
 @app.command()
 def dyrate(
     model: Annotated[str, _option("LLaVA-NeXT, which stays as it is: folder or hub id.", _DATA)],
+    suite: Annotated[str, _option("Module with a table BENCHMARKS, by its dotted name.", _DATA)],
     out: Annotated[str, _option("Folder for checkpoint, history and predictor.", _DATA)],
-    suite: Annotated[
-        str, _option("Module with a table BENCHMARKS, by its dotted name.", _DATA)
-    ] = "tokensel.mini.suite",
     benchmarks: Annotated[
         str, _option("Benchmarks of the suite, comma-separated; all by default.", _DATA)
     ] = "",
@@ -123,7 +124,9 @@ def dyrate(
     n: Annotated[int, _option("Questions a benchmark, from the front of the split.", _DATA)] = 200,
     layer: Annotated[int, _option("First layer that is shortened.", _MODEL)] = 2,
     rates: Annotated[int, _option("How many rates there are to pick from.", _MODEL)] = 10,
-    weight: Annotated[float, _option("Weight of the visual tokens kept against the cross entropy.", _LOSS)] = 1.0,
+    weight: Annotated[
+        float, _option("Weight of the visual tokens kept against the cross entropy.", _LOSS)
+    ] = 1.0,
     tau_start: Annotated[float, _option("Gumbel-Softmax temperature at the first step.", _LOSS)] = 1.0,
     tau_end: Annotated[float, _option("Gumbel-Softmax temperature at the last step.", _LOSS)] = 0.5,
     steps: Annotated[int, _option("Optimiser steps.", _STEPS)] = 100,
@@ -144,7 +147,7 @@ def dyrate(
     Run it again with the same options to go on after an interruption.
     """
     values = locals()
-    from tokensel.dyrate_training import DyRateConfig, train_dyrate
+    from tokensel.training.dyrate import DyRateConfig, train_dyrate
 
     _quiet()
     train_dyrate(DyRateConfig.from_dict(values | {"benchmarks": _list("benchmarks", benchmarks, str)}))
@@ -154,17 +157,18 @@ def dyrate(
 @app.command()
 def evaluate(
     model: Annotated[str, _option("LLaVA-NeXT or LLaVA-OneVision: folder or hub id.", _MODEL)],
+    suite: Annotated[
+        str, _option("Module with a table BENCHMARKS; the paper's ten are tokensel.benchmarks.paper.", _DATA)
+    ],
     selector: Annotated[str | None, _option("Trained selector: folder or hub id.", _MODEL)] = None,
-    dyrate: Annotated[str | None, _option("Trained rate predictor of DyRate: folder or hub id.", _MODEL)] = None,
+    dyrate: Annotated[
+        str | None, _option("Trained rate predictor of DyRate: folder or hub id.", _MODEL)
+    ] = None,
     device: Annotated[str, _option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", _MODEL)] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         _option("auto: float32 on a CPU, the checkpoint's own on a GPU.", _MODEL),
     ] = "auto",
-    suite: Annotated[
-        str,
-        _option("Module with a table BENCHMARKS; the paper's ten are tokensel.benchmarks.paper.", _DATA),
-    ] = "tokensel.mini.suite",
     data: Annotated[
         str | None,
         _option("Folder with a folder of parquet files for each benchmark, instead of the hub.", _DATA),
@@ -208,7 +212,8 @@ def evaluate(
     ] = 0.5,
     layer: Annotated[int, _option("First layer that fastv, fixed and exponential shorten.", _INSIDE)] = 2,
     vtw_layer: Annotated[
-        int | None, _option("First layer without visual tokens under vtw; half of the layers by default.", _INSIDE)
+        int | None,
+        _option("First layer without visual tokens under vtw; half of the layers by default.", _INSIDE),
     ] = None,
     budget: Annotated[Literal["image", "tile"], _option("What the kept fraction is of.", _SEAM)] = "image",
     thumbnail: Annotated[
@@ -223,7 +228,8 @@ def evaluate(
         Literal["compact", "original"], _option("Number kept tokens anew, or leave their places.", _SEAM)
     ] = "original",
     compare: Annotated[
-        str, _option("Paired differences as method:against or fastv@0.3:random@0.3, comma-separated.", _TABLES)
+        str,
+        _option("Paired differences as method:against or fastv@0.3:random@0.3, comma-separated.", _TABLES),
     ] = "selector:random",
     out: Annotated[str, _option("Folder of the tables, records below it.", _TABLES)] = "_build/results",
     name: Annotated[str, _option("File name of the tables, without ending.", _TABLES)] = "evaluate",
@@ -255,23 +261,33 @@ def evaluate(
 @app.command()
 def cost(
     model: Annotated[
-        str, _option("LLaVA-NeXT: folder or hub id; or llava-next-0.5b, llava-next-7b: true size, random weights.", _MODEL)
+        str,
+        _option(
+            "LLaVA-NeXT: folder or hub id; or llava-next-0.5b, llava-next-7b: true size, random weights.",
+            _MODEL,
+        ),
     ],
     random_weights: Annotated[
-        bool, _option("Take only the configuration of the model; speed does not depend on its weights.", _MODEL)
+        bool,
+        _option("Take only the configuration of the model; speed does not depend on its weights.", _MODEL),
     ] = False,
     selector: Annotated[
         str | None, _option("Trained selector: folder or hub id; by default random weights.", _MODEL)
     ] = None,
-    selector_layers: Annotated[int, _option("Transformer layers of a selector at random weights.", _MODEL)] = 3,
+    selector_layers: Annotated[
+        int, _option("Transformer layers of a selector at random weights.", _MODEL)
+    ] = 3,
     methods: Annotated[
         str,
         _option(
             "Comma-separated, beside the stock model: selector, random, uniform, norm, cls, diversity, downsample, none, "
-            "fastv, vtw.", _RUN,
+            "fastv, vtw.",
+            _RUN,
         ),
     ] = "selector",
-    keeps: Annotated[str, _option("Fractions of the visual tokens to keep, comma-separated.", _RUN)] = "0.5,0.3,0.1",
+    keeps: Annotated[
+        str, _option("Fractions of the visual tokens to keep, comma-separated.", _RUN)
+    ] = "0.5,0.3,0.1",
     batch_sizes: Annotated[str, _option("Questions at a time, comma-separated.", _DATA)] = "1",
     images: Annotated[str, _option("Sizes of pictures as HEIGHTxWIDTH, comma-separated.", _DATA)] = "480x640",
     text: Annotated[int, _option("Tokens of the prompt besides the picture.", _DATA)] = 60,
@@ -299,16 +315,16 @@ def cost(
     Run it again with the same options to go on after an interruption: rounds that are done are not run again.
     """
     values = {key: value for key, value in locals().items() if key not in ("training", "progress")}
-    from tokensel.cost.config import CostConfig
+    from tokensel.profiling.config import CostConfig
 
     kinds = {"methods": str, "keeps": float, "batch_sizes": int, "images": str}
     values |= {key: _list(key, values[key], kind) for key, kind in kinds.items()}
     _quiet()
     config = CostConfig(**values)
     if training:
-        from tokensel.cost.training import lines, measure
+        from tokensel.profiling.training import lines, measure
     else:
-        from tokensel.cost.measure import lines, measure
+        from tokensel.profiling.measure import lines, measure
     path = measure(config, progress)
     typer.echo("\n".join([*lines(json.loads(path.read_text(encoding="utf-8"))), str(path)]))
 
@@ -339,19 +355,18 @@ _Words = Annotated[list[str] | None, typer.Argument(hidden=True)]
 @app.command(context_settings=_FORWARD, add_help_option=False)
 def mini(words: _Words = None) -> None:
     """The small world that ships with the book: draw its pictures, train its models."""
-    from tokensel.mini.cli import app as inner
-
-    _forward(inner, "mini", words)
+    _forward("mini", words)
 
 
 @app.command(context_settings=_FORWARD, add_help_option=False)
 def book(words: _Words = None) -> None:
     """Run the chapters and build the book."""
-    from tokensel.book.cli import app as inner
-
-    _forward(inner, "book", words)
+    _forward("book", words)
 
 
-def _forward(inner: typer.Typer, name: str, words: list[str] | None) -> None:
+def _forward(name: str, words: list[str] | None) -> None:
+    # the library knows nothing of the book: whoever is installed beside it says what stands behind the word
+    (entry,) = entry_points(group="tokensel.commands", name=name)
+    inner: typer.Typer = entry.load()
     # get_group leaves out the options for shell completion, which only the outermost command could serve
     get_group(inner)(args=words or [], prog_name=f"python -m tokensel {name}")

@@ -9,9 +9,9 @@ from jaxtyping import Int
 from PIL.Image import Image
 from torch import Tensor
 
-from tokensel.errors import TokenselError, check_keep
 from tokensel.schedules import SCHEDULES
 from tokensel.scorers import SCORERS, Scorer, make_scorer
+from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.choose import Choices
 from tokensel.vlm.downsample import downsample
 from tokensel.vlm.encode import Encoded, encode

@@ -5,15 +5,15 @@ from functools import cached_property
 from pathlib import Path
 
 from tokensel.benchmarks.config import KEEPS, SHORT_KEEPS, EvalConfig
-from tokensel.benchmarks.identity import checkpoint_digest, code_digest
 from tokensel.benchmarks.results import Condition
 from tokensel.benchmarks.shards import local_device
-from tokensel.errors import TokenselError, check_layers
-from tokensel.features import feature_width
+from tokensel.data.features import feature_width
 from tokensel.methods import check_method
+from tokensel.model.selector import TokenSelector
 from tokensel.schedules import DyRate, RatePredictor, Schedule, Vtw, make_schedule
 from tokensel.scorers import Scorer, make_scorer
-from tokensel.selector import TokenSelector
+from tokensel.utils.errors import TokenselError, check_layers
+from tokensel.utils.provenance import checkpoint_digest, code_digest
 from tokensel.vlm import Vlm, load_vlm
 
 
@@ -76,7 +76,9 @@ class Asker:
                 f"method cls: the vision tower of {self.config.model} has no CLS token; leave the method out"
             )
         if "native" in self.config.methods and self.vlm.native is None:
-            raise TokenselError(f"method native: {self.config.model} has no compression of its own; leave the method out")
+            raise TokenselError(
+                f"method native: {self.config.model} has no compression of its own; leave the method out"
+            )
         shape = model.text_config
         for schedule in filter(None, map(self.schedule, self.config.conditions())):
             check_layers(schedule.name, schedule.layers(), shape.num_hidden_layers)

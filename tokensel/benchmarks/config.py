@@ -7,7 +7,7 @@ from typing import Any
 from tokensel.benchmarks.results import Condition, parse_pairs
 from tokensel.benchmarks.shards import Shard
 from tokensel.benchmarks.table import Benchmark, load_suite
-from tokensel.errors import TokenselError, check_keep, check_names
+from tokensel.utils.errors import TokenselError, check_keep, check_names
 
 KEEPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 SHORT_KEEPS = KEEPS[:6]
@@ -49,7 +49,7 @@ class EvalConfig:
     """
 
     model: str
-    suite: str = "tokensel.mini.suite"
+    suite: str
     data: str | None = None
     benchmarks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("full", "none", "random", "selector")
@@ -91,7 +91,9 @@ class EvalConfig:
         if self.selector is None and any(row.scorer == "selector" for row in rows):
             raise TokenselError("method selector: give the folder or hub id of a trained one with --selector")
         if self.dyrate is None and any(row.schedule == "dyrate" for row in rows):
-            raise TokenselError("method dyrate: give the folder or hub id of a trained predictor with --dyrate")
+            raise TokenselError(
+                "method dyrate: give the folder or hub id of a trained predictor with --dyrate"
+            )
         parse_pairs(self.compare)
         Shard.of(self.shard)
 

@@ -11,9 +11,9 @@ from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from huggingface_hub import HfApi
 
-from tokensel.benchmarks.records import digest
-from tokensel.errors import TokenselError, reason
-from tokensel.io import write_atomic
+from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.files import write_atomic
+from tokensel.utils.provenance import digest
 
 TEST = "test"  # the split that is scored, whatever its own name
 _ROWS = 16  # rows held back while writing: pages of documents have a megabyte and more
@@ -87,14 +87,19 @@ class HubData:
     def _source(self, split: str) -> str:
         """Where the rows come from, to the commit or to the files."""
         if self.folder:
-            files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files(self.config, split)]
+            files = [
+                (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                for file in self._files(self.config, split)
+            ]
             return f"{self.folder} {self.config or ''} {split} {digest(files)}"
         return f"{self.path} {self.config or ''} {split} {self.revision}"
 
     def _newest(self) -> str:
         try:
             return HfApi().dataset_info(self.path, timeout=10).sha
-        except Exception as error:  # the client's connection errors have other classes in each of its versions
+        except (
+            Exception
+        ) as error:  # the client's connection errors have other classes in each of its versions
             raise self._missing(error) from None
 
     def _missing(self, error: Exception) -> TokenselError:
@@ -116,9 +121,13 @@ class HubData:
         if self.folder:
             files = [str(file) for file in self._files(config, split)]
             # by default whole row groups are read, of which pages of documents make a gigabyte
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, batch_size=_ROWS)
+            rows = datasets.load_dataset(
+                "parquet", data_files=files, split="train", streaming=True, batch_size=_ROWS
+            )
         else:
-            rows = datasets.load_dataset(self.path, config, split=split, revision=self.revision, streaming=True)
+            rows = datasets.load_dataset(
+                self.path, config, split=split, revision=self.revision, streaming=True
+            )
         for name, feature in (rows.features or {}).items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -142,11 +151,17 @@ class HubData:
             rows = self._stream(self.config, split)
             if rows.column_names is not None:
                 if lost := [name for name in self.columns if name not in rows.column_names]:
-                    raise TokenselError(f"{self.folder or self.path}: its rows have no {lost[0]!r}, only {rows.column_names}")
+                    raise TokenselError(
+                        f"{self.folder or self.path}: its rows have no {lost[0]!r}, only {rows.column_names}"
+                    )
                 rows = rows.select_columns(list(self.columns))
             if n is not None and not self.circles:
                 rows = rows.take(n)
-            by_id = {row["id"]: row["image"] for row in self._stream(self.pictures, split)} if self.pictures else {}
+            by_id = (
+                {row["id"]: row["image"] for row in self._stream(self.pictures, split)}
+                if self.pictures
+                else {}
+            )
             circles: set[str] = set()
             for number, row in enumerate(rows):
                 if self.pictures:
@@ -159,7 +174,11 @@ class HubData:
                 yield found
         except TokenselError:
             raise
-        except Exception as error:  # the network's, the parquet reader's and the hub client's, each of its own kind
+        except (
+            Exception
+        ) as error:  # the network's, the parquet reader's and the hub client's, each of its own kind
             if self.folder:
-                raise TokenselError(f"{self.folder}: cannot be read ({reason(error)}); copy it from the hub again") from None
+                raise TokenselError(
+                    f"{self.folder}: cannot be read ({reason(error)}); copy it from the hub again"
+                ) from None
             raise self._missing(error) from None

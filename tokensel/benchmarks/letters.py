@@ -33,7 +33,9 @@ def mmstar(prediction: str, answers: Sequence[str], options: Sequence[str] = ())
 def mmbench(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
     """MMBench without a judge: one letter standing apart, else the one option whose text occurs, else :func:`ranked_letter`."""
     letters = string.ascii_uppercase[: len(options)] or "ABCD"
-    given = _letter_apart(prediction) or _text_inside(prediction, options) or ranked_letter(prediction, letters)
+    given = (
+        _letter_apart(prediction) or _text_inside(prediction, options) or ranked_letter(prediction, letters)
+    )
     return _is_one(given, answers)
 
 
@@ -44,7 +46,12 @@ def mmmu(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -
     """
     if options:
         return _is_one(_mmmu_letter(prediction, options), answers)
-    said = [value for part in _decisive_parts(prediction) for text in (part, *_numbers(part)) for value in _values(text)]
+    said = [
+        value
+        for part in _decisive_parts(prediction)
+        for text in (part, *_numbers(part))
+        for value in _values(text)
+    ]
     wanted = [value for answer in answers for value in _values(answer)]
     texts = [value for value in wanted if isinstance(value, str)]
     return float(any(any(t in s for t in texts) if isinstance(s, str) else s in wanted for s in said))
@@ -69,7 +76,15 @@ _FORMS = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
 _PHRASES = tuple(
     article + phrase + " is"
     for article in ("", "the ")
-    for phrase in ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")
+    for phrase in (
+        "answer",
+        "correct answer",
+        "best answer",
+        "correct option",
+        "best option",
+        "choice",
+        "correct choice",
+    )
 ) + ("i choose", "i select", "i pick", "my answer is", "my choice is")
 _PHRASES += ("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは")
 _START, _END, _PHRASE = 10, 9, 7
@@ -95,7 +110,9 @@ def ranked_letter(text: str, letters: Iterable[str]) -> str | None:
             found.append((_START, 0, letter))
         if inner.endswith(letter) and not inner[-2:-1].isalpha():
             found.append((_END, len(padded) - 1, letter))
-    found = [each for each in found if each[1] >= 0] or [(0, padded.rfind(each), each) for each in letters if each in padded]
+    found = [each for each in found if each[1] >= 0] or [
+        (0, padded.rfind(each), each) for each in letters if each in padded
+    ]
     return max(found, key=lambda each: each[:2])[2] if found else None
 
 
@@ -121,7 +138,9 @@ def _letter_apart(text: str, letters: str = "ABCDE") -> str | None:
 
 def _text_inside(text: str, options: Sequence[str]) -> str | None:
     """The letter of the only option whose text occurs."""
-    inside = [letter for letter, option in zip(string.ascii_uppercase, options) if option.lower() in text.lower()]
+    inside = [
+        letter for letter, option in zip(string.ascii_uppercase, options) if option.lower() in text.lower()
+    ]
     return inside[0] if len(inside) == 1 else None
 
 
@@ -135,7 +154,11 @@ def _mmmu_letter(text: str, options: Sequence[str]) -> str | None:
         if found:
             return max(found, key=lambda letter: text.rfind(place.format(letter)))
     lower = text.lower()
-    named = [(lower.rfind(option.lower()), letter) for letter, option in zip(letters, options) if option.lower() in lower]
+    named = [
+        (lower.rfind(option.lower()), letter)
+        for letter, option in zip(letters, options)
+        if option.lower() in lower
+    ]
     if named and len(text.split()) > 5:
         return max(named, key=lambda each: each[0])[1]
     return None

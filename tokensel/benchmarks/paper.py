@@ -108,7 +108,9 @@ def _scienceqa(row: Row, number: int) -> dict[str, Any]:
     return _question(row, number, f"{context}{row['question']}", [answer], row["choices"])
 
 
-def _question(row: Row, name: Any, question: str, answers: Sequence[str], options: Sequence[str] = (), **more: Any) -> dict:
+def _question(
+    row: Row, name: Any, question: str, answers: Sequence[str], options: Sequence[str] = (), **more: Any
+) -> dict:
     found = {"image": row.get("image"), "question": question, "question_id": str(name)}
     return found | {"answers": list(answers), "options": list(options)} | more
 
@@ -137,10 +139,21 @@ def _given(row: Row) -> str:  # the options stand in the question, and there is 
 
 
 def _choice_or_phrase(row: Row) -> str:
-    return f"{row['question']}\n{lettered(row['options'])}\n{LETTER}" if row["options"] else f"{row['question']}\n{SHORT}"
+    return (
+        f"{row['question']}\n{lettered(row['options'])}\n{LETTER}"
+        if row["options"]
+        else f"{row['question']}\n{SHORT}"
+    )
 
 
-MMMU_COLUMNS = ("id", "question", "options", "answer", "question_type", *(f"image_{number}" for number in range(1, 8)))
+MMMU_COLUMNS = (
+    "id",
+    "question",
+    "options",
+    "answer",
+    "question_type",
+    *(f"image_{number}" for number in range(1, 8)),
+)
 DOCUMENT = ("questionId", "question", "answers", "image")
 
 BENCHMARKS = {

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from tokensel.benchmarks.questions import stable_keys
-from tokensel.errors import TokenselError
 from tokensel.methods import Batch, check_method, prepare
 from tokensel.scorers import make_scorer
+from tokensel.utils.errors import TokenselError
 from tokensel.vlm import load_vlm
 
 try:
@@ -67,7 +67,9 @@ class Tokensel(lmms):
         super().__init__()
         row = check_method(method)
         if row.schedule:
-            raise TokenselError(f"method {method} drops tokens inside the language model: give one that chooses before it")
+            raise TokenselError(
+                f"method {method} drops tokens inside the language model: give one that chooses before it"
+            )
         self.scorer = make_scorer(row.scorer, seed=int(seed), selector=selector) if row.scorer else None
         self.vlm = load_vlm(pretrained, device, dtype)
         self.method, self.keep, self.choices = method, float(keep), choices
@@ -84,11 +86,21 @@ class Tokensel(lmms):
             for start in range(0, len(members), self.batch_size):
                 some = members[start : start + self.batch_size]
                 asked = [requests[i].args for i in some]
-                images = [list(look(self.task_dict[task][split][doc])) or None for _, _, look, doc, task, split in asked]
+                images = [
+                    list(look(self.task_dict[task][split][doc])) or None
+                    for _, _, look, doc, task, split in asked
+                ]
                 keys = stable_keys([f"{task} {split} {doc}" for *_, doc, task, split in asked])
                 batch = Batch(self.vlm, images, [question for question, *_ in asked], keys)
                 reduced = prepare(
-                    self.vlm, batch.images, batch.questions, self.method, self.keep, self.choices, scorer=self.scorer, batch=batch
+                    self.vlm,
+                    batch.images,
+                    batch.questions,
+                    self.method,
+                    self.keep,
+                    self.choices,
+                    scorer=self.scorer,
+                    batch=batch,
                 )
                 answers |= dict(zip(some, self.vlm.generate(reduced, limit)))
         return [answers[i] for i in range(len(requests))]

@@ -13,8 +13,8 @@ from PIL.Image import open as open_image
 from tokensel.benchmarks.metrics import METRICS
 from tokensel.benchmarks.records import Record
 from tokensel.benchmarks.table import COLUMNS, Benchmark
-from tokensel.errors import TokenselError
-from tokensel.images import UNREADABLE, as_image
+from tokensel.data.images import UNREADABLE, as_image
+from tokensel.utils.errors import TokenselError
 
 Pictures = Image | list[Image] | None
 
@@ -56,7 +56,11 @@ class Questions:
         """
         content = self.pictures[i]["image"]
         try:
-            return [as_image(each) for each in content] if isinstance(content, list) else content and as_image(content)
+            return (
+                [as_image(each) for each in content]
+                if isinstance(content, list)
+                else content and as_image(content)
+            )
         except UNREADABLE as error:
             self._unreadable(i, error)
 
@@ -115,9 +119,13 @@ def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions
     if len(data) == 0:
         raise TokenselError(f"benchmark {benchmark.name}: split {split!r} has no questions")
     features = data.features["image"]
-    pictures = data.select_columns("image")  # encoded bytes on disk: nothing of it is in memory before it is asked for
+    pictures = data.select_columns(
+        "image"
+    )  # encoded bytes on disk: nothing of it is in memory before it is asked for
     encoded = datasets.Image(decode=False)
-    pictures = pictures.cast_column("image", datasets.List(encoded) if isinstance(features, datasets.List) else encoded)
+    pictures = pictures.cast_column(
+        "image", datasets.List(encoded) if isinstance(features, datasets.List) else encoded
+    )
     rows = data.remove_columns("image").to_list()
     ids = [str(row["question_id"]) for row in rows]
     if len(set(ids)) < len(ids):

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tokensel.benchmarks.shards import Shard
-from tokensel.errors import TokenselError
-from tokensel.io import no_space
+from tokensel.utils.errors import TokenselError
+from tokensel.utils.files import no_space
 
 Record = dict[str, Any]
 
@@ -64,7 +63,9 @@ def append_records(path: str | Path, records: Iterable[Record]) -> None:
 
 
 @contextmanager
-def sole_writer(lock: str | Path, shard: Shard = Shard(), waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def sole_writer(
+    lock: str | Path, shard: Shard = Shard(), waiting: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Hold ``lock`` for this process, so that two evaluations do not write the same records; wait while another does.
 
     Parts of one sweep share the lock with each other, but neither with an evaluation of the whole nor with themselves.
@@ -97,8 +98,3 @@ def sole_writer(lock: str | Path, shard: Shard = Shard(), waiting: Callable[[], 
                 waiting()
                 fcntl.flock(file, kind)
         yield
-
-
-def digest(value: Any) -> str:
-    """Twelve hexadecimal digits that stand for a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

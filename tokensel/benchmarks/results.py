@@ -10,8 +10,8 @@ import numpy as np
 
 from tokensel.benchmarks.statistics import bootstrap
 from tokensel.benchmarks.table import Benchmark
-from tokensel.errors import TokenselError
-from tokensel.io import write_text
+from tokensel.utils.errors import TokenselError
+from tokensel.utils.files import write_text
 
 TABLE = (
     "model", "benchmark", "group", "method", "keep", "metric", "score", "ci_low", "ci_high", "n", "seed",
@@ -55,7 +55,9 @@ class Sheet:
     categories: np.ndarray
 
     @classmethod
-    def of(cls, benchmark: Benchmark, scores: Scores, clusters: Sequence[str], categories: Sequence[str]) -> "Sheet":
+    def of(
+        cls, benchmark: Benchmark, scores: Scores, clusters: Sequence[str], categories: Sequence[str]
+    ) -> "Sheet":
         """From one score a row, in the benchmark's order."""
         columns = {condition: np.asarray(each, dtype=np.float64) for condition, each in scores.items()}
         names = np.asarray(categories)
@@ -210,7 +212,9 @@ def parse_pairs(pairs: Iterable[str]) -> list[tuple[str, str]]:
             try:
                 _named(side)
             except ValueError:
-                raise TokenselError(f"compare is {pair!r}: give a number behind @, such as fastv@0.3") from None
+                raise TokenselError(
+                    f"compare is {pair!r}: give a number behind @, such as fastv@0.3"
+                ) from None
     return parsed
 
 

@@ -12,10 +12,8 @@ from tqdm import tqdm
 
 from tokensel.benchmarks.asker import Asker
 from tokensel.benchmarks.config import EvalConfig
-from tokensel.benchmarks.identity import command_line, environment
-from tokensel.benchmarks.progress import progress_bar
 from tokensel.benchmarks.questions import Questions, image_digest, load_questions, stable_keys
-from tokensel.benchmarks.records import Record, append_records, digest, read_records, sole_writer
+from tokensel.benchmarks.records import Record, append_records, read_records, sole_writer
 from tokensel.benchmarks.results import (
     CATEGORIES,
     DIFFERENCES,
@@ -31,9 +29,11 @@ from tokensel.benchmarks.results import (
 from tokensel.benchmarks.shards import Shard, is_first_here
 from tokensel.benchmarks.table import Benchmark
 from tokensel.cost import answer_costs
-from tokensel.errors import TokenselError
-from tokensel.io import write_json
 from tokensel.methods import Batch, check_method, prepare
+from tokensel.utils.errors import TokenselError
+from tokensel.utils.files import write_json
+from tokensel.utils.progress import progress_bar
+from tokensel.utils.provenance import command_line, digest, environment
 
 _WINDOW = 8  # batches of which the questions are sorted by length
 _SPOT_CHECKS = 16  # pictures of recorded questions that are compared before the records are continued
@@ -129,7 +129,9 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
                 lock = records / each.benchmark.name / f".lock-{asker.model_digest}"
                 note = partial(bar.set_description, f"{each.benchmark.name}: another evaluation is at it")
                 with sole_writer(lock, shard, waiting=note):
-                    shelves[i] = _open_shelves(asker, each, records, shard, held=True)  # others have gone on meanwhile
+                    shelves[i] = _open_shelves(
+                        asker, each, records, shard, held=True
+                    )  # others have gone on meanwhile
                     if shard.count == 1:
                         bar.update(before - _count_missing([each], [shelves[i]]))
                     computed += _ask(asker, each, shelves[i], shard, bar)
@@ -159,14 +161,22 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
         "answers": total,
         "answers_computed_now": computed,
         "wall_seconds_now": round(time.perf_counter() - started, 1),
-        "generation_seconds_in_all": round(sum(shelf.seconds for mine in shelves for shelf in mine.values()), 1),
+        "generation_seconds_in_all": round(
+            sum(shelf.seconds for mine in shelves for shelf in mine.values()), 1
+        ),
     }
     costs = [{condition: shelf.costs for condition, shelf in mine.items()} for mine in shelves]
-    return _write_tables(asker.name, config, list(zip(benchmarks.values(), sheets, costs)), provenance, computed)
+    return _write_tables(
+        asker.name, config, list(zip(benchmarks.values(), sheets, costs)), provenance, computed
+    )
 
 
 def _write_tables(
-    model: str, config: EvalConfig, sheets: list[tuple[Benchmark, Sheet, Costs]], provenance: dict, computed: int
+    model: str,
+    config: EvalConfig,
+    sheets: list[tuple[Benchmark, Sheet, Costs]],
+    provenance: dict,
+    computed: int,
 ) -> Evaluation:
     """All tables of a finished sweep."""
     pairs, seed, stem = parse_pairs(config.compare), config.seed, Path(config.out) / config.name

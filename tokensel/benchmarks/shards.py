@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tokensel.errors import TokenselError
+from tokensel.utils.errors import TokenselError
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,10 @@ def average(table: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
     Returns:
         ``score`` and ``reach``, 0 to 100, a row for each group in the table's order.
     """
-    rows = table.assign(reach=(100 * (table["ci_high"] - table["ci_low"]) / 2) ** 2, score=100 * table["score"])
-    found = rows.groupby(by, sort=False).agg(score=("score", "mean"), reach=("reach", "sum"), n=("score", "size"))
+    rows = table.assign(
+        reach=(100 * (table["ci_high"] - table["ci_low"]) / 2) ** 2, score=100 * table["score"]
+    )
+    found = rows.groupby(by, sort=False).agg(
+        score=("score", "mean"), reach=("reach", "sum"), n=("score", "size")
+    )
     return found.assign(reach=found["reach"] ** 0.5 / found["n"])[["score", "reach"]]

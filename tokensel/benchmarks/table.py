@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokensel.benchmarks.metrics import METRICS
-from tokensel.errors import TokenselError
+from tokensel.utils.errors import TokenselError
 
 GROUPS = ("reading", "general", "long")
 AGGREGATES = ("mean", "all", "macro")

@@ -3,7 +3,7 @@
 Chapters import `open_chapter`; the command line mounts `app`.
 """
 
-from tokensel.book.chapter import Chapter, find_root, open_chapter
-from tokensel.book.cli import app
+from tokensel.book.site.chapter import Chapter, find_root, open_chapter
+from tokensel.book.site.cli import app
 
 __all__ = ["Chapter", "app", "find_root", "open_chapter"]

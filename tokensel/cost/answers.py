@@ -35,13 +35,17 @@ def answer_costs(
     text = (reduced["attention_mask"].bool() & ~reduced.visual).sum(1).tolist()
     visual = reduced.visual.sum(1).tolist()
     pruning = written.pruning
-    left = None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])  # [steps, layers, rows]
+    left = (
+        None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
+    )  # [steps, layers, rows]
     costs = []
     for row, steps in enumerate(written.lengths.tolist()):
         held = np.full((steps, layers), visual[row]) if left is None else left[:steps, :, row]
         ranked = [] if pruning is None else [(step, layer) for step, layer in pruning.ranked if step < steps]
         tiles = int(reduced.n_tiles[row])
-        flops = count_answer(text_config, text[row], held, ranked) + count_projector(config, int(reduced.n_visual[row]))
+        flops = count_answer(text_config, text[row], held, ranked) + count_projector(
+            config, int(reduced.n_visual[row])
+        )
         if tiles:
             flops += count_vision(config.vision_config, tiles, layers_read(config), reduced.cells)
             flops += count_trunk(selector, reduced.cells, tiles) if selector is not None else 0

@@ -13,9 +13,8 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PretrainedConfig
 
-from tokensel.errors import TokenselError, check_keep
-from tokensel.features import feature_width
-
+from tokensel.data.features import feature_width
+from tokensel.utils.errors import TokenselError, check_keep
 
 Count = TypeVar("Count", int, np.ndarray)
 
@@ -68,7 +67,10 @@ def count_training(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int
 
 def count_projector(config: PretrainedConfig, tokens: int) -> int:
     """FLOPs of LLaVA's two-layer projector over ``tokens`` visual tokens."""
-    read, width = feature_width(config.vision_config, config.vision_feature_layer), config.text_config.hidden_size
+    read, width = (
+        feature_width(config.vision_config, config.vision_feature_layer),
+        config.text_config.hidden_size,
+    )
     return 2 * tokens * width * (read + width)
 
 
@@ -152,7 +154,9 @@ def step_bytes(config: PretrainedConfig, held: int, rows: int = 1, bytes_each: i
         bytes_each: bytes of a number.
     """
     # a product with a matrix takes two FLOPs for each of its weights; no token looks at any other here
-    weights = (config.num_hidden_layers * _decoder_layer(config, 1, 0)) // 2 + config.hidden_size * config.vocab_size
+    weights = (
+        config.num_hidden_layers * _decoder_layer(config, 1, 0)
+    ) // 2 + config.hidden_size * config.vocab_size
     return weights * bytes_each + rows * kv_bytes(config, held, bytes_each)
 
 

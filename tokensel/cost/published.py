@@ -20,7 +20,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tokensel.errors import TokenselError
+from tokensel.utils.errors import TokenselError
 
 CLIP = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
@@ -57,7 +57,9 @@ PUBLISHED: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 }
 
 
-def published_config(name: str, vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None) -> PretrainedConfig:
+def published_config(
+    name: str, vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None
+) -> PretrainedConfig:
     """The configuration of a published model.
 
     Args:
@@ -69,7 +71,9 @@ def published_config(name: str, vision: dict[str, Any] | None = None, text: dict
         TokenselError: another name.
     """
     if name not in PUBLISHED:
-        raise TokenselError(f"'{name}': the shapes known here are those of {', '.join(PUBLISHED)}; give one of them")
+        raise TokenselError(
+            f"'{name}': the shapes known here are those of {', '.join(PUBLISHED)}; give one of them"
+        )
     kind, shape = PUBLISHED[name]
     language = kind(**(shape | (text or {})))
     tied = language.tie_word_embeddings

@@ -9,10 +9,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokensel.benchmarks.statistics import average
-from tokensel.errors import TokenselError
 from tokensel.figures import style
+from tokensel.utils.errors import TokenselError
 
-COLUMNS = ("model", "benchmark", "group", "method", "keep", "metric", "score", "ci_low", "ci_high", "n", "seed")
+COLUMNS = (
+    "model",
+    "benchmark",
+    "group",
+    "method",
+    "keep",
+    "metric",
+    "score",
+    "ci_low",
+    "ci_high",
+    "n",
+    "seed",
+)
 FLAT = ("full", "none", "native")  # methods that do not depend on keep: dashed lines
 LOUD = ("selector", "random")  # the paper's contrast, drawn over the rest
 
@@ -40,7 +52,9 @@ def score_curves(
     for name, frame in (("table", table), ("live table", live)):
         missing = [] if frame is None else [column for column in COLUMNS if column not in frame.columns]
         if missing:
-            raise TokenselError(f"the {name} has no column {', '.join(missing)}: give a long table of results")
+            raise TokenselError(
+                f"the {name} has no column {', '.join(missing)}: give a long table of results"
+            )
     if table.empty:
         raise TokenselError("the table of results is empty: evaluate something first")
     methods = list(methods) if methods is not None else list(dict.fromkeys(table["method"]))
@@ -48,7 +62,12 @@ def score_curves(
     columns = min(columns, len(benchmarks))
     rows = ceil(len(benchmarks) / columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * panel[0] + 1.1, rows * panel[1] + 0.2), sharex=True, sharey=True, squeeze=False
+        rows,
+        columns,
+        figsize=(columns * panel[0] + 1.1, rows * panel[1] + 0.2),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     axes[0, 0].set(xlim=(0.05, 0.95), xticks=(0.1, 0.3, 0.5, 0.7, 0.9), ylim=(0, 102))
     for ax, benchmark in zip(axes.flat, benchmarks):
@@ -177,7 +196,9 @@ def _draw(ax: Axes, rows: pd.DataFrame, method: str) -> float | None:
         zorder=4 if loud else 3,
     )
     if loud:
-        ax.fill_between(rows.index, rows["ci_low"], rows["ci_high"], color=colour, alpha=0.18, linewidth=0, zorder=1)
+        ax.fill_between(
+            rows.index, rows["ci_low"], rows["ci_high"], color=colour, alpha=0.18, linewidth=0, zorder=1
+        )
     return float(rows["score"].iloc[-1])
 
 

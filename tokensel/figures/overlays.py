@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from tokensel.errors import TokenselError
 from tokensel.figures import style
+from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encode import Encoded
 
 VEIL = (96, 104, 122)  # a cool grey: neither paper, nor ink, nor a colour of the mini world's words
@@ -231,7 +231,11 @@ def join(tiles: Sequence[Image.Image], rows: int, columns: int) -> Image.Image:
 
 
 def heat(
-    ax: Axes, image: Image.Image, values: Float[Tensor, "height width"], title: str = "", top: float | None = None
+    ax: Axes,
+    image: Image.Image,
+    values: Float[Tensor, "height width"],
+    title: str = "",
+    top: float | None = None,
 ) -> None:
     """Values over a grey picture, each cell one token: the higher the value, the more orange.
 
@@ -253,4 +257,3 @@ def heat(
     colour = np.broadcast_to(to_rgb(style.ORANGE), (*strength.shape, 3))
     ax.imshow(np.dstack([colour, 0.85 * strength]), extent=extent, interpolation="nearest")
     _bare(ax, title)
-

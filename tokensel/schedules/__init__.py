@@ -6,13 +6,13 @@ nobody downstream asks. A new one is a new file and a new row in :data:`SCHEDULE
 
 from typing import Any
 
-from tokensel.errors import TokenselError
 from tokensel.schedules.dyrate import DyRate, RatePredictor
 from tokensel.schedules.fastv import FastV
 from tokensel.schedules.prune import pruned
 from tokensel.schedules.schedule import Schedule
 from tokensel.schedules.steps import Exponential, Fixed
 from tokensel.schedules.vtw import Vtw
+from tokensel.utils.errors import TokenselError
 
 __all__ = [
     "SCHEDULES",

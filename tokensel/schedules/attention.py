@@ -11,7 +11,9 @@ TYPES = ("system", "image", "instruction", "response")
 PADDING, RESPONSE = -1, TYPES.index("response")
 
 
-def token_types(visual: Bool[Tensor, "rows length"], real: Bool[Tensor, "rows length"]) -> Int[Tensor, "rows length"]:
+def token_types(
+    visual: Bool[Tensor, "rows length"], real: Bool[Tensor, "rows length"]
+) -> Int[Tensor, "rows length"]:
     """The type of each of a prompt's tokens, an index into :data:`TYPES`; -1 at padding.
 
     DyRate's abstract names no border between the two texts of a prompt. Here what stands before the first visual token is
@@ -25,7 +27,9 @@ def type_mass(
     attention: Float[Tensor, "rows heads queries length"], types: Int[Tensor, "rows length"]
 ) -> Float[Tensor, "rows queries heads types"]:
     """How much of its attention each query spends on each of :data:`TYPES`, head by head; it sums to 1 over the types."""
-    return torch.einsum("rhql,rlt->rqht", attention, one_hot(types + 1, len(TYPES) + 1)[..., 1:].to(attention))
+    return torch.einsum(
+        "rhql,rlt->rqht", attention, one_hot(types + 1, len(TYPES) + 1)[..., 1:].to(attention)
+    )
 
 
 def last_rows(
@@ -52,7 +56,11 @@ def last_rows(
 
     query = heads(attention.q_proj(hidden[:, -queries:]))
     query, _ = apply_rotary_pos_emb(query, query, cosine[:, -queries:], sine[:, -queries:])
-    if cache is not None and len(cache.layers) > attention.layer_idx and cache.layers[attention.layer_idx].is_initialized:
+    if (
+        cache is not None
+        and len(cache.layers) > attention.layer_idx
+        and cache.layers[attention.layer_idx].is_initialized
+    ):
         keys = cache.layers[attention.layer_idx].keys
     else:
         keys = heads(attention.k_proj(hidden))

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from tokensel.errors import TokenselError
-from tokensel.hub import CoreModel
+from tokensel.model.base import CoreModel
 from tokensel.schedules.attention import TYPES
 from tokensel.schedules.schedule import Mass
+from tokensel.utils.errors import TokenselError
 
 
 @no_type_check
@@ -29,7 +29,7 @@ class RateConfig(PretrainedConfig):
         layer: the first layer that is shortened; the attention of the one before is read.
         rates: how many rates there are to pick from, the k of the paper.
         model: which language model that was.
-        weight: what compute counts for in its loss, see ``tokensel.dyrate_training``.
+        weight: what compute counts for in its loss, see ``tokensel.training.dyrate``.
         training_data, steps, seed: what it was trained on, and how long.
         accuracy_loss, kept: the two terms of its loss, averaged over the last tenth of the training.
     """
@@ -72,7 +72,9 @@ class RatePredictor(CoreModel):
         if config.rates < 2:
             raise TokenselError(f"rates is {config.rates}: give at least 2 to pick from, such as 10")
         if config.layer < 1:
-            raise TokenselError(f"layer is {config.layer}: give at least 1, the attention of the layer before is read")
+            raise TokenselError(
+                f"layer is {config.layer}: give at least 1, the attention of the layer before is read"
+            )
         self.linear = nn.Linear(config.heads * len(TYPES), config.rates)
         self.post_init()
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokensel.budget import fraction_count, top_count
-from tokensel.errors import TokenselError, check_layers
 from tokensel.schedules.attention import RESPONSE, last_rows, token_types, type_mass
 from tokensel.schedules.schedule import Schedule
+from tokensel.utils.errors import TokenselError, check_layers
 
 MODELS = ("llama", "mistral", "qwen2")  # all rotate queries and keys alike
 
@@ -64,7 +64,9 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     decoder = getattr(core, "language_model", core)
     kind = decoder.config.model_type
     if kind not in MODELS:
-        raise TokenselError(f"the language model is a {kind}: tokens can be dropped inside one of {', '.join(MODELS)}")
+        raise TokenselError(
+            f"the language model is a {kind}: tokens can be dropped inside one of {', '.join(MODELS)}"
+        )
     if decoder.config._attn_implementation not in ("sdpa", "eager"):
         raise TokenselError(
             f"attention '{decoder.config._attn_implementation}' takes no mask of ours: load the model with attn='sdpa'"
@@ -200,7 +202,11 @@ class Pruning:
         """The same averaged over heads (FastV's ranking), for the columns that are left behind layer ``index``."""
         before = self._before(index).order
         rows = self._attention(index).mean(1)[:, : before.shape[1]]
-        return torch.zeros_like(self.visual, dtype=rows.dtype).scatter(1, before, rows).gather(1, self.stages[index].order)
+        return (
+            torch.zeros_like(self.visual, dtype=rows.dtype)
+            .scatter(1, before, rows)
+            .gather(1, self.stages[index].order)
+        )
 
     def _enter(self, index: int):
         def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -208,12 +214,16 @@ class Pruning:
             if index in self.stages:
                 hidden = self._shorten(index, hidden, kwargs)
                 stage, prompt = self.stages[index], hidden.shape[1] > 1
-                self.given = {} if stage.whole else (self._prompt if prompt else self._further)(stage, hidden, kwargs)
+                self.given = (
+                    {} if stage.whole else (self._prompt if prompt else self._further)(stage, hidden, kwargs)
+                )
             return (hidden, *args[1:]), kwargs | self.given
 
         return hook
 
-    def _shorten(self, index: int, hidden: Float[Tensor, "rows length width"], kwargs: dict[str, Any]) -> Tensor:
+    def _shorten(
+        self, index: int, hidden: Float[Tensor, "rows length width"], kwargs: dict[str, Any]
+    ) -> Tensor:
         """Choose what stays in the layers from ``index`` on. The rest is gathered away, from ``hidden`` or from the cache."""
         stage, prompt = self.stages[index], hidden.shape[1] > 1
         if prompt:  # takes over what earlier layers left
@@ -228,7 +238,9 @@ class Pruning:
             if prompt:
                 hidden = gather_columns(hidden, chosen)
             else:
-                _evict([kwargs["past_key_values"].layers[layer] for layer in stage.layers], chosen, stay.shape[1])
+                _evict(
+                    [kwargs["past_key_values"].layers[layer] for layer in stage.layers], chosen, stay.shape[1]
+                )
             stage.order, stay = stage.order.gather(1, chosen), stay.gather(1, chosen)
         stage.real, stage.whole = stay, False
         stage.visual = (self.visual.gather(1, stage.order) & stay).sum(1)
@@ -256,15 +268,23 @@ class Pruning:
 
     def _prompt(self, stage: _Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Positions and mask of what is left, out of those of the whole prompt."""
-        given = {"position_embeddings": tuple(gather_columns(part, stage.order) for part in kwargs["position_embeddings"])}
+        given = {
+            "position_embeddings": tuple(
+                gather_columns(part, stage.order) for part in kwargs["position_embeddings"]
+            )
+        }
         if kwargs.get("position_ids") is not None:
             given["position_ids"] = gather_columns(kwargs["position_ids"], stage.order)
         if stage.open:
             return given | {"attention_mask": None}
         length = hidden.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=hidden.device)  # padding looks at itself: no softmax over nothing
-        return given | {"attention_mask": self._as_given((causal & stage.real[:, None, :] | itself)[:, None], hidden)}
+        itself = torch.eye(
+            length, dtype=torch.bool, device=hidden.device
+        )  # padding looks at itself: no softmax over nothing
+        return given | {
+            "attention_mask": self._as_given((causal & stage.real[:, None, :] | itself)[:, None], hidden)
+        }
 
     def _further(self, stage: _Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The mask for a token behind the prompt."""
@@ -277,7 +297,9 @@ class Pruning:
     def _as_given(self, mask: Bool[Tensor, "rows 1 queries keys"], hidden: Tensor) -> Tensor:
         if self.decoder.config._attn_implementation == "sdpa":
             return mask
-        return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(hidden.dtype).min)
+        return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(hidden.dtype).min
+        )
 
 
 def _evict(layers: list[Any], chosen: Int[Tensor, "rows kept"], prompt: int) -> None:

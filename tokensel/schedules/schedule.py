@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from tokensel.errors import TokenselError
+from tokensel.utils.errors import TokenselError
 
 UNSUPPORTED = {
     "num_beams": "beam search reorders the cache's rows",

@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from tokensel.errors import TokenselError
 from tokensel.schedules.prune import decoder_of, pruned
 from tokensel.schedules.schedule import Mass
+from tokensel.utils.errors import TokenselError
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,15 @@ def withdrawal_divergence(model: PreTrainedModel, samples: Iterable) -> dict[int
     Raises:
         TokenselError: no samples, or a prompt without visual tokens.
     """
-    total, rows = {layer: 0.0 for layer in range(1, len(decoder_of(model).layers))}, 0
+    total, rows = dict.fromkeys(range(1, len(decoder_of(model).layers)), 0.0), 0
     for reduced in samples:
         full = model(**reduced, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
         rows += len(full)
         for layer in total:
             with pruned(model, reduced.visual, reduced["attention_mask"], Vtw(layer)):
-                given = model(**reduced, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+                given = (
+                    model(**reduced, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+                )
             total[layer] += float(kl_div(full, given, reduction="sum", log_target=True))
     if not rows:
         raise TokenselError("no samples to choose VTW's layer on: give some prompts with pictures")
@@ -74,5 +76,7 @@ def choose_layer(divergence: dict[int, float], threshold: float = 0.003) -> int:
     below = [layer for layer in sorted(divergence) if divergence[layer] < threshold]
     if not below:
         lowest = min(divergence.values())
-        raise TokenselError(f"threshold is {threshold}: no layer is below it, the lowest is {lowest:.2g}; give more")
+        raise TokenselError(
+            f"threshold is {threshold}: no layer is below it, the lowest is {lowest:.2g}; give more"
+        )
     return below[0]

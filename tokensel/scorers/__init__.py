@@ -1,6 +1,6 @@
 """Everything that ranks visual tokens before the language model, behind one signature.
 
-A scorer is a callable from :class:`~tokensel.features.Features` to scores ``[tiles, tokens]``, higher = keep
+A scorer is a callable from :class:`~tokensel.data.features.Features` to scores ``[tiles, tokens]``, higher = keep
 first. Which scorer it is, nobody downstream asks. A new one is a new file and a new row in :data:`SCORERS`.
 """
 
@@ -11,15 +11,15 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from tokensel.errors import TokenselError
-from tokensel.features import Features
+from tokensel.data.features import Features
+from tokensel.model.selector import TokenSelector
 from tokensel.scorers.cls import ClsScorer
 from tokensel.scorers.diversity import DiversityScorer
 from tokensel.scorers.norm import NormScorer
 from tokensel.scorers.random import RandomScorer
 from tokensel.scorers.selector import SelectorScorer
 from tokensel.scorers.uniform import UniformScorer
-from tokensel.selector import TokenSelector
+from tokensel.utils.errors import TokenselError
 
 
 @runtime_checkable

@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from tokensel.errors import TokenselError
-from tokensel.features import Features
+from tokensel.data.features import Features
+from tokensel.utils.errors import TokenselError
 
 
 class ClsScorer:

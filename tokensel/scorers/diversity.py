@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokensel.features import Features
+from tokensel.data.features import Features
 
 
 def max_min_order(

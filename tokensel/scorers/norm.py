@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokensel.features import Features
+from tokensel.data.features import Features
 
 
 class NormScorer:

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokensel.errors import TokenselError
-from tokensel.features import Features
+from tokensel.data.features import Features
+from tokensel.utils.errors import TokenselError
 
 _WORD = (1 << 64) - 1
 

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokensel.errors import TokenselError
-from tokensel.features import Features
-from tokensel.selector import TokenSelector
+from tokensel.data.features import Features
+from tokensel.model.selector import TokenSelector
+from tokensel.utils.errors import TokenselError
 
 
 class SelectorScorer:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokensel.features import Features
+from tokensel.data.features import Features
 
 
 @lru_cache(maxsize=32)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokensel.budget import fraction_count, top_count
-from tokensel.errors import TokenselError
+from tokensel.utils.errors import TokenselError
 from tokensel.vlm.layout import Layout
 
 

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from tokensel.errors import check_keep
-from tokensel.tower import run_tower
+from tokensel.data.tower import run_tower
+from tokensel.utils.errors import check_keep
 from tokensel.vlm.choose import Choices
 from tokensel.vlm.encode import Encoded
 from tokensel.vlm.reduce import Reduced, assemble

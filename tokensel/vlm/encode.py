@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokensel.errors import TokenselError
-from tokensel.features import Features, feature_width
+from tokensel.data.features import Features, feature_width
+from tokensel.data.tower import run_tower
 from tokensel.scorers import Scorer
 from tokensel.scorers.random import mix
-from tokensel.tower import run_tower
+from tokensel.utils.errors import TokenselError
 from tokensel.vlm.layout import Layout, empty_layout, read_layout, real_tiles, tile_counts
 
 
@@ -71,7 +71,9 @@ class Encoded:
     def n_tiles(self) -> Int[Tensor, "rows"]:
         """Tiles of each row's images, the thumbnails among them."""
         tiles = torch.tensor(self.layout.tiles, dtype=torch.long)
-        return torch.zeros(len(self.input_ids), dtype=torch.long).index_add(0, _row_of_image(self.layout, self.places), tiles)
+        return torch.zeros(len(self.input_ids), dtype=torch.long).index_add(
+            0, _row_of_image(self.layout, self.places), tiles
+        )
 
     def per_row(self, packed: Bool[Tensor, "packed"]) -> Int[Tensor, "rows"]:
         """Count the True entries of a mask over packed tokens, row by row."""
@@ -175,7 +177,9 @@ def encode(
     """
     core, config = model.base_model, model.config
     if not hasattr(core, "pack_image_features"):
-        raise TokenselError(f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT or LLaVA-OneVision")
+        raise TokenselError(
+            f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT or LLaVA-OneVision"
+        )
     # read on the host, and before the device is given anything to do: one short wait in place of many later
     ids, mask, sizes = (
         None if inputs.get(name) is None else inputs[name].cpu()

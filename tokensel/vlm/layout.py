@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from tokensel.errors import TokenselError
+from tokensel.utils.errors import TokenselError
 
 NEWLINE = -1
 

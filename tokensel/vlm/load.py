@@ -20,11 +20,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from tokensel.errors import TokenselError, reason
-from tokensel.hub import hub_options
 from tokensel.schedules.prune import Pruning, pruned
 from tokensel.schedules.schedule import Schedule, check_options
 from tokensel.scorers import Scorer
+from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.loading import hub_options
 from tokensel.vlm.native import LlavaOnevisionProcessor, switch_off
 from tokensel.vlm.reduce import Reduced, reduce_inputs
 
@@ -138,7 +138,9 @@ class Vlm:
         texts = self.processor.tokenizer.batch_decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        ends = torch.as_tensor(self.model.generation_config.eos_token_id or [], dtype=tokens.dtype, device=tokens.device)
+        ends = torch.as_tensor(
+            self.model.generation_config.eos_token_id or [], dtype=tokens.dtype, device=tokens.device
+        )
         ended = torch.isin(tokens, ends).long().cumsum(1)
         lengths = (ended - torch.isin(tokens, ends).long() == 0).sum(1)  # up to the first end and with it
         return Written([text.strip() for text in texts], tokens, lengths, pruning)

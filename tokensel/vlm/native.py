@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionProcessor as StockProcessor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from tokensel.errors import TokenselError
+from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encode import Encoded
 from tokensel.vlm.layout import mark_cells, pack, tile_counts
 from tokensel.vlm.reduce import Reduced, assemble
@@ -81,7 +81,9 @@ def native(encoded: Encoded, ratio: str | None) -> Reduced:
     )
 
 
-def count_tokens(model: PreTrainedModel, height: int, width: int, ratio: str | None = None) -> tuple[int, int, int]:
+def count_tokens(
+    model: PreTrainedModel, height: int, width: int, ratio: str | None = None
+) -> tuple[int, int, int]:
     """Tiles, visual tokens and newlines of one image, by the model's own code; weights are not looked at.
 
     Args:
@@ -93,7 +95,7 @@ def count_tokens(model: PreTrainedModel, height: int, width: int, ratio: str | N
     sizes: Int[Tensor, "1 2"] = torch.tensor([[height, width]])
     counts = tile_counts(model, {"image_sizes": sizes})
     vision = model.config.vision_config
-    mark: Bool[Tensor, "packed"] = mark_cells(
+    mark: Bool[Tensor, packed] = mark_cells(
         model.base_model, counts, (vision.image_size // vision.patch_size) ** 2, sizes, ratio
     )[0]
     return counts[0], int(mark.sum()), int((~mark).sum())

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokensel.errors import TokenselError
 from tokensel.scorers import Scorer
+from tokensel.utils.errors import TokenselError
 from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
 from tokensel.vlm.encode import Encoded, encode
 from tokensel.vlm.layout import NEWLINE
@@ -80,13 +80,17 @@ def assemble(
     slots = (ids == encoded.model.config.image_token_id) & mask
     embeds = encoded.model.get_input_embeddings()(ids.to(encoded.model.device))  # new: it may be written into
     device = embeds.device
-    embeds[tuple(index.to(device) for index in slots.nonzero(as_tuple=True))] = visual.to(device, embeds.dtype)
+    embeds[tuple(index.to(device) for index in slots.nonzero(as_tuple=True))] = visual.to(
+        device, embeds.dtype
+    )
     out = {
         "inputs_embeds": embeds,
         # always given: without it, gaps in the positions would be read as several packed sequences
         "attention_mask": mask.long().to(device),
     }
-    if positions == "original" and not bool(kept.all()):  # with nothing gone they are the model's own, which it makes itself
+    if positions == "original" and not bool(
+        kept.all()
+    ):  # with nothing gone they are the model's own, which it makes itself
         place = (encoded.attention_mask.long().cumsum(1) - 1).clamp(min=0)
         out["position_ids"] = place.gather(1, order).masked_fill(~mask, 0).to(device)
     return out, slots.to(device)

@@ -1,0 +1,153 @@
+"""The explorer's dictionary, the page made of it, and the live one, with a tiny model."""
+
+import json
+import re
+from datetime import UTC, datetime
+
+import pytest
+import torch
+from tiny import WIDTH, noise_image, tiny_selector, tiny_vlm
+
+from tokensel.book.explorer import Exploration, Subject, embed, write_steps
+from tokensel.book.explorer.live import OWN, LiveExplorer
+from tokensel.figures import style
+from tokensel.schedules import Exponential, FastV, Vtw
+from tokensel.scorers import make_scorer
+from tokensel.training.autoencoder import MaskedAutoencoder
+from tokensel.utils.errors import TokenselError
+from tokensel.vlm import reduce_inputs
+
+SUBJECTS = [
+    Subject("wide", noise_image(24, 48, 1), "what</script>?", ("x",)),
+    Subject("high", noise_image(100, 20, 2), "who?"),
+]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    style.use()
+    torch.manual_seed(0)
+    judge = MaskedAutoencoder.new(WIDTH, layers=1, heads=4).eval()
+    scorers = {"selector": make_scorer("selector", selector=tiny_selector()), "random": make_scorer("random")}
+    return tiny_vlm(), SUBJECTS, scorers, judge
+
+
+@pytest.fixture(scope="module")
+def exploration(parts):
+    return Exploration(*parts, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def data(exploration):
+    return exploration.data([0.25, 0.5, 1.0], progress=False)
+
+
+def test_kept_cells_are_those_that_reach_the_model(data):
+    for picture in data["pictures"]:
+        tiles = picture["tiles"][0] * picture["tiles"][1]
+        assert [view["rows"] * view["columns"] for view in picture["views"]] == [36, tiles * 36]
+        for steps in picture["steps"].values():
+            for keep, step in zip(data["keeps"], steps, strict=True):
+                letters = "".join(step["kept"])
+                real = letters.count("0") + letters.count("1")
+                assert real == picture["full"]["tokens"]
+                assert ("-" in letters) == (picture["name"] == "high"), "only this one has a letterbox"
+                assert letters.count("1") == step["tokens"] == max(1, round(keep * real))
+                assert [len(view) for view in step["kept"]] == [len(view) for view in step["error"]]
+
+
+def test_all_tokens_give_the_answer_of_all_tokens(data):
+    for picture in data["pictures"]:
+        for steps in picture["steps"].values():
+            assert steps[-1]["answer"] == picture["full"]["answer"]
+        assert picture["none"]["tokens"] == 0
+
+
+def test_score_is_known_where_an_answer_is(data):
+    wide, high = data["pictures"]
+    assert wide["full"]["score"] in (0.0, 1.0) and high["full"]["score"] is None
+
+
+def test_error_is_measured_in_the_distance_to_the_mean_token(exploration):
+    judge, tokens = exploration.judge, exploration.encoded.features.tokens
+    kept = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    judge.standardise(tokens.mean((0, 1)), tokens.std((0, 1), correction=0))
+    none = exploration.errors(~kept)
+    # an untrained judge passes kept tokens on, and knows of the others no more than their embedding
+    assert float(exploration.errors(kept).max()) < 1e-5 < float(none.min())
+    centred = (tokens - tokens.mean((0, 1))).square().sum(-1).mean().sqrt()
+    by_hand = (judge(tokens, ~kept) - tokens).norm(dim=-1) / centred
+    torch.testing.assert_close(none, by_hand.detach())
+
+
+def test_page_holds_the_dictionary_and_a_still(data):
+    page = embed(data)
+    script = re.search(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert json.loads(script[1]) == data, "a question with </script> in it must not end the script"
+    assert page.count("<img") == 1 and 'alt="The picture “wide” under selector at keep 0.5' in page
+    assert "<script" not in page.replace(script[0], "")
+
+
+def test_bad_input_is_refused(parts, exploration):
+    with pytest.raises(TokenselError, match="no subjects"):
+        Exploration(parts[0], [], parts[2], parts[3])
+    with pytest.raises(TokenselError, match="'best' is unknown here: choose one of selector, random"):
+        exploration.step("best", 0.5)
+    with pytest.raises(TokenselError, match="kind 'film'"):
+        embed({"kind": "film"})
+
+
+def test_answer_is_followed_step_by_step(parts):
+    vlm = parts[0]
+    schedules = {"fastv": FastV(1, 0.5), "vtw": Vtw(1), "exponential": Exponential(1, 0.7)}
+    data = write_steps(vlm, SUBJECTS, schedules, max_new_tokens=5, progress=False)
+    for picture, subject in zip(data["pictures"], SUBJECTS, strict=True):
+        for name, steps in picture["steps"].items():
+            answer = vlm.generate(
+                reduce_inputs(vlm.model, vlm.inputs([subject.image], [vlm.prompt(subject.question)])),
+                5,
+                schedules[name],
+            )
+            assert steps[-1]["said"] == answer[0] and 1 <= len(steps) <= 5
+            counts = [step["tokens"] for step in steps]
+            assert (
+                counts == ["".join(step["kept"]).count("1") for step in steps] == sorted(counts, reverse=True)
+            )
+        total = "".join(picture["steps"]["vtw"][0]["kept"]).count("0")
+        assert picture["steps"]["vtw"][0]["tokens"] == 0 and total == picture["tokens"]
+        assert (
+            picture["steps"]["exponential"][0]["tokens"]
+            == picture["tokens"]
+            > picture["steps"]["exponential"][-1]["tokens"]
+        )
+        assert 0 < picture["steps"]["fastv"][0]["tokens"] < picture["tokens"]
+    page = embed(data)
+    assert page.count("<img") == 1 and "tokens are left" in page
+    with pytest.raises(TokenselError, match="at least one picture"):
+        write_steps(vlm, [], schedules)
+
+
+def uploaded(content: bytes) -> dict:
+    """A file as the browser hands it over."""
+    about = {"name": "own", "type": "", "size": len(content), "last_modified": datetime.now(UTC)}
+    return about | {"content": memoryview(content)}
+
+
+def test_live_explorer_answers_to_its_controls(parts, tmp_path):
+    live = LiveExplorer(*parts, keeps=[0.25, 0.5, 1.0])
+    first = bytes(live.drawing.value)
+    assert (
+        first.startswith(b"\x89PNG") and "all tokens" in live.words.value and "Right: x" in live.words.value
+    )
+    live.keep.value = 0.25
+    fewer = bytes(live.drawing.value)
+    assert fewer != first
+    live.method.value = "random"
+    assert bytes(live.drawing.value) != fewer
+    live.picture.value = "high"
+    assert live.question.value == "who?" and "Right" not in live.words.value
+    noise_image(50, 50, 3).save(tmp_path / "own.png")
+    live.upload.value = (uploaded((tmp_path / "own.png").read_bytes()),)
+    assert live.picture.value == OWN and live.question.value == "who?"
+    live.upload.value = (uploaded(b"no picture"),)
+    assert "no picture that can be read" in live.words.value

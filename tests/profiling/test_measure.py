@@ -1,0 +1,240 @@
+"""Measuring: what is timed, what the report says, and that rounds survive a kill."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_selector, tiny_vlm
+from transformers import LlavaNextForConditionalGeneration
+from typer.testing import CliRunner
+
+from tokensel import cli
+from tokensel.methods import METHODS
+from tokensel.profiling import measure as measuring
+from tokensel.profiling import training
+from tokensel.profiling.config import CostConfig, image_size
+from tokensel.profiling.shapes import SHAPES
+from tokensel.profiling.subject import Condition, Subject, conditions, make_inputs
+from tokensel.profiling.timing import PHASES, time_answer
+from tokensel.utils.errors import TokenselError
+from tokensel.vlm import encode
+
+SIZE = "40x48"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_vlm().model
+
+
+@pytest.fixture
+def config(tmp_path):
+    tiny_selector().save_pretrained(tmp_path / "selector")
+    return CostConfig(
+        model="tiny",
+        selector=str(tmp_path / "selector"),
+        methods=("selector", "fastv"),
+        keeps=(0.3,),
+        images=(SIZE,),
+        text=7,
+        new_tokens=3,
+        warmup=0,
+        schedule_layer=1,
+        out=str(tmp_path / "out"),
+    )
+
+
+def report(path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_every_method_is_timed_part_by_part(model, config):
+    methods = [name for name in METHODS if name != "native"]
+    config = replace(config, methods=(*methods, "fastv", "vtw", "selector+fastv"))
+    subject = Subject.of(config, model)
+    inputs = make_inputs(model, SIZE, 2, config.text)
+    full = int(encode(model, inputs).n_visual[0])
+    for condition in conditions(config):
+        times = time_answer(subject, condition, inputs)
+        assert 0 < times["first_token"] < times["answer"] and times["further_token"] > 0
+        assert tuple(times["phases"]) == PHASES
+        assert sum(times["phases"].values()) == pytest.approx(times["first_token"])
+        assert times["phases"]["prefill"] > 0 and min(times["phases"].values()) >= 0
+        assert (times["phases"]["encoder"] > 0) == (condition.method != "none")
+        if condition.method in (
+            "selector",
+            "selector+fastv",
+            "random",
+            "norm",
+            "cls",
+            "uniform",
+            "diversity",
+        ):
+            assert times["phases"]["selector"] > 0 and times["n_visual"] == round(0.3 * full)
+            assert times["length"] == inputs["input_ids"].shape[1] - full + times["n_visual"]
+    assert conditions(config)[0] == Condition("full", 1.0) and Condition("vtw", 1.0) in conditions(config)
+
+
+def test_full_is_the_stock_model_on_the_stock_inputs(model, config, monkeypatch):
+    seen = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: seen.append(given) or generate(**given))
+    inputs = make_inputs(model, SIZE, 1, config.text)
+    subject, hooks = Subject.of(config, model), []
+    for method in ("full", "selector"):
+        time_answer(subject, Condition(method, 0.3), inputs)
+        hooks.append(
+            [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+        )
+    assert seen[0].keys() >= inputs.keys() and "inputs_embeds" not in seen[0]
+    assert "inputs_embeds" in seen[1] and "pixel_values" not in seen[1]
+    assert hooks[0] == hooks[1], "hooks of ours were left behind"
+
+
+def test_the_report_holds_ratios_within_rounds_and_of_the_ideal(model, config):
+    found = report(measuring.measure(replace(config, batch_sizes=(1, 2)), progress=False, model=model))
+    rows = found["rows"]
+    assert [(row["rows"], row["method"], row["keep"]) for row in rows] == [
+        (size, method, keep)
+        for size in (1, 2)
+        for method, keep in (("full", 1.0), ("selector", 0.3), ("fastv", 0.3))
+    ]
+    for row in rows:
+        first = row["first_token"]
+        assert row["repetitions"] == 10 and first["low"] <= first["median"] <= first["high"]
+        assert first["of_ideal"] == pytest.approx(first["speedup"]["median"] / first["ideal"])
+        assert row["flops"]["total"] == sum(
+            row["flops"][part] for part in ("encoder", "selector", "projector", "prefill")
+        )
+    one, two = rows[:3], rows[3:]
+    assert one[0]["first_token"]["speedup"]["median"] == one[0]["first_token"]["ideal"] == 1.0
+    assert one[1]["first_token"]["ideal"] == one[0]["flops"]["total"] / one[1]["flops"]["total"]
+    assert one[1]["further_token"]["ideal"] > 1 and one[1]["choosing_of_full"]["median"] > 0
+    assert two[1]["flops"]["total"] == 2 * one[1]["flops"]["total"]
+    assert (
+        "ideal" in found
+        and found["machine"]["threads"] == torch.get_num_threads()
+        and found["config"]["seed"] == 0
+    )
+    assert "its own" in found["weights"] and found["sittings"] == 1
+    assert len(list(measuring.lines(found))) == 1 + len(rows)
+
+
+def test_killed_it_goes_on_with_the_rounds_that_are_missing(model, config, monkeypatch):
+    calls = []
+
+    def die(*args):
+        calls.append(args)
+        if len(calls) == 3 * 4 + 2:  # in the middle of the fifth round
+            raise KeyboardInterrupt
+        return time_answer(*args)
+
+    monkeypatch.setattr(measuring, "time_answer", die)
+    with pytest.raises(KeyboardInterrupt):
+        measuring.measure(config, progress=False, model=model)
+    path = measuring.measure(config, progress=False, model=model)
+    assert len(calls) == 3 * 4 + 2 + 3 * 6 and report(path)["sittings"] == 2
+    measuring.measure(config, progress=False, model=model)
+    assert len(calls) == 3 * 4 + 2 + 3 * 6, "nothing was missing"
+    measuring.measure(replace(config, repetitions=11), progress=False, model=model)
+    assert len(calls) == 3 * 4 + 2 + 3 * 7, "one more round"
+    measuring.measure(replace(config, text=8), progress=False, model=model)
+    assert len(calls) == 3 * 4 + 2 + 3 * 17, "another measurement has rounds of its own"
+
+
+def test_orders_move_on_from_round_to_round(model, config, monkeypatch):
+    order = []
+    monkeypatch.setattr(
+        measuring, "time_answer", lambda subject, condition, inputs: order.append(condition.method) or time_answer(
+            subject, condition, inputs
+        )
+    )  # fmt: skip
+    measuring.measure(config, progress=False, model=model)
+    assert order[:9] == [
+        "full",
+        "selector",
+        "fastv",
+        "selector",
+        "fastv",
+        "full",
+        "fastv",
+        "full",
+        "selector",
+    ]
+
+
+def test_training_beside_the_machines_products(model, config):
+    found = report(
+        training.measure(replace(config, batch_sizes=(2,), selector_layers=1), progress=False, model=model)
+    )
+    (row,) = found["rows"]
+    assert row["repetitions"] == 10 and row["ceiling_flops_per_second"]["median"] > 0
+    for source in ("features", "pictures"):
+        part = row[source]
+        assert part["hours_for_100k_images"] == pytest.approx(
+            1e5 / part["images_per_second"]["median"] / 3600
+        )
+        assert part["of_ceiling"]["median"] > 0
+    assert row["pictures"]["images_per_second"]["median"] < row["features"]["images_per_second"]["median"]
+    assert row["peak_bytes"] > 0 or not Path("/proc/self/clear_refs").exists()
+    assert len(list(training.lines(found))) == 3
+
+
+def test_the_command_measures_a_configuration_at_random_weights(tmp_path):
+    arguments = [
+        "cost",
+        "--model",
+        "data/mini/llava-next",
+        "--random-weights",
+        "--selector-layers",
+        "1",
+        "--keeps",
+        "0.2",
+    ]
+    arguments += ["--images", "64x64", "--text", "9", "--new-tokens", "2", "--warmup", "0", "--no-progress"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    found = report(tmp_path / "cost.json")
+    assert found["weights"].startswith("random") and "1 x Transformer layer" in found["selector"]
+    assert [row["method"] for row in found["rows"]] == ["full", "selector"]
+    assert done.output.splitlines()[-1] == str(tmp_path / "cost.json") and "selector  0.2" in done.output
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_llava_next_with_their_true_token_counts(name):
+    config = SHAPES[name]()
+    with torch.device("meta"):
+        model = LlavaNextForConditionalGeneration(config)
+    assert sum(p.numel() for p in model.model.language_model.layers.parameters()) >= 3e8
+    assert sum(p.numel() for p in model.model.vision_tower.parameters()) == pytest.approx(303.5e6, rel=0.01)
+    inputs = make_inputs(model, "480x640", 1, 60)
+    assert inputs["input_ids"].shape == (1, 576 + 36 * 49 + 60)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"repetitions": 9}, "repetitions is 9: give at least 10"),
+        ({"new_tokens": 1}, "new_tokens is 1: give at least 2"),
+        ({"methods": ("selectr",)}, "method 'selectr' is unknown"),
+        ({"methods": ("native",)}, "method 'native' is not measured"),
+        ({"keeps": (0.0,)}, "keep is 0.0"),
+        ({"images": ("480",)}, "image size is '480': give HEIGHTxWIDTH"),
+        ({"batch_sizes": (0,)}, "batch size is 0"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+    ],
+)
+def test_bad_choices_are_told_before_anything_is_loaded(config, change, told):
+    with pytest.raises(TokenselError, match=told):
+        replace(config, **change)
+
+
+def test_a_model_that_is_not_there_and_a_precision_that_does_not_train(model, config):
+    with pytest.raises(TokenselError, match="nowhere"):
+        Subject.of(replace(config, model="nowhere/at-all", random_weights=True))
+    with pytest.raises(TokenselError, match="trains in float32 or bfloat16"):
+        training.measure(replace(config, dtype="float16"), progress=False, model=model)
+    assert image_size("1700x2200") == (1700, 2200)

@@ -1,0 +1,221 @@
+"""DyRate's training: the masks it learns on are what removal does, and no kill changes what comes out."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_schedules import dyrate, generated, prompt, vlm_of
+
+from tokensel.schedules import RatePredictor
+from tokensel.schedules.attention import TYPES
+from tokensel.training import dyrate as dyrate_training
+from tokensel.training.dyrate import DyRateConfig, RateLesson, attention_mask, train_dyrate
+from tokensel.utils.errors import TokenselError
+from tokensel.vlm.forced import IGNORED, answer_mass, force
+
+
+@pytest.fixture
+def config(model, tmp_path) -> DyRateConfig:
+    return DyRateConfig(
+        model=str(model), out=str(tmp_path / "out"), suite="suite_tiny", benchmarks=("page", "list"), n=6, layer=1,
+        rates=4, steps=8, batch_size=3, save_every=2, progress=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+def test_one_pass_over_a_known_answer_equals_writing_it_while_tokens_leave(text):
+    vlm, schedule = vlm_of(text), dyrate()
+    reduced = prompt(vlm, [0, 1, 3])
+    out, pruning = generated(vlm, reduced, schedule)
+    forced = force(vlm.model, reduced, out.sequences, torch.full((3,), out.sequences.shape[1]))
+    with torch.no_grad():
+        logits, kept = RateLesson(vlm.model, schedule.predictor).read(forced)
+    assert torch.allclose(logits, torch.stack(out.logits, 1), atol=1e-4)
+    left = torch.stack(pruning.left)[:, 2].T / reduced.visual.sum(1, keepdim=True)
+    assert torch.allclose(kept, left) and len(kept.unique()) > 5
+
+
+def test_shorter_answers_end_earlier_and_change_nothing_else():
+    vlm, schedule = vlm_of("llama"), dyrate()
+    reduced, tokens = (
+        prompt(vlm, [0, 1]),
+        torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0)),
+    )
+    lesson = RateLesson(vlm.model, schedule.predictor)
+    with torch.no_grad():
+        whole, _ = lesson.read(force(vlm.model, reduced, tokens, torch.tensor([7, 7])))
+        forced = force(vlm.model, reduced, tokens, torch.tensor([7, 4]))
+        short, _ = lesson.read(forced)
+    assert (forced.labels[1] == IGNORED).tolist() == [False] * 4 + [True] * 3
+    assert torch.allclose(short[0], whole[0], atol=1e-5) and torch.allclose(
+        short[1, :4], whole[1, :4], atol=1e-5
+    )
+
+
+def test_attention_by_type_is_that_of_the_model():
+    vlm = vlm_of("llama", "eager")
+    reduced, tokens = (
+        prompt(vlm, [0, 1, 3]),
+        torch.randint(5, 90, (3, 6), generator=torch.Generator().manual_seed(0)),
+    )
+    forced = force(vlm.model, reduced, tokens, torch.full((3,), 6))
+    mass = answer_mass(vlm.model, forced)
+    assert mass.shape == (4, 3, 6, 4, len(TYPES)) and torch.allclose(
+        mass.sum(-1), torch.ones(4, 3, 6, 4), atol=1e-5
+    )
+    with torch.no_grad():
+        whole = vlm.model.model.language_model(
+            **forced.inputs, output_attentions=True, use_cache=False
+        ).attentions
+    for layer, attention in enumerate(whole):
+        image = (attention[:, :, -6:, : reduced.visual.shape[1]] * reduced.visual[:, None, None]).sum(-1)
+        assert torch.allclose(mass[layer, ..., TYPES.index("image")].transpose(1, 2), image, atol=1e-5)
+    assert not bool(mass[:, :, 0, :, TYPES.index("response")].any())  # at first there is no answer to look at
+
+
+def test_a_token_has_the_slope_of_what_its_going_would_change():
+    vlm, schedule = vlm_of("llama"), dyrate()
+    reduced, tokens = (
+        prompt(vlm, [0]),
+        torch.randint(5, 90, (1, 3), generator=torch.Generator().manual_seed(0)),
+    )
+    forced = force(vlm.model, reduced, tokens, torch.tensor([3]))
+    masks = torch.ones(1, 3, reduced.visual.shape[1])
+    column = int(reduced.visual[0].nonzero()[5])
+
+    def last(mask):
+        layers = vlm.model.model.language_model.layers
+        hooks = [
+            layer.register_forward_pre_hook(
+                lambda _m, a, k: (a, k | {"attention_mask": mask}), with_kwargs=True
+            )
+            for layer in layers[schedule.predictor.config.layer :]
+        ]
+        states = vlm.model.model.language_model(**forced.inputs, use_cache=False).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        return states[0, -1] @ torch.arange(states.shape[-1], dtype=torch.float)
+
+    masks.requires_grad_()
+    mask = attention_mask(masks, forced)
+    last(mask).backward()
+    lighter, step = mask.detach().clone(), 0.01  # in 32 bits a smaller one would measure rounding
+    lighter[0, 0, -1, column] += math.log(1 - step)
+    with torch.no_grad():
+        difference = (last(mask.detach()) - last(lighter)) / step
+    assert abs(float(difference)) > 1e-3
+    assert float(masks.grad[0, 2, column]) == pytest.approx(float(difference), rel=0.05)
+
+
+def test_a_heavy_weight_on_compute_drops_tokens_and_none_keeps_them(config):
+    kept = {}
+    for weight in (0.0, 20.0):
+        predictor, history = train_dyrate(replace(config, out="", steps=30, weight=weight))
+        kept[weight] = sum(record["kept"] for record in history[-5:]) / 5
+        assert predictor.config.kept == pytest.approx(sum(record["kept"] for record in history[27:]) / 3)
+    assert 0.24 < kept[20.0] < 0.5 < kept[0.0]  # the lowest rate is a quarter, to the nearest token
+
+
+def test_an_interrupted_training_ends_where_an_undisturbed_one_does(config, tmp_path, monkeypatch):
+    whole, history = train_dyrate(config)
+    draw, other = dyrate_training._draw, replace(config, out=str(tmp_path / "other"))
+
+    def stop(vlm, data, config, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return draw(vlm, data, config, step)
+
+    monkeypatch.setattr(dyrate_training, "_draw", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_dyrate(other)
+    monkeypatch.undo()
+    again, continued = train_dyrate(other)
+    assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), again.parameters(), strict=True))
+    assert continued == history and [record["step"] for record in history] == list(range(1, 9))
+    assert json.loads((tmp_path / "other" / "history.jsonl").read_text().splitlines()[-1]) == history[-1]
+    loaded = RatePredictor.from_pretrained(tmp_path / "other" / "dyrate")
+    assert torch.equal(loaded.linear.weight, whole.linear.weight) and loaded.config.steps == 8
+    with pytest.raises(TokenselError, match="was trained with weight 1.0, not 0.2"):
+        train_dyrate(replace(other, weight=0.2))
+    with pytest.raises(TokenselError, match="was trained on"):
+        train_dyrate(_with_other_model(other, tmp_path))
+
+
+def _with_other_model(config: DyRateConfig, folder: Path) -> DyRateConfig:
+    same = folder / "model"
+    same.mkdir()
+    for path in Path(config.model).iterdir():
+        (same / path.name).write_bytes(path.read_bytes())
+    card = json.loads((same / "generation_config.json").read_text())
+    (same / "generation_config.json").write_text(json.dumps(card | {"max_length": 99}))
+    return replace(config, model=str(same))
+
+
+def test_sigkill_then_the_same_command_again(config, tmp_path):
+    whole, _ = train_dyrate(config)
+    out = tmp_path / "killed"
+    options = {"model": config.model, "out": out, "suite": "suite_tiny", "benchmarks": "page,list", "n": 6, "layer": 1,
+               "rates": 4, "steps": 8, "batch-size": 3, "save-every": 2}  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "tokensel",
+        "dyrate",
+        *(str(w) for k, v in options.items() for w in (f"--{k}", v)),
+    ]
+    here = Path(__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / "checkpoint.safetensors").exists():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL and not (out / "dyrate").exists()
+    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    loaded = RatePredictor.from_pretrained(out / "dyrate")
+    assert torch.equal(loaded.linear.weight, whole.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"rates": 1}, "rates is 1"),
+        ({"weight": -1.0}, "weight is -1.0"),
+        ({"weight": float("nan")}, "weight is nan"),
+        ({"tau_end": 0.0}, "tau_end is 0.0"),
+        ({"layer": 0}, "layer is 0"),
+    ],
+)
+def test_bad_options(config, change, line):
+    with pytest.raises(TokenselError, match=line):
+        replace(config, **change)
+
+
+def test_a_layer_outside_the_model_and_unknown_options_are_refused(config):
+    with pytest.raises(TokenselError, match="layer 2 is not inside the 2 layers"):
+        train_dyrate(replace(config, layer=2))
+    with pytest.raises(TokenselError, match="unknown option 'wieght': did you mean 'weight'"):
+        DyRateConfig.from_dict({"model": "m", "wieght": 1.0})
+
+
+def test_the_shipped_predictor_fits_the_shipped_model():
+    data = Path(__file__).parents[2] / "data" / "mini"
+    config = RatePredictor.from_pretrained(data / "dyrate").config
+    shape = json.loads((data / "llava-next" / "config.json").read_text())["text_config"]
+    assert config.heads == shape["num_attention_heads"] and 0 < config.layer < shape["num_hidden_layers"]
+    steps = [
+        json.loads(line)["step"] for line in (data / "dyrate" / "history.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(1, config.steps + 1))

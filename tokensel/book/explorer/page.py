@@ -1,0 +1,116 @@
+"""The explorer in a page without a kernel: the dictionary embedded, and a still figure until a script takes over."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from tokensel.figures import overlays
+from tokensel.utils.errors import TokenselError
+
+
+def draw_step(picture: dict[str, Any], step: dict[str, Any], width: float = 7.0) -> Figure:
+    """Kept tokens above, reconstruction errors below, for each view of a picture.
+
+    Args:
+        picture: one of ``data["pictures"]``.
+        step: one of its steps, see :class:`tokensel.book.explorer.steps.Exploration`.
+        width: of the figure in inches.
+    """
+    views = picture["views"]
+    images = [open_image(view["image"]) for view in views]
+    shares = [0.6 if number == 0 else image.width / image.height for number, image in enumerate(images)]
+    height = 2 * width / sum(shares) + 0.5
+    figure, axes = plt.subplots(2, len(views), figsize=(width, height), width_ratios=shares, squeeze=False)
+    for column, (view, image) in enumerate(zip(views, images)):
+        kept, real = _masks(step["kept"][column], view)
+        error = torch.tensor(step["error"][column], dtype=torch.float32).view(real.shape) / 100 * real
+        overlays.show(axes[0, column], image, kept, f"{view['name']}: kept", real)
+        overlays.heat(axes[1, column], image, error, f"{view['name']}: error", top=1.0)
+    return figure
+
+
+def _masks(cells: str, view: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Which cells of a view are kept, and which are tokens at all."""
+    letters = np.array(list(cells)).reshape(view["rows"], view["columns"])
+    return torch.from_numpy(letters == "1"), torch.from_numpy(letters != "-")
+
+
+def _still_tokens(data: dict[str, Any]) -> tuple[Figure, str]:
+    """The first picture under the first method at the middle budget, and what is to be seen there in words."""
+    picture, method = data["pictures"][0], next(iter(data["methods"]))
+    middle = len(data["keeps"]) // 2
+    step = picture["steps"][method][middle]
+    words = (
+        f"The picture “{picture['name']}” under {data['methods'][method]} at keep {data['keeps'][middle]:g}: "
+        f"{step['tokens']} of {picture['full']['tokens']} tokens kept. Asked “{picture['question']}”, the model answers "
+        f"“{step['answer']}”; with all tokens “{picture['full']['answer']}”."
+    )
+    return draw_step(picture, step), words
+
+
+def _still_answer(data: dict[str, Any]) -> tuple[Figure, str]:
+    """The first picture under the first schedule, when half of the answer is written."""
+    picture, (method, label) = data["pictures"][0], next(iter(data["methods"].items()))
+    steps = picture["steps"][method]
+    step = steps[len(steps) // 2]
+    words = (
+        f"The picture “{picture['name']}” while “{picture['question']}” is answered under {label}: when “{step['said']}” is "
+        f"written, {step['tokens']} of {picture['tokens']} tokens are left; the answer ends as “{steps[-1]['said']}”."
+    )
+    images = [open_image(view["image"]) for view in picture["views"]]
+    shares = [0.6, images[1].width / images[1].height]
+    figure, axes = plt.subplots(1, 2, figsize=(7.0, 7.0 / sum(shares) + 0.3), width_ratios=shares)
+    for ax, view, image, cells in zip(axes, picture["views"], images, step["kept"]):
+        kept, real = _masks(cells, view)
+        overlays.show(ax, image, kept, f"{view['name']}: left", real)
+    return figure, words
+
+
+# what a reader without JavaScript sees of each kind of explorer: the figure, and what it shows in words
+STILLS: dict[str, Callable[[dict[str, Any]], tuple[Figure, str]]] = {
+    "tokens": _still_tokens,
+    "answer": _still_answer,
+}
+
+
+def embed(data: dict[str, Any]) -> str:
+    """An explorer as a piece of HTML that needs no kernel and no network.
+
+    Args:
+        data: a dictionary whose ``kind`` is a key of :data:`STILLS`.
+
+    Raises:
+        TokenselError: another kind.
+    """
+    if data.get("kind") not in STILLS:
+        raise TokenselError(f"explorer of kind {data.get('kind')!r}: choose one of {', '.join(STILLS)}")
+    figure, words = STILLS[data["kind"]](data)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    plt.close(figure)
+    still = base64.b64encode(file.getvalue()).decode()
+    # inside a script element only "<" could end it
+    steps = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    return (
+        '<div class="explorer">\n'
+        f'<script type="application/json">{steps}</script>\n'
+        '<figure class="explorer-still">\n'
+        f'<img alt="{html.escape(words)}" src="data:image/png;base64,{still}">\n'
+        f"<figcaption>{html.escape(words)}</figcaption>\n"
+        "</figure>\n</div>"
+    )
+
+
+def open_image(uri: str) -> Image.Image:
+    """The picture in a ``data:`` address."""
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")

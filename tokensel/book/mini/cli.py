@@ -1,0 +1,73 @@
+"""``python -m tokensel mini``: draw the small world, train the small model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="The small world and the small models that ship with the book.", no_args_is_help=True)
+
+
+@app.command()
+def train(
+    out: Annotated[
+        Path, typer.Option(help="folder for the checkpoint, the history and the finished model/")
+    ] = Path("_build/mini"),
+    seed: Annotated[int, typer.Option(help="seed of weights, pictures and order")] = 0,
+    times: Annotated[float, typer.Option(min=0.01, help="so many times the recipe's steps")] = 1.0,
+    batch: Annotated[float, typer.Option(min=0.1, help="so many times the recipe's pages a step")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="processes that share each batch; by default 2 on a CPU, 1 on a GPU"),
+    ] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 100,
+    bf16: Annotated[
+        bool | None,
+        typer.Option("--bf16/--fp32", help="arithmetic; by default bfloat16 where the processor has it"),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="finished model to go on from, such as data/mini/llava-next; by default none"),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="llava-next or llava-onevision")] = "llava-next",
+) -> None:
+    """Train the small model; the same command again goes on where a killed run stopped."""
+    from tokensel.book.mini.learn import train as run
+    from tokensel.book.mini.recipe import Recipe
+
+    recipe = Recipe(seed=seed).scaled(times, batch)
+    typer.echo(f"finished: {run(out, recipe, save_every, device, workers, bf16, start=start, kind=kind)}")
+
+
+@app.command()
+def draw(
+    tasks: Annotated[
+        list[str] | None,
+        typer.Argument(help="forms, charts, posters, scene_text, attributes, ...; all if none is named"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    index: Annotated[int, typer.Option(min=0, help="the first page")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="pages of each task")] = 1,
+    out: Annotated[Path, typer.Option(help="folder for <task>-<split>-<index>.png")] = Path(
+        "_build/mini/pages"
+    ),
+) -> None:
+    """Draw pages of the small world into a folder; of a single page, print its questions and answers too."""
+    from tokensel.book.mini.world import DRAW
+    from tokensel.book.mini.world import draw as page_of
+    from tokensel.utils.files import write_atomic
+
+    chosen = tasks or list(DRAW)
+    for task in chosen:
+        for number in range(index, index + count):
+            page = page_of(task, split, number)
+            path = write_atomic(
+                out / f"{task}-{split}-{number}.png", lambda part, page=page: page.image.save(part, "PNG")
+            )
+            if len(chosen) * count == 1:
+                typer.echo(f"{path}: {page.image.width}x{page.image.height} pixels")
+                for qa in page.questions:
+                    typer.echo(f"  {qa.question}  ->  {qa.answers[0]}")
+    if len(chosen) * count > 1:
+        typer.echo(f"{out}: {len(chosen) * count} pages")

@@ -1,0 +1,313 @@
+"""Train the small LLaVA-NeXT or LLaVA-OneVision by its recipe: on a GPU, or in a few processes on a CPU; resumable at any step."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText
+
+from tokensel.book.mini.lessons import Heads, Lessons
+from tokensel.book.mini.model import KINDS, build_model, build_processor
+from tokensel.book.mini.recipe import Recipe
+from tokensel.book.mini.sheets import Sheets
+from tokensel.utils import files
+
+_FLUSH = 20  # steps between two looks at what the device has counted; each look waits for it
+
+
+def train(
+    out: Path,
+    recipe: Recipe = Recipe(),
+    save_every: int = 100,
+    device: str | None = None,
+    workers: int | None = None,
+    bf16: bool | None = None,
+    compiled: bool | None = None,
+    start: Path | None = None,
+    kind: str = KINDS[0],
+) -> Path:
+    """Train the small model, by default from nothing; resumes from ``out/checkpoint.safetensors`` if it is there.
+
+    Args:
+        out: folder for the checkpoint, ``history.*.jsonl`` and, at the end, ``model/``: a LLaVA-NeXT checkpoint
+            with its processor.
+        recipe: steps, sizes and rates.
+        save_every: steps between checkpoints.
+        device: by default a GPU if there is one, else the CPU.
+        workers: processes that share each batch and average their gradients; by default 1 on a GPU, 2 on a CPU.
+        bf16: compute in bfloat16; by default on a GPU, and on a CPU that has the instructions for it.
+        compiled: compile the language model (a quarter faster on a CPU); by default where there is a C++ compiler.
+        start: folder of a finished model to go on from. The recipe's first phase is left out; in its place new heads are
+            fitted to that model's tower, as a finished model has none. From a model of another kind every weight of the
+            same name and shape is taken over, and no phase is left out.
+        kind: of model, one of ``KINDS``.
+
+    Returns:
+        The folder of the finished model.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = device == "cpu"
+    settings = {
+        "device": device,
+        "workers": (2 if on_cpu else 1) if workers is None else workers,
+        "bf16": (not on_cpu or torch.cpu._is_avx512_bf16_supported()) if bf16 is None else bf16,
+        "compiled": shutil.which("g++") is not None if compiled is None else compiled,
+    }
+    build_processor(kind)  # a faulty environment fails here, in one process
+    arguments = (Path(out), recipe, save_every, settings | {"kind": kind}, start)
+    if settings["workers"] == 1:
+        _work(0, *arguments)
+    else:
+        with tempfile.TemporaryDirectory() as meeting:
+            multiprocessing.spawn(
+                _work, (*arguments, f"file://{meeting}/workers", os.getpid()), settings["workers"]
+            )
+    return Path(out) / "model"
+
+
+def _work(
+    worker: int,
+    out: Path,
+    recipe: Recipe,
+    save_every: int,
+    settings: dict[str, Any],
+    start: Path | None,
+    meeting: str | None = None,
+    parent: int | None = None,
+) -> None:
+    """One worker: its share of every batch, and, for the first, all that is written."""
+    workers, device = settings["workers"], torch.device(settings["device"])
+    if meeting:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        distributed.init_process_group("gloo", init_method=meeting, rank=worker, world_size=workers)
+    torch.manual_seed(recipe.seed)
+    model, heads = build_model(settings["kind"]).to(device), Heads(128, 192).to(device)
+    if device.type == "cpu":
+        # Written-out attention: with a mask for each row, the backward pass of sdpa takes six times as long there.
+        model.model.language_model.set_attn_implementation("eager")
+    if settings["compiled"]:
+        model.model.language_model.compile(dynamic=True)
+    run = _Run(out, recipe, Lessons(model, heads, settings["bf16"]), save_every, worker, workers, parent)
+    if not run.load() and start is not None:
+        run.take_over(start)
+    run.tower()
+    run.language()
+    if worker == 0:
+        folder = out / "model"
+        model.save_pretrained(folder)
+        build_processor(settings["kind"]).save_pretrained(folder)
+        files.write_json(folder / "recipe.json", asdict(recipe) | settings | {"torch": torch.__version__})
+    if meeting:
+        distributed.destroy_process_group()
+
+
+class _Run:
+    """The state of one training run, saved and found again."""
+
+    def __init__(
+        self,
+        out: Path,
+        recipe: Recipe,
+        lessons: Lessons,
+        save_every: int,
+        worker: int,
+        workers: int,
+        parent: int | None,
+    ):
+        self.out, self.recipe, self.lessons, self.save_every = out, recipe, lessons, save_every
+        self.worker, self.workers, self.parent = worker, workers, parent
+        self.model, self.heads = lessons.model, lessons.heads
+        self.done, self.phase = 0, "tower"
+        self.optimizers = self._optimizers()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices inside the layers (fewer steps to the same loss), AdamW for the rest."""
+        recipe, core = self.recipe, self.model.model
+        if self.phase == "heads":
+            return [torch.optim.AdamW(self.heads.parameters(), recipe.head_rate)]
+        sight = [core.vision_tower, self.heads]
+        if self.phase == "tower":
+            return _muon(sight, recipe.rate, recipe.rate / 2, recipe.decay)
+        speech = [core.multi_modal_projector, self.model.lm_head, core.language_model]
+        optimizers = _muon(speech, recipe.rate, recipe.rate / 2, 0.0, extra=[core.image_newline])
+        return optimizers + _muon(sight, recipe.joint_rate, recipe.joint_rate, recipe.decay)
+
+    # --- what a killed run leaves behind -------------------------------------------------------------------
+
+    def save(self, step: int) -> None:
+        if self.worker:
+            return
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for place, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{place}.{name}": value for name, value in state.items()}
+        files.save_tensors(
+            self.out / "checkpoint.safetensors", tensors, {"phase": self.phase, "step": str(step)}
+        )
+
+    def take_over(self, folder: Path) -> None:
+        """Begin with the weights of a finished model; if it is of another kind, with those that fit."""
+        finished, mine = AutoModelForImageTextToText.from_pretrained(folder), self.model.state_dict()
+        found = {
+            name: tensor
+            for name, tensor in finished.state_dict().items()
+            if name in mine and tensor.shape == mine[name].shape
+        }
+        self.model.load_state_dict(mine | found)
+        self.phase = "heads" if type(finished) is type(self.model) else "tower"
+        self.optimizers = self._optimizers()
+
+    def load(self) -> bool:
+        """Go back to the last checkpoint; whether there was one."""
+        if not (self.out / "checkpoint.safetensors").exists():
+            return False
+        tensors, meta = files.load_tensors(self.out / "checkpoint.safetensors")
+        self.phase, self.done = meta["phase"], int(meta["step"])
+        parts: dict[str, dict] = {"model": {}, "heads": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            kind, rest = name.split(".", 1)
+            parts[kind][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.heads.load_state_dict(parts["heads"])
+        self.optimizers = self._optimizers()
+        for number, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict] = {}
+            for name, tensor in parts["optimizer"].items():
+                owner, place, entry = name.split(".")
+                if int(owner) == number:
+                    state.setdefault(int(place), {})[entry] = tensor
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
+        return True
+
+    # --- the two phases ------------------------------------------------------------------------------------
+
+    def tower(self) -> None:
+        """Phase one: the vision tower, alone; or, where a finished one was taken over, only the heads that read it."""
+        if self.phase != "language":
+            steps = self.recipe.tower_steps if self.phase == "tower" else self.recipe.head_steps
+            self._loop(
+                steps, int(steps * self.recipe.tower_cooldown), lambda step, sheet: self.lessons.look(sheet)
+            )
+            self.phase, self.done = "language", 0
+            self.optimizers = self._optimizers()
+            self.save(0)
+
+    def language(self) -> None:
+        """Phase two: all parts together."""
+        self._loop(
+            self.recipe.steps,
+            int(self.recipe.stages[-1].steps * self.recipe.cooldown),
+            lambda step, sheet: self.lessons.answer(sheet, self.recipe.stage(step).tower),
+        )
+
+    def _sheets(self, steps: range) -> DataLoader:
+        """Sheets drawn ahead by other processes where a GPU trains; on a CPU they would only take its cores."""
+        visual = self.lessons.visual({size for stage in self.recipe.stages for size in stage.sizes})
+        sheets = Sheets(self.recipe, self.phase, steps, visual, self.worker, self.workers)
+        ahead = 0 if self.lessons.device.type == "cpu" else max(1, (os.cpu_count() or 2) - 2)
+        return DataLoader(sheets, batch_size=None, num_workers=ahead, prefetch_factor=4 if ahead else None)
+
+    def _loop(self, total: int, cooling: int, lesson) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        history = self.out / f"history.{self.phase}.jsonl"
+        if self.worker == 0 and history.exists():  # what was logged after the checkpoint comes again
+            lines = [
+                line for line in history.read_text().splitlines() if json.loads(line)["step"] < self.done
+            ]
+            files.write_text(history, "".join(line + "\n" for line in lines))
+        with history.open("a", buffering=1) if self.worker == 0 else nullcontext() as log:
+            steps = range(self.done, total)
+            bar = tqdm(
+                zip(steps, self._sheets(steps)),
+                initial=self.done,
+                total=total,
+                desc=self.phase,
+                mininterval=10,
+                disable=self.worker > 0,
+            )
+            parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+            counted, began = [], time.perf_counter()
+            for step, sheet in bar:
+                if self.parent and os.getppid() != self.parent:
+                    raise SystemExit(
+                        1
+                    )  # killed, and perhaps begun again: no two runs may write one checkpoint
+                factor = self.recipe.scale(step, total, cooling)
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = factor * optimizer.defaults["lr"]
+                loss, counts = lesson(step, sheet.to(self.lessons.device))
+                loss.backward()
+                _average(parameters)
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                self.model.zero_grad(set_to_none=True)  # also what this phase leaves as it is
+                self.heads.zero_grad(set_to_none=True)
+                saving = (step + 1) % self.save_every == 0 and step + 1 < total
+                if self.worker == 0:
+                    counted.append((step, sheet.tasks, loss.detach(), counts))
+                if counted and (len(counted) == _FLUSH or saving or step + 1 == total):
+                    seconds = (time.perf_counter() - began) / len(counted)
+                    for each in counted:
+                        log.write(json.dumps(facts := _facts(*each) | {"seconds": round(seconds, 3)}) + "\n")
+                    bar.set_postfix({k: v for k, v in facts.items() if isinstance(v, float)}, refresh=False)
+                    counted, began = [], time.perf_counter()
+                if saving:
+                    self.save(step + 1)
+
+
+def _facts(
+    step: int, tasks: tuple[str, ...], loss: torch.Tensor, counts: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """A line of the history: of the tower's labels the share that is right, of each task right tokens and all."""
+    facts: dict[str, Any] = {"step": step, "loss": round(loss.item(), 4)}
+    found: dict[str, list[int]] = {}
+    for name, count in counts.items():
+        if name == "pages":
+            for task, (right, total) in zip(tasks, count.tolist()):
+                have = found.setdefault(task, [0, 0])
+                found[task] = [have[0] + right, have[1] + total]
+        elif name == "drill":
+            found[name] = count.tolist()
+        elif int(count[1]):
+            facts[name] = round(float(count[0] / count[1]), 4)
+    return facts | ({"tasks": found} if found else {})
+
+
+def _average(parameters: list[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the workers."""
+    if not distributed.is_initialized():
+        return
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
+
+
+def _muon(
+    modules: list[nn.Module], rate: float, rest_rate: float, decay: float, extra=()
+) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices of the transformer layers of ``modules``, AdamW on everything else in them."""
+    matrices, rest = [], list(extra)
+    for name, parameter in ((n, p) for module in modules for n, p in module.named_parameters()):
+        (matrices if parameter.ndim == 2 and "layers." in name else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, rest_rate, betas=(0.9, 0.98), weight_decay=decay),
+    ]

@@ -1,0 +1,170 @@
+"""The two losses of the small model's training: what the tower sees, and what the language model answers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokensel.book.mini.batches import HEAD, Packed, layout, patch_pixels
+from tokensel.book.mini.canvas import CELLS, ILLEGIBLE
+from tokensel.book.mini.recipe import ONE_TILE, tiles_of
+from tokensel.book.mini.sheets import LABELS, Sheet
+from tokensel.book.mini.traces import Traces
+from tokensel.vlm.layout import pack as packing
+from tokensel.vlm.native import count_tokens
+
+RARE = (
+    "letters",
+    "objects",
+    "sizes",
+    "papers",
+)  # labels of few patches, or unknown of many: there, 0 weighs less
+
+
+class Heads(nn.Module):
+    """Throw-away heads that read the tower, and the language model at the visual tokens, while they learn."""
+
+    def __init__(self, width: int, language_width: int):
+        super().__init__()
+        self.patch = nn.ModuleDict({name: nn.Linear(width, count + 1) for name, count in LABELS.items()})
+        self.pixels = nn.Linear(width, 48)
+        self.holds = nn.Linear(width, sum(LABELS.values()))
+        self.cell = nn.Linear(width, CELLS * CELLS)
+        self.traces = Traces(language_width)
+
+
+class Lessons:
+    """The losses of a sheet, with counts of what was right, as tensors: nothing here waits for a GPU."""
+
+    def __init__(self, model, heads: Heads, bf16: bool):
+        self.model, self.core, self.heads = model, model.model, heads
+        self.device = next(model.parameters()).device
+        self.bf16, self._layouts = bf16, {}
+
+    def _half(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def layout(self, size: tuple[int, int]) -> Tensor:
+        """Where the visual tokens of a page of ``size`` come from, see :func:`~tokensel.book.mini.batches.layout`."""
+        if size not in self._layouts:
+            self._layouts[size] = layout(self.core, size).to(self.device)
+        return self._layouts[size]
+
+    def visual(self, sizes: Iterable[tuple[int, int]]) -> dict[tuple[tuple[int, int], bool], int]:
+        """Visual tokens of pages of ``sizes``, newlines included; and of the same pages shrunk, if the model does that."""
+        counts = {(size, False): len(self.layout(size)) for size in sizes}
+        if getattr(self.core.config, "vision_aspect_ratio", None):
+            shrunk = {size: count_tokens(self.model, *size) for size in sizes if size not in ONE_TILE}
+            counts |= {(size, True): visual + newlines for size, (_, visual, newlines) in shrunk.items()}
+        return counts
+
+    def _given(self, seen) -> Tensor:
+        """What the language model is given of the tower: the patches, at one of its layers."""
+        config = self.core.config
+        states = seen.hidden_states[config.vision_feature_layer]
+        return (
+            states[:, 1:] if config.vision_feature_select_strategy == "default" else states
+        )  # without the CLS token
+
+    def look(self, sheet: Sheet) -> tuple[Tensor, dict[str, Any]]:
+        """Loss of the tower on the labels, and how well it reads."""
+        with self._half():
+            return self._labels(sheet, self.core.vision_tower(sheet.pixels, output_hidden_states=True))
+
+    def _labels(self, sheet: Sheet, seen) -> tuple[Tensor, dict[str, Any]]:
+        """How far the tower's features are from the labels of patches and tiles."""
+        labels = sheet.labels
+        patches = self._given(seen)
+        said = {name: head(patches).float() for name, head in self.heads.patch.items()}
+        loss = 0.3 * functional.mse_loss(self.heads.pixels(patches).float(), patch_pixels(sheet.pixels))
+        if seen.pooler_output is not None:  # of a CLS token, which SigLIP has not
+            present = [
+                functional.one_hot(labels[name], count + 1).amax(1)[:, 1:] for name, count in LABELS.items()
+            ]
+            holds = self.heads.holds(seen.pooler_output).float()
+            loss = loss + functional.binary_cross_entropy_with_logits(holds, torch.cat(present, 1).float())
+        # Where a patch lies in its tile: asked only what it shows, the tower forgets, and nothing after it can find out.
+        cells = torch.arange(patches.shape[1], device=self.device).expand(len(patches), -1)
+        loss = loss + 0.3 * functional.cross_entropy(self.heads.cell(patches).float().transpose(1, 2), cells)
+        for name, count in LABELS.items():
+            weight = torch.ones(count + 1, device=self.device)
+            weight[0] = 0.3 if name in RARE else 1.0
+            loss = loss + functional.cross_entropy(said[name].flatten(0, 1), labels[name].flatten(), weight)
+        legible = (labels["letters"] > 0) & (labels["letters"] < ILLEGIBLE)
+        counts = {}
+        for name, where in (("letters", legible), ("objects", labels["objects"] > 0)):
+            right = (said[name].argmax(-1) == labels[name]) & where
+            counts[name] = torch.stack([right.sum(), where.sum()])
+        return loss, counts
+
+    def answer(self, sheet: Sheet, tower: bool = True) -> tuple[Tensor, dict[str, Any]]:
+        """Loss of the language model on the answers, and how many tokens of each page's answers it gets right.
+
+        Every question weighs the same, however long its answer. With ``tower`` the tower learns too.
+        """
+        with self._half():
+            hidden, looking, counts = self.forward(sheet, tower)
+            drilled = (
+                None
+                if sheet.drill is None
+                else self._read(None, sheet.drill)[-1][:, -sheet.drill.ids.shape[1] :]
+            )
+        loss, right, total = self._spoken(hidden, sheet.packed)
+        counts["pages"] = torch.stack([right, total], 1)
+        if drilled is not None:
+            more, right, total = self._spoken(drilled, sheet.drill)
+            loss, counts["drill"] = loss + more, torch.stack([right.sum(), total.sum()])
+        return loss + looking, counts
+
+    def _spoken(self, hidden: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss over the questions; how many tokens of each row's answers are right; how many there are."""
+        logits = self.model.lm_head(hidden).float()
+        losses = functional.cross_entropy(logits.flatten(0, 1), packed.labels.flatten(), reduction="none")
+        spoken = packed.labels >= 0
+        hit = (logits.argmax(-1) == packed.labels) & spoken
+        loss = (losses * packed.weights.flatten()).sum() / packed.weights.sum()
+        return loss, hit.sum(1), spoken.sum(1)
+
+    def forward(self, sheet: Sheet, tower: bool = True) -> tuple[Tensor, Tensor | float, dict[str, Any]]:
+        """Hidden states ``[pages, text, width]`` over the packed questions, the loss on labels, and counts.
+
+        The labels are the tower's (with ``tower``) and those of the language model at the visual tokens.
+        """
+        core, index = self.core, self.layout(sheet.size)
+        with torch.set_grad_enabled(tower and torch.is_grad_enabled()):
+            seen = core.vision_tower(sheet.pixels, output_hidden_states=True)
+        looking, counts = self._labels(sheet, seen) if tower else (0.0, {})
+        pages, many = len(sheet.packed.ids), tiles_of(sheet.size)
+        cells = self._given(seen)[: pages * many]
+        if sheet.shrunk:
+            projected = core.multi_modal_projector(cells).float().split(many)
+            visual = torch.stack(
+                packing(core, projected, torch.tensor([sheet.size] * pages), core.image_newline)
+            )
+        else:
+            projected = core.multi_modal_projector(
+                cells.reshape(pages, -1, cells.shape[-1])[:, index.clamp(min=0)]
+            ).float()
+            visual = torch.where((index < 0)[:, None], core.image_newline, projected)
+        states = self._read(visual, sheet.packed)
+        asked = [each[:, -sheet.packed.ids.shape[1] :] for each in states]
+        if sheet.shrunk:  # an interpolated token lies in no one place
+            return asked[-1], looking, counts
+        on_the_way = [each[:, HEAD : HEAD + len(index)] for each in states]
+        tracing, traced = self.heads.traces(on_the_way, asked, index, sheet)
+        return asked[-1], looking + tracing, counts | traced
+
+    def _read(self, visual: Tensor | None, packed: Packed) -> tuple[Tensor, ...]:
+        """Run the language model over <s> USER: | visual, if any | text; its states behind each layer, and the last."""
+        model = self.core.language_model
+        start = model.embed_tokens(torch.tensor([[1, 5]], device=self.device)).expand(len(packed.ids), -1, -1)
+        parts = [start, visual, model.embed_tokens(packed.ids)]
+        return model(
+            inputs_embeds=torch.cat([part for part in parts if part is not None], 1),
+            attention_mask=packed.mask(),
+            position_ids=packed.positions,
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states

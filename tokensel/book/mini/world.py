@@ -1,0 +1,53 @@
+"""The small world: every picture a pure function of (task, split, index)."""
+
+import zlib
+
+import numpy as np
+
+from tokensel.book.mini import general, reading
+from tokensel.book.mini.canvas import Page
+from tokensel.book.mini.words import SPLITS
+from tokensel.utils.errors import TokenselError
+
+# task -> the function that draws one page of it
+DRAW = {
+    "forms": reading.form,
+    "charts": reading.chart,
+    "posters": reading.poster,
+    "scene_text": reading.scene_text,
+    "attributes": general.attributes,
+    "science": general.science,
+    "diagrams": general.diagram,
+    "mixed": general.mixed,
+    "transcribe": reading.text_page,
+    "describe": general.scene,
+}
+
+# Page sizes (height, width) that LLaVA-NeXT's processor tiles without resampling, so that text stays crisp.
+SIZES = ((128, 128), (96, 128), (128, 96), (112, 128), (64, 128), (128, 64))
+SHARES = (0.4, 0.15, 0.1, 0.15, 0.12, 0.08)
+
+
+def draw(task: str, split: str, index: int, size: tuple[int, int] | None = None) -> Page:
+    """Draw page ``index`` of ``task``.
+
+    Args:
+        task: a key of ``DRAW``.
+        split: train, validation or test; their pictures never meet, nor do their answers of four letters or more.
+        index: any non-negative integer.
+        size: (height, width) in pixels; by default drawn from ``SIZES`` with ``SHARES``.
+
+    Raises:
+        TokenselError: an unknown task or split.
+    """
+    if task not in DRAW:
+        raise TokenselError(f"no task {task!r} in the small world: choose one of {', '.join(DRAW)}")
+    if split not in SPLITS:
+        raise TokenselError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
+    for attempt in range(100):
+        rng = np.random.default_rng([zlib.crc32(task.encode()), SPLITS.index(split), index, attempt])
+        drawn = size or SIZES[int(rng.choice(len(SIZES), p=SHARES))]
+        page = DRAW[task](rng, split, drawn)
+        if page.questions and page.questions[0].answers[0]:
+            return page
+    raise TokenselError(f"{task} cannot be drawn on a page of {drawn[0]}x{drawn[1]} pixels")

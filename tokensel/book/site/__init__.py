@@ -1,0 +1,1 @@
+"""Runs the chapters and builds the pages."""

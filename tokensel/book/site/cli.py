@@ -1,0 +1,87 @@
+"""The `book` command: list, run and build. The heavy imports wait until a command needs them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Run the chapters and build the book from them.")
+
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--parameter", "-p", metavar="NAME=VALUE", help="Override a parameter, such as -p keep=0.3."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Run chapters again that are up to date.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Chapters at a time, sharing the cores; two when left out, one where there is a GPU."
+    ),
+]
+Chapters = Annotated[
+    list[str] | None, typer.Argument(help="Names such as 03 or 03_selector; all when left out.")
+]
+
+
+@app.command("list")
+def list_command() -> None:
+    """Show the chapters, their state and their parameters."""
+    from tokensel.book.site import run
+    from tokensel.book.site.chapter import find_root
+
+    root = find_root()
+    for path in run.chapter_paths(root):
+        state = "up to date" if run.is_current(root, path, {}) else "to run"
+        typer.echo(f"{path.stem}  ({state})")
+        for name, about in run.parameters_of(path).items():
+            typer.echo(f"    {name} = {about['default']}" + (f"   {about['help']}" if about["help"] else ""))
+
+
+@app.command("run")
+def run_command(
+    chapters: Chapters = None, parameter: Parameters = None, force: Force = False, jobs: Jobs = None
+) -> None:
+    """Execute chapters that are not up to date; the results lie in _build/chapters and _build/results."""
+    from tokensel.book.site import run
+    from tokensel.book.site.chapter import find_root
+
+    given = run.parse_parameters(parameter or [])
+    run.run_chapters(find_root(), chapters or [], given, force=force, jobs=jobs or run.default_jobs())
+
+
+@app.command("build")
+def build_command(parameter: Parameters = None, force: Force = False, jobs: Jobs = None) -> None:
+    """Execute what is not up to date, then build the pages in _build/html; any warning is an error."""
+    from tokensel.book.site import build as site
+    from tokensel.book.site import run
+    from tokensel.book.site.chapter import find_root
+
+    root = find_root()
+    given = run.parse_parameters(parameter or [])
+    run.run_chapters(root, [], given, force=force, jobs=jobs or run.default_jobs())
+    index: Path = site.build(root)
+    typer.echo(f"the book: {index}")
+
+
+@app.command("links")
+def links_command() -> None:
+    """Ask every address outside the book whether it is still there; needs a network, and the chapters run."""
+    from tokensel.book.site import build as site
+    from tokensel.book.site.chapter import find_root
+
+    typer.echo(f"{site.check_links(find_root())} addresses answer")
+
+
+@app.command("readme")
+def readme_command(
+    results: Annotated[Path, typer.Argument(help="The recorded table, from evaluate.")] = Path(
+        "data/results/sweep.csv"
+    ),
+) -> None:
+    """Put the recorded results into the table of README.md."""
+    from tokensel.book.site import readme
+    from tokensel.book.site.chapter import find_root
+
+    readme.write(find_root() / "README.md", results)

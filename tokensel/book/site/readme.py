@@ -1,0 +1,66 @@
+"""The table of results in README.md, from a recorded table."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from tokensel.benchmarks.statistics import average
+from tokensel.figures import style
+from tokensel.utils import files
+from tokensel.utils.errors import TokenselError
+
+BEGIN, END = "<!-- results: python -m tokensel book readme -->", "<!-- end of results -->"
+KEEPS = (0.5, 0.3)
+METHODS = ("selector", "random")
+
+
+def results_table(table: pd.DataFrame) -> str:
+    """The mean score of each group of benchmarks, 0 to 100, with all tokens, some, and without the image, in Markdown.
+
+    Args:
+        table: the long table of results, scores 0..1, see :data:`tokensel.figures.curves.COLUMNS`.
+
+    Raises:
+        TokenselError: a method or budget of the table in the README was not evaluated.
+    """
+    columns = [("full", None), *((method, keep) for keep in KEEPS for method in METHODS), ("none", None)]
+    heads = [style.label(method) + (f", {100 * keep:g} %" if keep else "") for method, keep in columns]
+    lines = [
+        "| tasks | " + " | ".join(heads) + " |",
+        "|---|" + "---:|" * len(heads),
+    ]
+    for group, rows in table.groupby("group", sort=False):
+        cells = []
+        for (method, keep), head in zip(columns, heads):
+            mine = rows[(rows["method"] == method) & (True if keep is None else rows["keep"] == keep)]
+            if mine.empty:
+                raise TokenselError(f"no results for {head} on {group}: evaluate it first")
+            mean = average(mine, "group").loc[group]
+            cells.append(f"{mean['score']:.1f} ± {mean['reach']:.1f}")
+        lines.append(f"| {group} ({rows['benchmark'].nunique()}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(readme: Path, results: Path) -> None:
+    """Replace what stands between the marks in ``readme`` by the table of ``results``.
+
+    Raises:
+        TokenselError: no such table or nothing that says where it is from, not whole, or no marks in the README.
+    """
+    provenance = results.with_suffix(".provenance.json")
+    for path in (results, provenance):
+        if not path.is_file():
+            raise TokenselError(f"{path}: no such file; record both with python -m tokensel evaluate")
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise TokenselError(f"{readme} has no {BEGIN} and {END}: put them where the table belongs")
+    table, made = pd.read_csv(results), json.loads(provenance.read_text(encoding="utf-8"))
+    note = (
+        f"`{made['model']['name']}` on its own tasks: mean score, 0 to 100, ± half of the 95 % interval, {int(table['n'].min())} questions a "
+        f"task, seed {made['seed']}; recorded {made['date'][:10]} on {made['device']}, {made['model']['dtype']}, in `{results}`. No figure of the "
+        "paper."
+    )
+    files.write_text(readme, f"{before}{BEGIN}\n{note}\n\n{results_table(table)}\n{END}{after}")

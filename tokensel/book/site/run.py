@@ -1,0 +1,276 @@
+"""Run chapters headless with papermill: some at a time, with progress, and only those whose inputs changed."""
+
+import ast
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import torch
+import yaml
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from tokensel.book.site.chapter import refuse_unknown, unwatched
+from tokensel.utils import files
+from tokensel.utils.errors import TokenselError
+
+
+def chapter_paths(root: Path) -> list[Path]:
+    """The chapters' notebooks in the order of the table of contents."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    groups = [toc, *toc.get("parts", [])]
+    files = [entry["file"] for group in groups for entry in group.get("chapters", [])]
+    return [root / f"{file}.ipynb" for file in files if file.startswith("chapters/")]
+
+
+def select_chapters(root: Path, names: list[str]) -> list[Path]:
+    """The chapters that ``names`` mean ("03", "03_selector" or a path), all of them for an empty list.
+
+    Raises:
+        TokenselError: a name fits no chapter.
+    """
+    every = chapter_paths(root)
+    chosen = []
+    for name in names:
+        stem = Path(name).name.removesuffix(".ipynb")
+        fits = [path for path in every if path.stem == stem or path.stem.startswith(f"{stem}_")]
+        if not fits:
+            raise TokenselError(f"no chapter '{name}': there are {', '.join(path.stem for path in every)}")
+        chosen += fits
+    return chosen or every
+
+
+def parse_parameters(pairs: list[str]) -> dict[str, Any]:
+    """``["keep=0.3", "model=some/folder"]`` as a dictionary; what is no Python literal stays text.
+
+    Raises:
+        TokenselError: a pair without ``=``.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise TokenselError(f"parameter '{pair}': write NAME=VALUE, such as keep=0.3")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
+
+
+def parameters_of(path: Path) -> dict[str, dict[str, str]]:
+    """The parameters of a chapter by name: inferred type, default and help, as papermill reads them."""
+    return papermill.inspect_notebook(str(path))
+
+
+def digest(root: Path, path: Path, parameters: dict[str, Any]) -> str:
+    """A hash over all that decides a chapter's outputs: its code, the package, the lock, ``data/``, the parameters.
+
+    Prose is left out: a mended sentence needs no new run.
+    """
+    total = hashlib.sha256()
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    total.update(json.dumps([code, parameters], sort_keys=True, default=str).encode())
+    for file in _inputs(root):
+        total.update(str(file.relative_to(root)).encode() + b"\0" + _file_hash(file))
+    return total.hexdigest()
+
+
+def is_current(root: Path, path: Path, parameters: dict[str, Any]) -> bool:
+    """Whether the executed chapter exists and was made from these inputs."""
+    return executed(root, path).is_file() and stamp(root, path).get("digest") == digest(
+        root, path, parameters
+    )
+
+
+def executed(root: Path, path: Path) -> Path:
+    """Where the executed notebook of the chapter ``path`` belongs."""
+    return root / "_build" / "chapters" / path.name
+
+
+def stamp(root: Path, path: Path) -> dict[str, Any]:
+    """What the last whole run of a chapter left: digest, seconds, finished, parameters, machine. Empty without one."""
+    try:
+        return json.loads(executed(root, path).with_suffix(".json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def run_chapters(
+    root: Path, names: list[str], parameters: dict[str, Any], *, force: bool = False, jobs: int = 1
+) -> None:
+    """Run the chapters that are not up to date, ``jobs`` at a time.
+
+    Small matrices do not keep several cores busy, several chapters do. Each gets an equal share of the cores; a chapter that
+    measures time has all of them, after the others, with nothing beside it.
+
+    Raises:
+        TokenselError: an unknown chapter or parameter (before anything runs), or a failed cell.
+    """
+    paths = select_chapters(root, names)
+    for path in paths:
+        refuse_unknown(path.stem, list(parameters_of(path)), list(parameters))
+    together, alone = [], []
+    for number, path in enumerate(paths, 1):
+        label = f"[{number}/{len(paths)}] {path.stem}"
+        if not force and is_current(root, path, parameters):
+            print(f"{label}: up to date", flush=True)
+        else:
+            (alone if measures_time(path) else together).append((root, path, parameters, label))
+    jobs = min(jobs, len(together))
+    if jobs > 1:
+        # the longest first, so that none of them is left over in the end with nothing beside it
+        _run_together(sorted(together, key=lambda task: stated_seconds(task[1]), reverse=True), jobs)
+    else:
+        alone = together + alone
+    for task in alone:
+        print(f"{task[-1]}: {run_one(*task):.1f} s", flush=True)
+
+
+def default_jobs() -> int:
+    """How many chapters run at a time unless one says: two, but one where a GPU's memory would have to be shared."""
+    return 1 if torch.cuda.is_available() else min(2, cores())
+
+
+def measures_time(path: Path) -> bool:
+    """Whether the chapter says of itself, in its metadata, that nothing may run beside it."""
+    return nbformat.read(path, as_version=4).metadata.get("tokensel", {}).get("measures_time", False)
+
+
+def stated_seconds(path: Path) -> int:
+    """The run time that a chapter promises its reader in its opening, alone on two CPU cores.
+
+    Raises:
+        TokenselError: it promises none, or in other words than "**run time** about 20 s" or "2 min".
+    """
+    said = re.search(r"\*\*run time\*\* about (\d+) (s|min)\b", path.read_text(encoding="utf-8"))
+    if said is None:
+        raise TokenselError(
+            f"{path.name} states no run time: write '**run time** about 20 s' or '2 min' in its opening"
+        )
+    return int(said[1]) * (60 if said[2] == "min" else 1)
+
+
+def _run_together(tasks: list[tuple], jobs: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    places = context.SimpleQueue()
+    for place in range(jobs):
+        places.put(place)
+    left, running = iter(tasks), {}
+    with ProcessPoolExecutor(jobs, context, _share_cores, (places, max(1, cores() // jobs))) as pool:
+        while True:
+            # handed out one by one: after a failure what runs ends and is kept, and nothing else starts
+            running |= {pool.submit(run_one, *task): task[-1] for task in islice(left, jobs - len(running))}
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                print(f"{running.pop(done)}: {done.result():.1f} s", flush=True)
+
+
+_place = 0  # of this process among those that run chapters side by side: the line of its progress bar
+
+
+def _share_cores(places: SimpleQueue, threads: int) -> None:
+    global _place
+    _place = places.get()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # kernels inherit it
+
+
+def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> float:
+    """Execute one chapter and stamp it; returns the seconds it took.
+
+    Raises:
+        TokenselError: naming the chapter and the cell that failed; the executed notebook stays.
+    """
+    inputs = digest(root, path, parameters)
+    target = executed(root, path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.with_suffix(".json").unlink(missing_ok=True)
+    started = time.monotonic()
+    try:
+        with (
+            unwatched(),
+            tempfile.TemporaryDirectory(prefix="tokensel-", ignore_cleanup_errors=True) as sockets,
+        ):
+            # no open port; sockets of its own, as two kernels that start at once would pick the same names
+            local = {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}
+            papermill.execute_notebook(
+                str(path),
+                str(target),
+                parameters=parameters,
+                kernel_name="python3",
+                cwd=str(root),
+                config=Config(local if os.name == "posix" else {}),
+                # one line a chapter on a terminal; in a log, a line now and then
+                progress_bar={
+                    "desc": label, "leave": False, "position": _place, "mininterval": 0.5 if sys.stderr.isatty() else 20.0,
+                },
+            )  # fmt: skip
+    except PapermillExecutionError as error:
+        raise TokenselError(
+            f"{path.relative_to(root)}, cell {error.cell_index + 1}: {error.ename}: {_first_line(error.evalue)} "
+            f"(the executed notebook is kept at {target.relative_to(root)})"
+        ) from None
+    seconds = time.monotonic() - started
+    files.write_json(
+        target.with_suffix(".json"),
+        {
+            "digest": inputs,
+            "seconds": round(seconds, 1),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "parameters": parameters,
+            "device": device(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", cores())),
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        },
+    )
+    return seconds
+
+
+def device() -> str:
+    """The machine in words: accelerators if there are any, cores, system."""
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([*cards, f"{cores()} CPU cores", f"{platform.system()} {platform.machine()}"])
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), "")
+
+
+def _inputs(root: Path) -> Iterable[Path]:
+    yield root / "requirements.lock"
+    for folder, pattern in (("tokensel", "*.py"), ("data", "*")):
+        yield from sorted(file for file in (root / folder).rglob(pattern) if file.is_file())
+
+
+_HASHES: dict[tuple[str, int, int], bytes] = {}
+
+
+def _file_hash(file: Path) -> bytes:
+    # the same checkpoint is asked for once a chapter: read it once a run
+    info = os.stat(file)
+    key = (str(file), info.st_mtime_ns, info.st_size)
+    if key not in _HASHES:
+        _HASHES[key] = hashlib.sha256(file.read_bytes()).digest()
+    return _HASHES[key]

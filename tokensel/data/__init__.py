@@ -1,0 +1,1 @@
+"""Images, frozen encoders, and the features on their way to training."""

@@ -1,0 +1,280 @@
+"""Frozen vision encoders: pictures in, the features that the language model would see out."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPVisionModel,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.utils import cached_file
+
+from tokensel.data.features import Features, feature_width
+from tokensel.data.tower import run_tower
+from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.loading import hub_options, quiet
+
+Tiles = Literal["whole", "anyres"]
+
+# per kind of tower: class, feature layer, drop the CLS token?, mean and std of the pixels.
+# CLIP as LLaVA-NeXT uses it, SigLIP as LLaVA-OneVision does (their published configurations).
+TOWERS = {
+    "clip_vision_model": (
+        CLIPVisionModel,
+        -2,
+        True,
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
+    "siglip_vision_model": (SiglipVisionModel, -1, False, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+class VisionEncoder:
+    """A frozen CLIP or SigLIP vision tower with the preparation of its pictures.
+
+    Attributes:
+        tower: the stock transformers model, in evaluation mode, without gradients.
+        feature_layer: which hidden state is the feature tensor F; -2 for CLIP, -1 for SigLIP, or what the
+            LLaVA checkpoint says (of several, the channels are joined); before the tower's last norm.
+        drop_cls: whether the first token is the CLS token and is left out.
+        name: where it came from.
+        width: channels of a token.
+        tokens, grid: tokens of a tile; their rows and columns.
+        size: pixels a side of a tile.
+    """
+
+    def __init__(
+        self,
+        tower: PreTrainedModel,
+        processor: object = None,
+        feature_layer: int | list[int] | None = None,
+        drop_cls: bool | None = None,
+        name: str = "",
+    ):
+        kind = tower.config.model_type
+        if kind not in TOWERS:
+            raise TokenselError(
+                f"{name or kind}: a {kind} is no vision tower known here; give one of {list(TOWERS)}"
+            )
+        _, layer, cls, self.mean, self.std = TOWERS[kind]
+        self.tower = tower.eval().requires_grad_(False)
+        self.processor = processor
+        self.feature_layer = layer if feature_layer is None else feature_layer
+        self.drop_cls = cls if drop_cls is None else drop_cls
+        self.name = name or kind
+        self.width = feature_width(tower.config, self.feature_layer)
+        self.size = tower.config.image_size
+        side = self.size // tower.config.patch_size
+        self.grid = (side, side)
+        self.has_cls = cls
+        self.tokens = side * side + (cls and not self.drop_cls)
+        if processor is not None:
+            self.mean, self.std = tuple(processor.image_mean), tuple(processor.image_std)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        feature_layer: int | list[int] | None = None,
+        drop_cls: bool | None = None,
+    ) -> "VisionEncoder":
+        """Load from a hub id or folder: a vision tower, a CLIP or SigLIP model, or a LLaVA checkpoint.
+
+        From a LLaVA checkpoint only the files that hold the vision tower are fetched and read; its feature
+        layer, CLS choice and image processor come with it.
+
+        Raises:
+            TokenselError: nothing there (or the hub out of reach), no vision tower in it, damaged weights.
+        """
+        name = str(name)
+        options = hub_options(name)
+        try:
+            config = AutoConfig.from_pretrained(name, **options)
+            if hasattr(config, "vision_feature_layer"):
+                tower = _tower_of_llava(name, config, dtype, options)
+                feature_layer = config.vision_feature_layer if feature_layer is None else feature_layer
+                drop_cls = (
+                    config.vision_feature_select_strategy == "default" if drop_cls is None else drop_cls
+                )
+            else:
+                vision = getattr(config, "vision_config", config)
+                if vision.model_type not in TOWERS:
+                    raise TokenselError(
+                        f"{name}: a {vision.model_type} has no CLIP or SigLIP vision tower; give one that has"
+                    )
+                with quiet():
+                    kind = TOWERS[vision.model_type][0]
+                    tower = kind.from_pretrained(name, config=vision, dtype=dtype, **options)
+            processor = _processor(name, options)
+        except TokenselError:
+            raise
+        except (SafetensorError, EOFError) as error:
+            raise TokenselError(
+                f"{name}: its weights are cut short or damaged ({error}); fetch it again"
+            ) from None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise TokenselError(
+                f"{name}: no vision tower can be loaded ({reason(error)}); give a local folder of one"
+            ) from None
+        return cls(tower.to(device), processor, feature_layer, drop_cls, name)
+
+    @classmethod
+    def from_vlm(cls, model: PreTrainedModel, processor: object, name: str = "") -> "VisionEncoder":
+        """The tower of a LLaVA model already in memory, shared and not copied."""
+        config = model.config
+        images = getattr(processor, "image_processor", processor)
+        drop_cls = config.vision_feature_select_strategy == "default"
+        return cls(
+            model.model.vision_tower,
+            images,
+            config.vision_feature_layer,
+            drop_cls,
+            name or config.name_or_path,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.tower.device
+
+    def to(self, device: torch.device | str) -> "VisionEncoder":
+        self.tower.to(device)
+        return self
+
+    def preprocess(
+        self, images: Sequence[Image.Image], tiles: Tiles = "whole"
+    ) -> Float[Tensor, "tiles 3 height width"]:
+        """Pixels of the tiles, normalised, on the CPU.
+
+        ``"whole"`` squashes each image to one tile, as the thumbnail of LLaVA-NeXT is made; ``"anyres"``
+        follows it with the high-resolution tiles that the checkpoint's own image processor cuts.
+
+        Raises:
+            TokenselError: ``"anyres"`` with an encoder that is not from a LLaVA-NeXT or OneVision checkpoint.
+        """
+        if tiles == "whole":
+            return torch.stack([self._squash(image) for image in images])
+        if not hasattr(self.processor, "image_grid_pinpoints"):
+            raise TokenselError(
+                f"{self.name}: cuts no anyres tiles; give a LLaVA-NeXT checkpoint, or whole tiles"
+            )
+        cut = [
+            self.processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"][0]
+            for image in images
+        ]
+        return torch.cat(cut)
+
+    def features(
+        self, pixel_values: Float[Tensor, "tiles 3 height width"], cls_attention: bool = False
+    ) -> Features:
+        """Features F of each tile, ``[tiles, tokens, width]``, on the encoder's device.
+
+        Args:
+            pixel_values: what :meth:`preprocess` returns, on any device.
+            cls_attention: also return the attention of the CLS token in the layer that makes F, averaged
+                over its heads.
+
+        Raises:
+            TokenselError: ``cls_attention`` with an encoder that has no CLS token.
+        """
+        if cls_attention and not (self.has_cls and self.drop_cls):
+            raise TokenselError(
+                f"{self.name}: no CLS token apart from the features; choose a scorer that needs none"
+            )
+        pixels = pixel_values.to(self.device, self.tower.dtype)
+        tokens, attention = run_tower(self.tower, pixels, self.feature_layer, self.drop_cls)
+        return Features(tokens, cls_attention=attention if cls_attention else None)
+
+    def encode(
+        self,
+        images: Sequence[Image.Image],
+        tiles: Tiles = "whole",
+        batch_size: int = 32,
+        cls_attention: bool = False,
+    ) -> Features:
+        """Features of all tiles of ``images``, in float32 on the CPU; keys count the tiles from 0."""
+        parts = []
+        for start in range(0, len(images), batch_size):
+            pixels = self.preprocess(images[start : start + batch_size], tiles)
+            parts += [
+                self.features(chunk, cls_attention).to("cpu", torch.float32)
+                for chunk in pixels.split(batch_size)
+            ]
+        tokens = torch.cat([part.tokens for part in parts])
+        attention = torch.cat([part.cls_attention for part in parts]) if cls_attention else None
+        return Features(tokens, cls_attention=attention, keys=torch.arange(len(tokens)))
+
+    def fingerprint(self) -> str:
+        """A name for these very features: 16 hex digits over weights, feature layer and pixel preparation."""
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(
+            json.dumps([self.feature_layer, self.drop_cls, self.size, self.mean, self.std]).encode()
+        )
+        for _, weight in sorted(self.tower.state_dict().items()):
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _squash(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        resample = getattr(self.processor, "resample", None)
+        resized = image.convert("RGB").resize(
+            (self.size, self.size), Image.BICUBIC if resample is None else resample
+        )
+        pixels = (np.asarray(resized).astype(np.float64) / 255).astype(np.float32)
+        pixels = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _file(name: str, file: str, options: dict[str, bool]) -> str | None:
+    """The path of one file of a model, fetched if need be; ``None`` if the model has no such file."""
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+
+
+def _processor(name: str, options: dict[str, bool]) -> object | None:
+    """The image processor beside the model, or None: then the pixel statistics of its family serve."""
+    files = ("preprocessor_config.json", "processor_config.json")
+    if not any(_file(name, file, options) for file in files):
+        return None
+    return AutoImageProcessor.from_pretrained(name, **options)
+
+
+def _tower_of_llava(
+    name: str, config: object, dtype: torch.dtype, options: dict[str, bool]
+) -> PreTrainedModel:
+    """Build the vision tower as LLaVA does, from the shards that hold it (7B models have 15 GB of others)."""
+    index = _file(name, "model.safetensors.index.json", options)
+    if index is None:
+        files = {"model.safetensors"}
+    else:
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        files = {file for key, file in weight_map.items() if "vision_tower." in key}
+    tower = AutoModel.from_config(config.vision_config, dtype=dtype)
+
+    def plain(key: str) -> str:  # files of older versions say vision_model. where newer models do not
+        return key.split("vision_tower.")[-1].removeprefix("vision_model.")
+
+    weights = {}
+    for file in sorted(files):
+        with safe_open(cached_file(name, file, **options), framework="pt") as shard:
+            weights |= {plain(key): shard.get_tensor(key) for key in shard.keys() if "vision_tower." in key}
+    wanted = {plain(key): key for key in tower.state_dict()}
+    if missing := sorted(set(wanted) - set(weights)):
+        raise TokenselError(
+            f"{name}: its vision tower lacks {missing[0]} and {len(missing) - 1} more; fetch it again"
+        )
+    tower.load_state_dict({wanted[key]: weights[key].to(dtype) for key in wanted})
+    return tower

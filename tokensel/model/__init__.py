@@ -1,0 +1,1 @@
+"""Selector, reconstructor and objective: Secs. 3 and 4 of the paper."""

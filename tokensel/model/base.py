@@ -1,0 +1,168 @@
+"""What the trained models share as Hugging Face models: configuration, model card, loading with clear errors."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, no_type_check
+
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.files import no_space, write_text
+from tokensel.utils.loading import hub_options, quiet
+
+
+@no_type_check  # transformers makes it a dataclass that takes any keyword; a checked signature would not
+class CoreConfig(PretrainedConfig):
+    """Shape of a model, and how it was trained (for its card; empty until it is).
+
+    Attributes:
+        width: channels of the features, the encoder's width.
+        layers: Transformer layers; three in the paper (Secs. 4.1.1, 4.2).
+        heads: attention heads; ``None`` for heads of 64 channels (32 below a width of 256).
+        mlp_ratio: inner width of the MLP over ``width``.
+        keep: the paper's p of Eq. (3), the proportion below which keeping tokens is free.
+        tau_start, tau_end: temperature of the Gumbel-Softmax at the first and the last step.
+        encoder, feature_layer, drop_cls: where the features came from.
+        training_data, steps, seed: what it was trained on, and how long.
+        scale: the distance that counts as 1 in L_rec, see ``tokensel.model.objective.objective``.
+        l_rec, l_pr: the two terms of Eq. (7), averaged over the last tenth of the training.
+    """
+
+    width: int = 1024
+    layers: int = 3
+    heads: int | None = None
+    mlp_ratio: float = 4.0
+    keep: float | None = None
+    tau_start: float | None = None
+    tau_end: float | None = None
+    encoder: str = ""
+    feature_layer: int | None = None
+    drop_cls: bool | None = None
+    training_data: str = ""
+    steps: int = 0
+    seed: int | None = None
+    scale: float | None = None
+    l_rec: float | None = None
+    l_pr: float | None = None
+
+
+class CoreModel(PreTrainedModel):
+    """A Hugging Face model that writes its own card and says in one line why it cannot be loaded."""
+
+    config_class = CoreConfig
+    _no_split_modules = ["TransformerLayer"]
+    role = ""
+    usage = ""
+    method = (
+        "*When Less is Enough: Adaptive Token Reduction for Efficient Image Representation*, arXiv 2503.16660"
+    )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write weights (safetensors), ``config.json`` and the model card ``README.md``.
+
+        Raises:
+            TokenselError: no space left on the device.
+        """
+        push = kwargs.pop("push_to_hub", False)
+        repo_id = kwargs.pop("repo_id", None)
+        try:
+            with quiet():
+                super().save_pretrained(save_directory, *args, **kwargs)
+            write_text(Path(save_directory) / "README.md", self.model_card())
+        except (OSError, SafetensorError) as error:
+            if "No space left" in str(error):
+                raise no_space(error, save_directory) from None
+            raise
+        if push:
+            self.push_to_hub(repo_id or Path(save_directory).name)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        **upload: Any,
+    ) -> str:
+        """Upload what ``save_pretrained`` writes, the card included; returns the address of the commit.
+
+        The stock method would put a blank card in the place of ours.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            message = commit_message or f"Upload {type(self).__name__}"
+            return str(
+                api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message, **upload)
+            )
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **kwargs: Any) -> "CoreModel":
+        """Load from a folder or a hub id, in evaluation mode.
+
+        Raises:
+            TokenselError: no such folder or hub model (or the hub is out of reach), another kind of model,
+                a checkpoint cut short, or one that lacks weights.
+        """
+        wanted = cls.config_class.model_type
+        report = kwargs.pop("output_loading_info", False)
+        options = hub_options(name)
+        try:
+            found = cls.config_class.get_config_dict(name, **options)[0].get("model_type")
+            if found != wanted:
+                raise TokenselError(
+                    f"{name}: its config.json says {found}, not {wanted}; give a {cls.__name__}"
+                )
+            with quiet():
+                model, info = super().from_pretrained(
+                    name, *args, output_loading_info=True, **(options | kwargs)
+                )
+        except (SafetensorError, EOFError) as error:
+            raise TokenselError(
+                f"{name}: its weights are cut short or damaged ({error}); fetch or save it again"
+            ) from None
+        except TokenselError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            raise TokenselError(
+                f"{name}: cannot load a {cls.__name__} ({reason(error)}); give a hub id or a local folder"
+            ) from None
+        if info["missing_keys"]:
+            raise TokenselError(
+                f"{name}: lacks the weights {sorted(info['missing_keys'])[:3]}; save it again"
+            )
+        return (model, info) if report else model
+
+    def facts(self) -> dict[str, Any]:
+        """Rows of the model card; those that are ``None`` or empty are left out."""
+        c = self.config
+        return {
+            "encoder": c.encoder and f"`{c.encoder}`",
+            "feature layer": c.feature_layer
+            if c.feature_layer is None
+            else f"{c.feature_layer}" + (", without the CLS token" if c.drop_cls else ""),
+            "width": c.width,
+            "p of Eq. (3)": c.keep,
+            "training data": c.training_data,
+            "steps": c.steps or None,
+            "seed": c.seed,
+            "L_rec, Eq. (7), relative (1 = predicting the mean)": c.l_rec and round(c.l_rec, 4),
+            "L_pr, Eq. (6)": c.l_pr and round(c.l_pr, 4),
+        }
+
+    def model_card(self) -> str:
+        """The text of README.md on the hub: what it is, what it was trained on, how well it did."""
+        rows = "\n".join(
+            f"| {name} | {value} |" for name, value in self.facts().items() if value not in (None, "")
+        )
+        return (
+            "---\nlibrary_name: tokensel\ntags:\n- tokensel\n- visual-token-selection\n---\n"
+            f"# {type(self).__name__}\n\n{self.role}\n\n| | |\n|---|---|\n{rows}\n\n"
+            f"```python\n{self.usage}\n```\n\n"
+            f"Method: {self.method}. Independent implementation; not the authors' weights.\n"
+        )

@@ -1,0 +1,166 @@
+"""The feature selector S of Sec. 4.1.1: three Transformer layers and a Gumbel-Softmax head (Fig. 2)."""
+
+from dataclasses import dataclass
+from typing import no_type_check
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from tokensel.budget import top_fraction
+from tokensel.model.base import CoreConfig, CoreModel
+from tokensel.model.gumbel import DROP, KEEP, gumbel_mask
+from tokensel.model.layers import Trunk
+
+
+@no_type_check
+class SelectorConfig(CoreConfig):
+    """Shape and history of a :class:`TokenSelector`; the fields are those of ``CoreConfig``."""
+
+    model_type = "tokensel-selector"
+
+
+@dataclass
+class SelectorOutput(ModelOutput):
+    """What the selector returns in training (Eq. 4).
+
+    Attributes:
+        selected: F^pr, the features with every dropped token replaced by the masked embedding.
+        mask: M, 1 where a token is kept; its gradient is that of the relaxed sample. 0 on padding.
+        logits: drop and keep logit of each token.
+    """
+
+    selected: Float[Tensor, "batch tokens channels"] | None = None
+    mask: Float[Tensor, "batch tokens"] | None = None
+    logits: Float[Tensor, "batch tokens 2"] | None = None
+
+
+class MaskedEmbedding(nn.Module):
+    """E_masked of Sec. 4.1.1: the one learnable vector that stands in for every dropped token.
+
+    Learned in units of the features' spread around their mean, so that one learning rate suits any encoder.
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+        self.vector = nn.Parameter(torch.zeros(width))
+
+    def forward(
+        self, features: Float[Tensor, "batch tokens channels"], mask: Float[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """``features`` where the mask is 1, the embedding where it is 0; gradients reach all three."""
+        embedding = (self.center + self.spread * self.vector).to(features.dtype)
+        return torch.lerp(embedding.expand_as(features), features, mask[..., None].to(features.dtype))
+
+    @torch.no_grad()
+    def standardise(self, center: Float[Tensor, "width"], spread: Float[Tensor, "width"]) -> None:
+        """Fix mean and standard deviation of each channel, measured on the training features."""
+        self.center.copy_(center)
+        self.spread.copy_(spread)
+
+
+class TokenSelector(CoreModel):
+    """S_theta: which tokens are worth keeping, those from which the others can be reconstructed.
+
+    >>> selector = TokenSelector.from_pretrained("selector")        # a folder or a hub id
+    >>> kept = selector.keep_mask(features, keep=0.3)               # the best 30 % of each row
+    >>> kept = selector.keep_mask(features)                         # or as many as each image needs
+    """
+
+    config_class = SelectorConfig
+    main_input_name = "features"
+    role = (
+        "Scores the visual tokens of one frozen encoder by how well the others can be reconstructed from "
+        "them, so that the least useful can be dropped before a language model reads the image."
+    )
+    usage = (
+        "from tokensel.model.selector import TokenSelector\n\n"
+        'selector = TokenSelector.from_pretrained("<this folder or hub id>")\n'
+        "mask = selector.keep_mask(features, keep=0.3)  # [batch, tokens], True = kept"
+    )
+
+    def __init__(self, config: SelectorConfig):
+        super().__init__(config)
+        self.trunk = Trunk(config.width, config.layers, config.heads, config.mlp_ratio)
+        self.head = nn.Linear(config.width, 2)
+        self.masked = MaskedEmbedding(config.width)
+        self.post_init()
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+        tau: float = 1.0,
+        noise: Float[Tensor, "batch tokens 2"] | None = None,
+    ) -> SelectorOutput:
+        """Select as in training: F^pr, M = S(F), Eq. (4).
+
+        Args:
+            features: the encoder's tokens, in its own units.
+            valid: True where a token is real; ``None`` when all are.
+            tau: temperature of the Gumbel-Softmax, above 0.
+            noise: Gumbel(0, 1) samples, see :func:`tokensel.model.gumbel.gumbel_noise`; without them the mask is that of inference.
+
+        Raises:
+            TokenselError: the width of the features does not fit.
+        """
+        logits = self.logits(features, valid)
+        mask = gumbel_mask(logits, tau, noise)
+        if valid is not None:
+            mask = mask * valid
+            features = features.masked_fill(~valid[..., None], 0.0)
+        return SelectorOutput(selected=self.masked(features, mask), mask=mask, logits=logits)
+
+    def logits(
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens 2"]:
+        """The drop and the keep logit of every token."""
+        # in single precision, as scores that are rounded would tie
+        tokens = self.trunk(features, valid).float()
+        return nn.functional.linear(tokens, self.head.weight.float(), self.head.bias.float())
+
+    def scores(
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens"]:
+        """Keep logit minus drop logit: the more, the more useful (end of Sec. 4.1.1). -inf on padding."""
+        logits = self.logits(features, valid)
+        scores = logits[..., KEEP] - logits[..., DROP]
+        return scores if valid is None else scores.masked_fill(~valid, -torch.inf)
+
+    def hard_mask(
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Bool[Tensor, "batch tokens"]:
+        """The mask of inference: True where the keep logit wins; the count differs from image to image."""
+        return self.scores(features, valid) > 0
+
+    def keep_mask(
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        keep: float | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Bool[Tensor, "batch tokens"]:
+        """The hard mask, or with ``keep`` the best such fraction of each row's valid tokens.
+
+        Raises:
+            TokenselError: ``keep`` outside (0, 1], or features of another width.
+        """
+        if keep is None:
+            return self.hard_mask(features, valid)
+        return top_fraction(self.scores(features, valid), keep, valid)
+
+    def standardise(self, center: Float[Tensor, "width"], spread: Float[Tensor, "width"]) -> None:
+        """Fix mean and standard deviation of each channel, measured on the training features."""
+        self.trunk.standardise(center, spread)
+        self.masked.standardise(center, spread)

@@ -1,0 +1,1 @@
+"""What an answer and a training step take, measured."""

@@ -1,0 +1,186 @@
+"""What is measured: a model, its inputs, and the ways to give it fewer tokens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from tokensel.data.features import feature_width
+from tokensel.methods import Batch, check_method
+from tokensel.model.selector import SelectorConfig, TokenSelector
+from tokensel.profiling.config import CostConfig, image_size
+from tokensel.profiling.shapes import SHAPES
+from tokensel.schedules import SCHEDULES, Schedule, make_schedule, pruned
+from tokensel.scorers import Scorer, make_scorer
+from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.loading import hub_options
+from tokensel.vlm import Choices, Encoded, Reduced, encode, load_vlm
+from tokensel.vlm.layout import read_layout, tile_counts
+
+FULL = "full"  # the stock model as it is: nothing of this library is in its way
+
+
+class Condition(NamedTuple):
+    """A way to give the model fewer tokens; ``keep`` is 1 where the method has no budget."""
+
+    method: str
+    keep: float
+
+
+def conditions(config: CostConfig) -> list[Condition]:
+    """The stock model, then every method under every budget it knows."""
+    found = [Condition(FULL, 1.0)]
+    for method in config.methods:
+        found += [
+            Condition(method, keep) for keep in (config.keeps if check_method(method).uses_keep else (1.0,))
+        ]
+    return list(dict.fromkeys(found))
+
+
+def schedule_of(condition: Condition, config: CostConfig) -> Schedule | None:
+    """The schedule that a condition names, if it names one."""
+    row = check_method(condition.method)
+    if row.schedule is None:
+        return None
+    # behind a scorer the budget is the scorer's, and the schedule keeps what it keeps by itself
+    given = {"layer": config.schedule_layer} | ({} if row.chooses else {"keep": condition.keep})
+    known = {field.name for field in fields(SCHEDULES[row.schedule])}
+    return make_schedule(row.schedule, **{name: value for name, value in given.items() if name in known})
+
+
+def build_model(config: CostConfig) -> PreTrainedModel:
+    """The model with its own weights, or one of its shape with random ones.
+
+    Raises:
+        TokenselError: nothing there under this name, or a model that packs no image tiles.
+    """
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
+    if not (config.random_weights or config.model in SHAPES):
+        dtype = None if config.dtype == "auto" else config.dtype
+        return load_vlm(config.model, device, dtype, config.attn).model
+    half = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = half if config.dtype == "auto" else getattr(torch, config.dtype)
+    shape = SHAPES[config.model]() if config.model in SHAPES else _configuration(config.model)
+    with torch.random.fork_rng(devices=[]), device:
+        torch.manual_seed(config.seed)
+        model = AutoModelForImageTextToText.from_config(shape, dtype=dtype, attn_implementation=config.attn)
+    return model.eval()
+
+
+def _configuration(name: str) -> Any:
+    try:
+        found = AutoConfig.from_pretrained(name, **hub_options(name))
+    except (OSError, ValueError) as error:
+        raise TokenselError(
+            f"{name} holds no configuration ({reason(error)}); give a folder, a hub id, or one of "
+            f"{', '.join(SHAPES)}"
+        ) from None
+    if not hasattr(found, "image_grid_pinpoints"):
+        raise TokenselError(f"{name} is a {found.model_type}, which cuts no image tiles: give a LLaVA-NeXT")
+    return found
+
+
+def build_selector(config: CostConfig, model: PreTrainedModel) -> TokenSelector:
+    """The trained selector, or one of the asked-for shape with random weights."""
+    if config.selector is not None:
+        return TokenSelector.from_pretrained(config.selector)
+    width = feature_width(model.config.vision_config, model.config.vision_feature_layer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return TokenSelector(SelectorConfig(width=width, layers=config.selector_layers))
+
+
+def make_inputs(model: PreTrainedModel, size: str, rows: int, text: int, seed: int = 0) -> dict[str, Tensor]:
+    """What a processor would make of ``rows`` pictures of one size, with noise for pixels and random words.
+
+    Args:
+        model: decides tiles, layout and vocabulary.
+        size: of the pictures, as HEIGHTxWIDTH.
+        rows: questions, each with one picture.
+        text: tokens of each prompt besides the picture: one in front of it, the others behind.
+        seed: of noise and words.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config, vision = model.config, model.config.vision_config
+    sizes = torch.tensor([image_size(size)] * rows)
+    tiles = tile_counts(model, {"image_sizes": sizes})
+    side, cells = vision.image_size, (vision.image_size // vision.patch_size) ** 2
+    packed = len(read_layout(model.base_model, tiles[:1], cells, sizes[:1]).source)
+    words = torch.randint(0, config.text_config.vocab_size - 1, (rows, text), generator=generator)
+    words += (words >= config.image_token_id).long()  # any word but the placeholder
+    image = torch.full((rows, packed), config.image_token_id)
+    ids = torch.cat([words[:, :1], image, words[:, 1:]], dim=1)
+    pixels = torch.randn(rows, tiles[0], vision.num_channels, side, side, generator=generator)
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+        "image_sizes": sizes.to(model.device),
+    }
+
+
+class Processed(Batch):
+    """A batch whose processing is done and whose tower has not run."""
+
+    def __init__(self, model: PreTrainedModel, inputs: dict[str, Tensor]):
+        self.model, self.inputs = model, inputs
+
+    @cached_property
+    def seeing(self) -> Encoded:
+        return encode(self.model, self.inputs)
+
+    @cached_property
+    def blind(self) -> Encoded:
+        text = self.inputs["input_ids"]
+        text = text[text != self.model.config.image_token_id].view(len(text), -1)
+        return encode(self.model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
+
+
+@dataclass
+class Subject:
+    """The model, and the scorers it is measured with."""
+
+    config: CostConfig
+    model: PreTrainedModel
+    selector: TokenSelector
+    scorers: dict[str, Scorer]
+
+    @classmethod
+    def of(cls, config: CostConfig, model: PreTrainedModel | None = None) -> "Subject":
+        """Load or draw what ``config`` names; ``model`` is one in memory, to be measured in its place."""
+        model = build_model(config) if model is None else model
+        selector = build_selector(config, model)
+        names = {check_method(name).scorer for name in config.methods} - {None}
+        return cls(
+            config,
+            model,
+            selector,
+            {name: make_scorer(name, seed=config.seed, selector=selector) for name in names},
+        )
+
+    def prepare(
+        self, condition: Condition, inputs: dict[str, Tensor], scorer: Scorer | None
+    ) -> dict[str, Tensor]:
+        """From the processor's output to what ``generate`` is given under a condition."""
+        if condition.method == FULL:
+            return inputs
+        return check_method(condition.method).run(
+            Processed(self.model, inputs), condition.keep, scorer, Choices()
+        )
+
+    @contextmanager
+    def dropping(self, condition: Condition, prepared: dict[str, Tensor]) -> Iterator[None]:
+        """While this lasts, the language model drops tokens if the condition is a schedule."""
+        schedule = schedule_of(condition, self.config)
+        if schedule is None or not isinstance(prepared, Reduced):
+            yield
+        else:
+            with pruned(self.model, prepared.visual, prepared["attention_mask"], schedule):
+                yield

@@ -1,0 +1,1 @@
+"""One resumable training loop; selector and reconstructor, judges, and the rate predictor of DyRate."""

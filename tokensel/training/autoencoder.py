@@ -1,0 +1,106 @@
+"""The models as they are trained: R(S(F)) together, or R alone for masks from elsewhere; and their units."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tokensel.data.features import Features
+from tokensel.model.reconstructor import ReconstructorConfig, TokenReconstructor
+from tokensel.model.selector import MaskedEmbedding, SelectorConfig, TokenSelector
+from tokensel.utils.errors import TokenselError
+
+
+class Autoencoder(nn.Module):
+    """R(S(F)) of Eq. (2), as one module, so that several processes share the gradients of both."""
+
+    def __init__(self, width: int, layers: int = 3, heads: int | None = None, mlp_ratio: float = 4.0):
+        super().__init__()
+        shape = {"width": width, "layers": layers, "heads": heads, "mlp_ratio": mlp_ratio}
+        self.selector = TokenSelector(SelectorConfig(**shape))
+        self.reconstructor = TokenReconstructor(ReconstructorConfig(**shape))
+
+    def forward(
+        self, features: Tensor, valid: Tensor | None, tau: float, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """F^rec ``[batch, tokens, channels]`` and the mask M ``[batch, tokens]``."""
+        chosen = self.selector(features, valid, tau, noise)
+        return self.reconstructor(chosen.selected, valid), chosen.mask
+
+    def standardise(self, center: Tensor, spread: Tensor) -> None:
+        self.selector.standardise(center, spread)
+        self.reconstructor.standardise(center, spread)
+
+
+class MaskedAutoencoder(nn.Module):
+    """A reconstructor with a masked embedding of its own, for masks that come from elsewhere (Eq. 1)."""
+
+    def __init__(self, masked: MaskedEmbedding, reconstructor: TokenReconstructor):
+        super().__init__()
+        self.masked, self.reconstructor = masked, reconstructor
+
+    @classmethod
+    def new(
+        cls, width: int, layers: int = 3, heads: int | None = None, mlp_ratio: float = 4.0
+    ) -> "MaskedAutoencoder":
+        """An untrained one."""
+        shape = ReconstructorConfig(width=width, layers=layers, heads=heads, mlp_ratio=mlp_ratio)
+        return cls(MaskedEmbedding(width), TokenReconstructor(shape))
+
+    @classmethod
+    def of(cls, selector: TokenSelector, reconstructor: TokenReconstructor) -> "MaskedAutoencoder":
+        """A selector's embedding with the reconstructor trained beside it; shared, not copied."""
+        return cls(selector.masked, reconstructor)
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        mask: Bool[Tensor, "batch tokens"],
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """Reconstruct all tokens from those where ``mask`` is True."""
+        if valid is not None:
+            features = features.masked_fill(~valid[..., None], 0.0)
+        return self.reconstructor(self.masked(features, mask.to(features.dtype)), valid)
+
+    def standardise(self, center: Tensor, spread: Tensor) -> None:
+        self.masked.standardise(center, spread)
+        self.reconstructor.standardise(center, spread)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of each channel, and the distance that counts as 1 in L_rec."""
+
+    center: Tensor
+    spread: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, batches: Iterable[Features]) -> "Statistics":
+        """Measure over some batches: ``scale`` is the root mean square over the tiles of ||F - mean||_2.
+
+        Raises:
+            TokenselError: no tile in them has a valid token (no picture could be read).
+        """
+        total = squares = torch.zeros((), dtype=torch.float64)
+        tokens = tiles = 0
+        for batch in batches:
+            valid = (
+                batch.tokens.new_ones(batch.tokens.shape[:2], dtype=torch.bool)
+                if batch.valid is None
+                else batch.valid
+            )
+            rows = batch.tokens[valid].double().cpu()
+            total, squares = total + rows.sum(dim=0), squares + rows.square().sum(dim=0)
+            tokens, tiles = tokens + len(rows), tiles + int(valid.any(dim=1).sum())
+        if not tiles:
+            raise TokenselError(
+                "none of the first pictures can be read: give a folder or dataset with whole images"
+            )
+        center = total / tokens
+        variance = (squares / tokens - center.square()).clamp(min=0)
+        scale = float((variance.sum() * tokens / tiles).sqrt()) or 1.0
+        return cls(center.float(), variance.sqrt().float(), scale)

@@ -1,0 +1,84 @@
+"""Files that are whole or absent: atomic writes, and safetensors that say when they are cut short."""
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tokensel.utils.errors import TokenselError
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a temporary neighbour of ``path``, then move it into place.
+
+    A reader sees the old file or the new one, never half of one, also after SIGKILL.
+
+    Raises:
+        TokenselError: no space left on the device; what was there before stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        raise no_space(error, path) if _is_full(error) else error
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write ``text`` to ``path`` atomically."""
+    return write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write ``value`` as indented JSON to ``path`` atomically."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_tensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], meta: dict[str, str] | None = None
+) -> Path:
+    """Write a safetensors file atomically; ``meta`` is its string-to-string header."""
+    flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    return write_atomic(path, lambda part: save_file(flat, part, metadata=meta))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors and its header.
+
+    Raises:
+        TokenselError: the file is missing, cut short or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise TokenselError(f"{path}: no such checkpoint") from None
+    except (SafetensorError, OSError) as error:
+        raise TokenselError(
+            f"{path}: not a whole safetensors file ({error}); delete it or restore it"
+        ) from None
+
+
+def no_space(error: BaseException, path: str | Path) -> TokenselError:
+    """The line to show when the disk is full."""
+    return TokenselError(
+        f"{path}: no space left on the device; free some, or choose another folder ({error})"
+    )
+
+
+def _is_full(error: BaseException) -> bool:
+    # safetensors reports a full disk as its own error, with the system's text inside
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
