@@ -8,12 +8,18 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := book
-.PHONY: book test unit chapters browser links env lock clean
+.PHONY: book test lint unit chapters browser links env lock clean
 
 book: env
 	$(PY) -m tokensel book build
 
 test: unit chapters
+
+# Style, layout, types, and which room may import which.
+lint: env
+	$(VENV)/bin/ruff check && $(VENV)/bin/ruff format --check
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pyright
 
 # One process a core, each with one thread; a file's tests stay together, they share what they set up.
 unit: env
@@ -50,7 +56,7 @@ $(READY): requirements.lock pyproject.toml
 # A new lock from the ranges in pyproject.toml, in an environment of its own.
 lock:
 	rm -rf _build/lock-env && $(PYTHON) -m venv _build/lock-env
-	_build/lock-env/bin/python -m pip install --quiet '.[book,test]' 'setuptools>=77'
+	_build/lock-env/bin/python -m pip install --quiet '.[book,test,lint]' 'setuptools>=77'
 	{ sed -n '/^#/p' requirements.lock; _build/lock-env/bin/python -m pip freeze --all --exclude tokensel --exclude pip \
 	  | grep -v '^nvidia-\|^triton\|^cuda-' | sed 's/+cpu$$//'; } > _build/requirements.lock
 	mv _build/requirements.lock requirements.lock && rm -rf _build/lock-env

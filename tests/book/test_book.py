@@ -38,7 +38,8 @@ def clone(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "weights").write_text("1")
     (tmp_path / "tokensel").mkdir()
-    (tmp_path / "tokensel" / "errors.py").write_text('"""Core."""\n\nx = 1\n')
+    (tmp_path / "tokensel" / "utils").mkdir()
+    (tmp_path / "tokensel" / "utils" / "errors.py").write_text('"""Core."""\n\nx = 1\n')
     (tmp_path / "requirements.lock").write_text("torch==2.13.0\n")
     (tmp_path / "_toc.yml").write_text(
         "format: jb-book\nroot: index\nchapters:\n- file: chapters/01_good\n- file: chapters/02_bad\n- file: status\n"
@@ -168,7 +169,7 @@ def test_what_makes_a_chapter_stale(clone):
     before = run.digest(clone, path, {})
     assert run.digest(clone, path, {"keep": 0.5}) != before
     for name, text in (
-        ("tokensel/errors.py", "x = 2\n"), ("requirements.lock", "torch==2.14.0\n"), ("data/weights", "2")
+        ("tokensel/utils/errors.py", "x = 2\n"), ("requirements.lock", "torch==2.14.0\n"), ("data/weights", "2")
     ):  # fmt: skip
         kept = (clone / name).read_text()
         (clone / name).write_text(text)
