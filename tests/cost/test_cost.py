@@ -149,9 +149,9 @@ def test_what_an_answer_takes_from_pixels_to_its_end():
     vlm = tiny_vlm()
     encoded, config = encode(vlm.model, ask(vlm, [0, 1, None])), vlm.model.config
     full = reduce(encoded)
-    plain = answer_costs(vlm.model, full, written := vlm.write(full, 5))
+    plain = answer_costs(vlm.model, full, output := vlm.generate_output(full, 5))
     for row, (flops, held) in enumerate(plain):
-        steps, n = int(written.lengths[row]), int(full["attention_mask"][row].sum())
+        steps, n = int(output.lengths[row]), int(full["attention_mask"][row].sum())
         tiles = [encoded.layout.tiles[0], encoded.layout.tiles[1], 0][row]
         lm = count_decoder(config.text_config, n) + sum(
             count_decoder(config.text_config, 1, n + s) for s in range(steps - 1)
@@ -165,16 +165,17 @@ def test_what_an_answer_takes_from_pixels_to_its_end():
     whole, chooser = reduce(seeing), tiny_selector()
     selected = reduce(seeing, make_scorer("selector", selector=chooser), 0.3)
     with_it, without = (
-        answer_costs(vlm.model, selected, vlm.write(selected, 5), config) for config in (chooser.config, None)
+        answer_costs(vlm.model, selected, vlm.generate_output(selected, 5), config)
+        for config in (chooser.config, None)
     )
     for row in range(2):
         extra = count_trunk(chooser.config, seeing.layout.tokens, seeing.layout.tiles[row])
         assert with_it[row][0] - without[row][0] == extra
     small = downsample(seeing, 0.3)
-    fewer = (answer_costs(vlm.model, each, vlm.write(each, 1)) for each in (small, whole))
+    fewer = (answer_costs(vlm.model, each, vlm.generate_output(each, 1)) for each in (small, whole))
     assert all(one[0] < two[0] and one[1] < two[1] for one, two in zip(*fewer))
-    thin = answer_costs(vlm.model, whole, vlm.write(whole, 5, schedule=FastV(1, 0.2)))
-    thick = answer_costs(vlm.model, whole, vlm.write(whole, 5, schedule=FastV(1, 1.0)))
+    thin = answer_costs(vlm.model, whole, vlm.generate_output(whole, 5, schedule=FastV(1, 0.2)))
+    thick = answer_costs(vlm.model, whole, vlm.generate_output(whole, 5, schedule=FastV(1, 1.0)))
     assert all(one[0] < two[0] and one[1] < two[1] for one, two in zip(thin, thick))
 
 

@@ -297,7 +297,7 @@ def _answer(
             scorer=asker.scorer(condition),
             batch=batch,
         )
-        written = asker.vlm.write(reduced, benchmark.max_new_tokens, asker.schedule(condition))
+        output = asker.vlm.generate_output(reduced, benchmark.max_new_tokens, asker.schedule(condition))
     except torch.OutOfMemoryError:
         raise TokenselError(
             f"out of memory with {config.batch_size} questions at a time: give a smaller --batch-size; "
@@ -306,7 +306,7 @@ def _answer(
     seconds = round((time.perf_counter() - started) / len(indices), 4)
     counts = zip(reduced.n_visual.tolist(), reduced.n_visual_full.tolist())
     costs = answer_costs(
-        asker.vlm.model, reduced, written, asker.selector.config if row.scorer == "selector" else None
+        asker.vlm.model, reduced, output, asker.selector.config if row.scorer == "selector" else None
     )
     return [
         {
@@ -328,6 +328,6 @@ def _answer(
             "seconds": seconds,
         }
         for i, picture, prediction, (n_visual, n_visual_full), (flops, kv_bytes) in zip(
-            indices, digests, written.texts, counts, costs
+            indices, digests, output.texts, counts, costs
         )
     ]

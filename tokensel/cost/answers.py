@@ -12,12 +12,15 @@ from tokensel.cost.count import (
     kv_bytes,
     layers_read,
 )
-from tokensel.vlm.load import Written
+from tokensel.vlm.generate import GenerationOutput
 from tokensel.vlm.reduce import Reduced
 
 
 def answer_costs(
-    model: PreTrainedModel, reduced: Reduced, written: Written, selector: PretrainedConfig | None = None
+    model: PreTrainedModel,
+    reduced: Reduced,
+    output: GenerationOutput,
+    selector: PretrainedConfig | None = None,
 ) -> list[tuple[int, float]]:
     """FLOPs of each answer, from pixels to its end, and the mean bytes of its keys and values over the generation steps.
 
@@ -27,19 +30,19 @@ def answer_costs(
     Args:
         model: the LLaVA that wrote.
         reduced: the prompts.
-        written: the answers.
+        output: the answers.
         selector: configuration of the selector, if one chose.
     """
     config, text_config = model.config, model.config.text_config
     layers, each = text_config.num_hidden_layers, model.dtype.itemsize
     text = (reduced["attention_mask"].bool() & ~reduced.visual).sum(1).tolist()
     visual = reduced.visual.sum(1).tolist()
-    pruning = written.pruning
+    pruning = output.pruning
     left = (
         None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
     )  # [steps, layers, rows]
     costs = []
-    for row, steps in enumerate(written.lengths.tolist()):
+    for row, steps in enumerate(output.lengths.tolist()):
         held = np.full((steps, layers), visual[row]) if left is None else left[:steps, :, row]
         ranked = [] if pruning is None else [(step, layer) for step, layer in pruning.ranked if step < steps]
         tiles = int(reduced.n_tiles[row])

@@ -3,6 +3,7 @@
 from tokensel.vlm.choose import Choices
 from tokensel.vlm.downsample import downsample
 from tokensel.vlm.encode import Encoded, encode
+from tokensel.vlm.generate import GenerationOutput
 from tokensel.vlm.load import Vlm, load_vlm
 from tokensel.vlm.native import count_tokens, native
 from tokensel.vlm.reduce import Reduced, reduce, reduce_inputs
@@ -10,6 +11,7 @@ from tokensel.vlm.reduce import Reduced, reduce, reduce_inputs
 __all__ = [
     "Choices",
     "Encoded",
+    "GenerationOutput",
     "Reduced",
     "Vlm",
     "count_tokens",

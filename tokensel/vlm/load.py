@@ -2,15 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from PIL.Image import Image
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,30 +17,13 @@ from transformers import (
     ProcessorMixin,
 )
 
-from tokensel.schedules.prune import Pruning, pruned
-from tokensel.schedules.schedule import Schedule, check_options
+from tokensel.schedules.schedule import Schedule
 from tokensel.scorers import Scorer
 from tokensel.utils.errors import TokenselError, reason
 from tokensel.utils.loading import hub_options
+from tokensel.vlm.generate import GenerationOutput, generate
 from tokensel.vlm.native import LlavaOnevisionProcessor, switch_off
 from tokensel.vlm.reduce import Reduced, reduce_inputs
-
-
-@dataclass
-class Written:
-    """What a model wrote for a batch.
-
-    Attributes:
-        texts: one a row, without special tokens.
-        tokens: the same as the model put it out, with its end and the padding behind it.
-        lengths: how many tokens each row really has, its end included.
-        pruning: what the schedule did, if there was one.
-    """
-
-    texts: list[str]
-    tokens: Int[Tensor, "rows new"]
-    lengths: Int[Tensor, "rows"]
-    pruning: Pruning | None = None
 
 
 @dataclass
@@ -113,43 +93,17 @@ class Vlm:
         )
         return batch.to(self.model.device, self.model.dtype)
 
-    @torch.no_grad()
-    def write(
+    def generate_output(
         self, reduced: Reduced, max_new_tokens: int = 64, schedule: Schedule | None = None, **options: Any
-    ) -> "Written":
-        """What the model writes for each row, and what was left of the picture meanwhile; greedy by default.
-
-        Args:
-            reduced: the prompts.
-            max_new_tokens: where to stop at the latest.
-            schedule: drops further visual tokens inside the language model, see :mod:`tokensel.schedules`.
-            options: for ``model.generate``.
-
-        Raises:
-            TokenselError: options under which a schedule cannot work, or a schedule that does not fit the model.
-        """
-        options = {"do_sample": False} | options
-        inside = nullcontext()
-        if schedule is not None:
-            check_options(options)
-            inside = pruned(self.model, reduced.visual, reduced["attention_mask"], schedule)
-        with inside as pruning:
-            tokens = self.model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
-        texts = self.processor.tokenizer.batch_decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        ends = torch.as_tensor(
-            self.model.generation_config.eos_token_id or [], dtype=tokens.dtype, device=tokens.device
-        )
-        ended = torch.isin(tokens, ends).long().cumsum(1)
-        lengths = (ended - torch.isin(tokens, ends).long() == 0).sum(1)  # up to the first end and with it
-        return Written([text.strip() for text in texts], tokens, lengths, pruning)
+    ) -> GenerationOutput:
+        """Texts, tokens, lengths and what the schedule did; see :func:`tokensel.vlm.generate.generate`."""
+        return generate(self.model, self.processor.tokenizer, reduced, max_new_tokens, schedule, **options)
 
     def generate(
         self, reduced: Reduced, max_new_tokens: int = 64, schedule: Schedule | None = None, **options: Any
     ) -> list[str]:
-        """The texts of :meth:`write`: new text alone, without the prompt."""
-        return self.write(reduced, max_new_tokens, schedule, **options).texts
+        """The texts of :meth:`generate_output`: new text alone, without the prompt."""
+        return self.generate_output(reduced, max_new_tokens, schedule, **options).texts
 
     def answer(
         self,

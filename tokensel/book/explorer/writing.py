@@ -54,19 +54,19 @@ def write_steps(
             "scores": {},
         }
         for name, schedule in schedules.items():
-            written = vlm.write(prompt, max_new_tokens, schedule)
+            output = vlm.generate_output(prompt, max_new_tokens, schedule)
             steps = []
-            for step in range(int(written.lengths[0])):
-                dropped = [drop for drop in written.pruning.drops if drop.step <= step]
+            for step in range(int(output.lengths[0])):
+                dropped = [drop for drop in output.pruning.drops if drop.step <= step]
                 kept = (
                     overlays.left_cells(encoded, prompt.visual, dropped[-1].columns[0]) & real
                     if dropped
                     else real
                 )
-                said = vlm.processor.tokenizer.decode(written.tokens[0, : step + 1], skip_special_tokens=True)
+                said = vlm.processor.tokenizer.decode(output.tokens[0, : step + 1], skip_special_tokens=True)
                 cells = [letters(*view) for view in zip(seen.maps(kept), seen.maps(real))]
                 steps.append({"said": said.strip(), "kept": cells, "tokens": int(kept.sum())})
-            picture["steps"][name], picture["scores"][name] = steps, subject.score(written.texts[0])
+            picture["steps"][name], picture["scores"][name] = steps, subject.score(output.texts[0])
         found.append(picture)
     return {
         "kind": "answer",
