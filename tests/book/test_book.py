@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from tokensel.book.site import build as site
-from tokensel.book.site import chapter, library_page, offline, run, status
+from tokensel.book.site import chapter, claims, library_page, offline, run, status
 from tokensel.utils.errors import TokenselError
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +237,25 @@ def test_root_is_found_from_below_and_missed_elsewhere(clone, tmp_path_factory):
     assert chapter.find_root(clone / "chapters") == clone
     with pytest.raises(TokenselError, match="clone of the book"):
         chapter.find_root(tmp_path_factory.mktemp("elsewhere"))
+
+
+def test_a_table_of_claims_has_a_row_for_each():
+    rows = [
+        ("Half of the tokens suffice", "Fig. 4: about 1 point", claims.interval(2.31, 1.2, 3.4, "points"))
+    ]
+    table = claims.claims_table([*rows, ("a | b", "$p = 0.1$", "no\ndifference")]).data
+    assert table.splitlines()[0] == "| claim | the paper says | measured here |"
+    assert (
+        table.splitlines()[2]
+        == "| Half of the tokens suffice | Fig. 4: about 1 point | 2.3 points [1.2, 3.4] |"
+    )
+    assert table.splitlines()[3] == "| a \\| b | $p = 0.1$ | no difference |"
+    assert claims.interval(0.5, 0.5, 0.5, digits=2) == "0.50 [0.50, 0.50]"
+    for bad in ([], [("a", "b")], [("a", "b", "")]):
+        with pytest.raises(TokenselError, match="claims_table"):
+            claims.claims_table(bad)
+    with pytest.raises(TokenselError, match="does not lie between"):
+        claims.interval(float("nan"), 0.0, 1.0)
 
 
 # --- pages --------------------------------------------------------------------------------------------------------
