@@ -17,9 +17,8 @@ def claims_table(rows: Sequence[tuple[str, ...]]) -> Markdown:
     """A chapter's claims side by side with its measurements, to be the last line of a code cell.
 
     Args:
-        rows: the claim, what the paper reports with its place there ("Fig. 4: 1.2 points lost"), and what this
-            run measured, as :func:`interval` writes it. All three may hold Markdown and formulas between dollar
-            signs.
+        rows: the claim, what the paper reports with its place there ("Fig. 4: 1.2 points lost"), and what
+            this run measured, as :func:`interval` writes it. All three may hold Markdown and formulas.
 
     Raises:
         TokenselError: no rows, or a row that is not three non-empty texts.
@@ -38,7 +37,7 @@ def claims_table(rows: Sequence[tuple[str, ...]]) -> Markdown:
 
 
 def interval(mean: float, low: float, high: float, unit: str = "", digits: int = 1) -> str:
-    """A measurement with its 95 % interval: ``interval(2.31, 1.2, 3.4, "points")`` is "2.3 points [1.2, 3.4]".
+    """A measurement with its 95 % interval, "2.3 points [1.2, 3.4]" for ``interval(2.31, 1.2, 3.4, "points")``.
 
     Args:
         mean: the estimate.
