@@ -250,6 +250,10 @@ def test_a_table_of_claims_has_a_row_for_each():
         == "| Half of the tokens suffice | Fig. 4: about 1 point | 2.3 points [1.2, 3.4] |"
     )
     assert table.splitlines()[3] == "| a \\| b | $p = 0.1$ | no difference |"
+    with_setting = claims.claims_table(rows, model="`mini`", n=400, seed=0).data
+    assert with_setting.endswith(
+        "|\n\nMeasured with model: `mini`; n: 400; seed: 0. Brackets hold 95 % intervals."
+    )
     assert claims.interval(0.5, 0.5, 0.5, digits=2) == "0.50 [0.50, 0.50]"
     for bad in ([], [("a", "b")], [("a", "b", "")]):
         with pytest.raises(TokenselError, match="claims_table"):

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 HEADS = ("claim", "the paper says", "measured here")
 
 
-def claims_table(rows: Sequence[tuple[str, ...]]) -> Markdown:
+def claims_table(rows: Sequence[tuple[str, ...]], **setting: object) -> Markdown:
     """A chapter's claims side by side with its measurements, to be the last line of a code cell.
 
     Args:
         rows: the claim, what the paper reports with its place there ("Fig. 4: 1.2 points lost"), and what
             this run measured, as :func:`interval` writes it. All three may hold Markdown and formulas.
+        setting: how it was measured, written below the table: model, data, n, seed, device.
 
     Raises:
         TokenselError: no rows, or a row that is not three non-empty texts.
@@ -33,7 +34,11 @@ def claims_table(rows: Sequence[tuple[str, ...]]) -> Markdown:
                 f"claims_table: {row!r} is not (claim, paper, here), three texts with something in them"
             )
     lines = [HEADS, ("---",) * 3, *(tuple(_cell(text) for text in row) for row in rows)]
-    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    if not setting:
+        return Markdown(table)
+    items = "; ".join(f"{name}: {_cell(str(value))}" for name, value in setting.items())
+    return Markdown(f"{table}\n\nMeasured with {items}. Brackets hold 95 % intervals.")
 
 
 def interval(mean: float, low: float, high: float, unit: str = "", digits: int = 1) -> str:
