@@ -95,7 +95,7 @@ def test_chapter_is_committed_as_it_should_be(path):
     assert "hide-cell" in tagged[0].metadata["tags"], "the parameters belong folded"
     assert any("assert " in cell.source for cell in code)
     for cell in code:
-        if "plt.show()" in cell.source or "draw(" in cell.source:
+        if "plt.show()" in cell.source or "sweep.plot(" in cell.source:
             assert len(cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")) > 60, cell.source[:60]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import WIDTH, noise_image, tiny_selector, tiny_vlm
 
-from tokensel.book.explorer import Exploration, Subject, embed, write_steps
+from tokensel.book.explorer import Example, Exploration, embed, generation_steps
 from tokensel.book.explorer.live import OWN, LiveExplorer
 from tokensel.figures import style
 from tokensel.schedules import Exponential, FastV, Vtw
@@ -17,9 +17,9 @@ from tokensel.training.autoencoder import MaskedAutoencoder
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import reduce_inputs
 
-SUBJECTS = [
-    Subject("wide", noise_image(24, 48, 1), "what</script>?", ("x",)),
-    Subject("high", noise_image(100, 20, 2), "who?"),
+EXAMPLES = [
+    Example("wide", noise_image(24, 48, 1), "what</script>?", ("x",)),
+    Example("high", noise_image(100, 20, 2), "who?"),
 ]
 
 
@@ -29,7 +29,7 @@ def parts():
     torch.manual_seed(0)
     judge = MaskedAutoencoder.new(WIDTH, layers=1, heads=4).eval()
     scorers = {"selector": make_scorer("selector", selector=tiny_selector()), "random": make_scorer("random")}
-    return tiny_vlm(), SUBJECTS, scorers, judge
+    return tiny_vlm(), EXAMPLES, scorers, judge
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def data(exploration):
 
 
 def test_kept_cells_are_those_that_reach_the_model(data):
-    for picture in data["pictures"]:
+    for picture in data["examples"]:
         tiles = picture["tiles"][0] * picture["tiles"][1]
         assert [view["rows"] * view["columns"] for view in picture["views"]] == [36, tiles * 36]
         for steps in picture["steps"].values():
@@ -57,14 +57,14 @@ def test_kept_cells_are_those_that_reach_the_model(data):
 
 
 def test_all_tokens_give_the_answer_of_all_tokens(data):
-    for picture in data["pictures"]:
+    for picture in data["examples"]:
         for steps in picture["steps"].values():
             assert steps[-1]["answer"] == picture["full"]["answer"]
         assert picture["none"]["tokens"] == 0
 
 
 def test_score_is_known_where_an_answer_is(data):
-    wide, high = data["pictures"]
+    wide, high = data["examples"]
     assert wide["full"]["score"] in (0.0, 1.0) and high["full"]["score"] is None
 
 
@@ -84,12 +84,12 @@ def test_page_holds_the_dictionary_and_a_still(data):
     page = embed(data)
     script = re.search(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
     assert json.loads(script[1]) == data, "a question with </script> in it must not end the script"
-    assert page.count("<img") == 1 and 'alt="The picture “wide” under selector at keep 0.5' in page
+    assert page.count("<img") == 1 and 'alt="The image “wide” under selector at keep 0.5' in page
     assert "<script" not in page.replace(script[0], "")
 
 
 def test_bad_input_is_refused(parts, exploration):
-    with pytest.raises(TokenselError, match="no subjects"):
+    with pytest.raises(TokenselError, match="no examples"):
         Exploration(parts[0], [], parts[2], parts[3])
     with pytest.raises(TokenselError, match="'best' is unknown here: choose one of selector, random"):
         exploration.step("best", 0.5)
@@ -100,15 +100,15 @@ def test_bad_input_is_refused(parts, exploration):
 def test_answer_is_followed_step_by_step(parts):
     vlm = parts[0]
     schedules = {"fastv": FastV(1, 0.5), "vtw": Vtw(1), "exponential": Exponential(1, 0.7)}
-    data = write_steps(vlm, SUBJECTS, schedules, max_new_tokens=5, progress=False)
-    for picture, subject in zip(data["pictures"], SUBJECTS, strict=True):
+    data = generation_steps(vlm, EXAMPLES, schedules, max_new_tokens=5, progress=False)
+    for picture, example in zip(data["examples"], EXAMPLES, strict=True):
         for name, steps in picture["steps"].items():
             answer = vlm.generate(
-                reduce_inputs(vlm.model, vlm.inputs([subject.image], [vlm.prompt(subject.question)])),
+                reduce_inputs(vlm.model, vlm.inputs([example.image], [vlm.prompt(example.question)])),
                 5,
                 schedules[name],
             )
-            assert steps[-1]["said"] == answer[0] and 1 <= len(steps) <= 5
+            assert steps[-1]["text"] == answer[0] and 1 <= len(steps) <= 5
             counts = [step["tokens"] for step in steps]
             assert (
                 counts == ["".join(step["kept"]).count("1") for step in steps] == sorted(counts, reverse=True)
@@ -123,8 +123,8 @@ def test_answer_is_followed_step_by_step(parts):
         assert 0 < picture["steps"]["fastv"][0]["tokens"] < picture["tokens"]
     page = embed(data)
     assert page.count("<img") == 1 and "tokens are left" in page
-    with pytest.raises(TokenselError, match="at least one picture"):
-        write_steps(vlm, [], schedules)
+    with pytest.raises(TokenselError, match="at least one image"):
+        generation_steps(vlm, [], schedules)
 
 
 def uploaded(content: bytes) -> dict:
@@ -144,10 +144,10 @@ def test_live_explorer_answers_to_its_controls(parts, tmp_path):
     assert fewer != first
     live.method.value = "random"
     assert bytes(live.drawing.value) != fewer
-    live.picture.value = "high"
+    live.image.value = "high"
     assert live.question.value == "who?" and "Right" not in live.words.value
     noise_image(50, 50, 3).save(tmp_path / "own.png")
     live.upload.value = (uploaded((tmp_path / "own.png").read_bytes()),)
-    assert live.picture.value == OWN and live.question.value == "who?"
+    assert live.image.value == OWN and live.question.value == "who?"
     live.upload.value = (uploaded(b"no picture"),)
-    assert "no picture that can be read" in live.words.value
+    assert "no image that can be read" in live.words.value

@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tokensel.book.mini import learn
-from tokensel.book.mini.batches import HEAD, drills, layout, pack, tiles
+from tokensel.book.mini import train as training
 from tokensel.book.mini.canvas import TILE
-from tokensel.book.mini.lessons import Heads, Lessons
-from tokensel.book.mini.model import KINDS, SHRINKS, build_model, build_processor, build_tokenizer
+from tokensel.book.mini.losses import Heads, TrainingLosses
+from tokensel.book.mini.model import KINDS, SHRINKS, build_mini_model, build_processor, build_tokenizer
+from tokensel.book.mini.packing import HEAD, drills, layout, pack_questions, tiles
+from tokensel.book.mini.probes import UNASKED, middles, ordinals, places
 from tokensel.book.mini.recipe import ONE_TILE, Recipe, Stage
-from tokensel.book.mini.sheets import Sheet, Sheets, labels_of
+from tokensel.book.mini.step_batches import StepBatch, StepBatches, labels_of
 from tokensel.book.mini.suite import BENCHMARKS
-from tokensel.book.mini.traces import UNASKED, middles, ordinals, places
 from tokensel.book.mini.words import ALPHABET, SHAPES
-from tokensel.book.mini.world import DRAW, SIZES, draw
+from tokensel.book.mini.world import DRAW, SIZES, draw_page
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import load_tensors
@@ -29,7 +29,7 @@ from tokensel.vlm.native import OFF
 def models():
     def make(kind):
         torch.manual_seed(0)
-        return build_model(kind).eval()
+        return build_mini_model(kind).eval()
 
     return {kind: make(kind) for kind in KINDS}
 
@@ -41,7 +41,7 @@ def model(models):
 
 @pytest.mark.parametrize("task", DRAW)
 def test_a_page_is_a_function_of_task_split_and_index(task):
-    first, again, other = draw(task, "test", 3), draw(task, "test", 3), draw(task, "test", 4)
+    first, again, other = draw_page(task, "test", 3), draw_page(task, "test", 3), draw_page(task, "test", 4)
     assert np.array_equal(first.image, again.image)
     assert first.questions == again.questions
     assert first.image.size != other.image.size or not np.array_equal(first.image, other.image)
@@ -50,7 +50,7 @@ def test_a_page_is_a_function_of_task_split_and_index(task):
 @pytest.mark.parametrize("task", ["forms", "posters", "scene_text", "transcribe"])
 def test_no_longer_answer_of_the_test_split_is_drawn_in_training(task):
     def answers(split):
-        pages = (draw(task, split, index) for index in range(150))
+        pages = (draw_page(task, split, index) for index in range(150))
         return {
             word for page in pages for qa in page.questions for word in qa.answers[0].split() if len(word) > 3
         }
@@ -60,9 +60,9 @@ def test_no_longer_answer_of_the_test_split_is_drawn_in_training(task):
 
 def test_an_unknown_task_or_split_is_named():
     with pytest.raises(TokenselError, match="formz"):
-        draw("formz", "test", 0)
+        draw_page("formz", "test", 0)
     with pytest.raises(TokenselError, match="dev"):
-        draw("forms", "dev", 0)
+        draw_page("forms", "dev", 0)
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
@@ -81,14 +81,14 @@ def test_a_benchmark_row_has_the_columns_of_the_real_ones(task):
 @pytest.mark.parametrize("size", SIZES)
 def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_model(models, kind, size):
     model, processor = models[kind], build_processor(kind)
-    page = draw("forms", "train", 1, size)
+    page = draw_page("forms", "train", 1, size)
     inputs = processor(images=page.image, text="USER:<image>\nASSISTANT:", return_tensors="pt")
     ours, placeholders = tiles(page), (inputs["input_ids"] == model.config.image_token_id).sum()
     assert ours.shape == inputs["pixel_values"][0].shape
     assert torch.allclose(
         ours, inputs["pixel_values"][0], atol=0.02
     )  # the processor rounds the thumbnail otherwise
-    visual = Lessons(model, Heads(128, 192), bf16=False).visual([size])
+    visual = TrainingLosses(model, Heads(128, 192), bf16=False).visual([size])
     assert (
         visual[size, False] == len(layout(model.model, size)) == len(layout(models["llava-next"].model, size))
     )
@@ -98,7 +98,7 @@ def test_training_tiles_and_layout_are_those_of_the_processor_and_the_stock_mode
 
 
 def test_a_letter_knows_what_stands_before_it_in_its_word():
-    page = draw("forms", "train", 3, (64, 128))
+    page = draw_page("forms", "train", 3, (64, 128))
     drawn, alphabet = page.letters[1:], " " + ALPHABET  # without the thumbnail, in which nothing can be read
     rows = np.concatenate([drawn[0], drawn[1]], 1), np.concatenate([page.before[1], page.before[2]], 1)
     found = set()
@@ -117,7 +117,7 @@ def test_a_letter_knows_what_stands_before_it_in_its_word():
 
 @pytest.mark.parametrize("index", range(4))
 def test_a_shape_in_a_chain_knows_its_neighbours(index):
-    page = draw("diagrams", "train", index, (128, 128))
+    page = draw_page("diagrams", "train", index, (128, 128))
     answers = {qa.question.split(" A. ")[0]: qa.options["ABCD".index(qa.answers[0])] for qa in page.questions}
     names, here = ["", *SHAPES, "end"], page.follower[1:] > 0
     assert here.sum() == sum(question.startswith("what comes after") for question in answers) + 1
@@ -125,12 +125,12 @@ def test_a_shape_in_a_chain_knows_its_neighbours(index):
         shape = names[kind]
         assert names[leader] == answers.get(f"what comes before the {shape}?", "end")
         assert names[follower] == answers.get(f"what comes after the {shape}?", "end")
-    assert not draw("attributes", "train", index).leader.any()
+    assert not draw_page("attributes", "train", index).leader.any()
 
 
 def test_a_spot_lies_where_the_answer_says():
     for index in range(30):
-        for qa in draw("attributes", "train", index).practice:
+        for qa in draw_page("attributes", "train", index).practice:
             for word, (axis, sign) in {
                 "left": (0, -1),
                 "right": (0, 1),
@@ -142,9 +142,9 @@ def test_a_spot_lies_where_the_answer_says():
 
 @pytest.mark.parametrize("task", ["science", "diagrams", "forms"])
 def test_a_letter_is_asked_for_in_words_before_the_options_and_where_the_answer_begins(task):
-    page, tokenizer = draw(task, "train", 3), build_tokenizer()
+    page, tokenizer = draw_page(task, "train", 3), build_tokenizer()
     asked = page.questions + page.practice
-    packed = pack([asked], 10, np.random.default_rng(0))
+    packed = pack_questions([asked], 10, np.random.default_rng(0))
     where = packed.named[0] >= 0
     wanted = [qa.named for qa in asked if qa.options or (qa.named.isdigit() and int(qa.named) < 10)]
     said = [tokenizer.decode([word]).strip() for word in packed.named[0][where]]
@@ -154,9 +154,9 @@ def test_a_letter_is_asked_for_in_words_before_the_options_and_where_the_answer_
 
 
 def test_the_place_asked_about_is_asked_for_where_the_answer_begins(model):
-    page, size = draw("attributes", "train", 1, (64, 128)), (64, 128)
-    lessons = Lessons(model, Heads(128, model.config.text_config.hidden_size), bf16=False)
-    packed = pack([page.practice], len(lessons.layout(size)), np.random.default_rng(0))
+    page, size = draw_page("attributes", "train", 1, (64, 128)), (64, 128)
+    losses = TrainingLosses(model, Heads(128, model.config.text_config.hidden_size), bf16=False)
+    packed = pack_questions([page.practice], len(losses.layout(size)), np.random.default_rng(0))
     where = ~packed.spots[0].isnan().any(1)
     asked = [qa for qa in page.practice if qa.spot]
     assert torch.allclose(packed.spots[0][where], torch.tensor([qa.spot for qa in asked]))
@@ -164,11 +164,11 @@ def test_the_place_asked_about_is_asked_for_where_the_answer_begins(model):
     assert (packed.ids[0][where] == assistant).all() and len(asked) < len(
         page.practice
     )  # not where things are counted
-    sheet = Sheet(tiles(page), labels_of([page]), size, tasks=("attributes",), packed=packed)
+    batch = StepBatch(tiles(page), labels_of([page]), size, tasks=("attributes",), packed=packed)
     with torch.no_grad():
-        _, loss, _ = lessons.forward(sheet, tower=False)
+        _, loss, _ = losses.forward(batch, tower=False)
         packed.spots += 1
-        _, further, counts = lessons.forward(sheet, tower=False)
+        _, further, counts = losses.forward(batch, tower=False)
     assert further != loss and counts["across"][1] <= len(asked)
 
 
@@ -201,12 +201,14 @@ def test_things_of_a_kind_are_counted_one_by_one():
 def test_packed_questions_see_what_they_would_see_alone(models, kind, shrunk, monkeypatch):
     """Logits behind a page with many questions equal those of the stock forward with each question alone."""
     model, processor = models[kind], build_processor(kind)
-    page, size = draw("charts", "train", 5, (128, 112)), (128, 112)
-    lessons = Lessons(model, Heads(128, model.config.text_config.hidden_size), bf16=False)
-    packed = pack([page.questions[:3]], lessons.visual([size])[size, shrunk], np.random.default_rng(0))
+    page, size = draw_page("charts", "train", 5, (128, 112)), (128, 112)
+    losses = TrainingLosses(model, Heads(128, model.config.text_config.hidden_size), bf16=False)
+    packed = pack_questions(
+        [page.questions[:3]], losses.visual([size])[size, shrunk], np.random.default_rng(0)
+    )
     with torch.no_grad():
-        sheet = Sheet(tiles(page), labels_of([page]), size, shrunk, ("charts",), packed)
-        hidden, _, _ = lessons.forward(sheet, tower=False)
+        batch = StepBatch(tiles(page), labels_of([page]), size, shrunk, ("charts",), packed)
+        hidden, _, _ = losses.forward(batch, tower=False)
         ours = model.lm_head(hidden)[0][packed.labels[0] >= 0]
         if kind == "llava-onevision" and not shrunk:
             processor.vision_aspect_ratio = OFF
@@ -222,8 +224,8 @@ def test_packed_questions_see_what_they_would_see_alone(models, kind, shrunk, mo
 
 
 def test_questions_of_a_page_do_not_see_each_other():
-    pages = [draw("attributes", "train", index, (64, 128)) for index in range(2)]
-    packed = pack([page.questions[:3] for page in pages], 10, np.random.default_rng(0))
+    pages = [draw_page("attributes", "train", index, (64, 128)) for index in range(2)]
+    packed = pack_questions([page.questions[:3] for page in pages], 10, np.random.default_rng(0))
     prefix, mask = HEAD + 10, packed.mask()
     for row in range(2):
         starts = (packed.positions[row, prefix:] == prefix).nonzero().flatten().tolist()
@@ -252,7 +254,7 @@ def train(out, workers=1, start=None, kind="llava-next"):
     settings = dict(
         save_every=1, device="cpu", workers=workers, bf16=False, compiled=False, start=start, kind=kind
     )
-    return learn.train(out, TINY, **settings)
+    return training.train_mini(out, TINY, **settings)
 
 
 def weights(folder):
@@ -263,13 +265,13 @@ def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole")
     calls = {"left": 5}  # stops in the middle of the second phase
 
-    def stop(self, sheet, tower, real=Lessons.answer):
+    def stop(self, batch, tower, real=TrainingLosses.answer):
         calls["left"] -= 1
         if calls["left"] == 2:
             raise KeyboardInterrupt
-        return real(self, sheet, tower)
+        return real(self, batch, tower)
 
-    monkeypatch.setattr(Lessons, "answer", stop)
+    monkeypatch.setattr(TrainingLosses, "answer", stop)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut")
     monkeypatch.undo()
@@ -280,15 +282,15 @@ def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
 def test_a_finished_model_is_trained_on_and_only_new_heads_are_fitted_first(tmp_path, monkeypatch):
     first = train(tmp_path / "first")
 
-    def stop(self, sheet, tower):
+    def stop(self, batch, tower):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Lessons, "answer", stop)
+    monkeypatch.setattr(TrainingLosses, "answer", stop)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "second", start=first)
     monkeypatch.undo()
     begun, old = load_tensors(tmp_path / "second" / "checkpoint.safetensors")[0], weights(first)
-    before = build_model()
+    before = build_mini_model()
     before.load_state_dict(type(before).from_pretrained(first).state_dict())
     assert all(torch.equal(begun[f"model.{name}"], tensor) for name, tensor in before.state_dict().items())
     heads = len((tmp_path / "second" / "history.heads.jsonl").read_text().splitlines())
@@ -299,7 +301,7 @@ def test_a_finished_model_is_trained_on_and_only_new_heads_are_fitted_first(tmp_
 
 def test_two_workers_share_each_batch_and_end_at_the_same_weights_again(tmp_path):
     whole, *halves = (
-        Sheets(TINY, "tower", range(9), {}, worker, count) for worker, count in ((0, 1), (0, 2), (1, 2))
+        StepBatches(TINY, "tower", range(9), {}, worker, count) for worker, count in ((0, 1), (0, 2), (1, 2))
     )
     tasks = whole.pages(0, 3, 5)[0]
     assert [tasks[0::2], tasks[1::2]] == [half.pages(0, 3, 5)[0] for half in halves]
@@ -320,11 +322,11 @@ def test_a_model_of_the_other_kind_lends_what_fits_and_every_phase_is_run(tmp_pa
     first, called = train(tmp_path / "first"), {"shrunk": 0}
     with pytest.MonkeyPatch.context() as patch:
 
-        def count(self, sheet, tower, real=Lessons.answer):
-            called["shrunk"] += sheet.shrunk
-            return real(self, sheet, tower)
+        def count(self, batch, tower, real=TrainingLosses.answer):
+            called["shrunk"] += batch.shrunk
+            return real(self, batch, tower)
 
-        patch.setattr(Lessons, "answer", count)
+        patch.setattr(TrainingLosses, "answer", count)
         folder = train(tmp_path / "second", start=first, kind="llava-onevision")
     assert len((tmp_path / "second" / "history.tower.jsonl").read_text().splitlines()) == TINY.tower_steps
     assert called["shrunk"] > 0
@@ -335,7 +337,7 @@ def test_a_model_of_the_other_kind_lends_what_fits_and_every_phase_is_run(tmp_pa
     assert any("language_model" in name for name in lent) and any("vision_tower" in name for name in lent)
     vlm = load_vlm(str(folder), device="cpu")
     assert vlm.native == SHRINKS and type(vlm.model).__name__ == "LlavaOnevisionForConditionalGeneration"
-    page = draw("forms", "test", 0, (128, 128))
+    page = draw_page("forms", "test", 0, (128, 128))
     inputs = vlm.inputs([page.image], [vlm.prompt(page.questions[0].question)])
     prompt = reduce_inputs(vlm.model, inputs, make_scorer("uniform"), keep=0.5)
     assert int(prompt.n_visual) == 160 and len(vlm.generate(prompt, max_new_tokens=2)) == 1
@@ -347,7 +349,7 @@ def test_the_finished_folder_loads_as_any_llava_next(tmp_path):
         AutoModelForImageTextToText.from_pretrained(folder),
         AutoProcessor.from_pretrained(folder),
     )
-    pages = [draw("forms", "test", index, size).image for index, size in enumerate(SIZES[:2])]
+    pages = [draw_page("forms", "test", index, size).image for index, size in enumerate(SIZES[:2])]
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is the NAME?"}]}]
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
     inputs = processor(images=pages, text=[prompt] * 2, padding=True, return_tensors="pt")

@@ -33,12 +33,12 @@ def test_page_mask_puts_each_token_where_its_tile_was_cut(rows, columns, height,
         for r in range(rows)
         for c in range(columns)
     ]
-    assert torch.equal(overlays.page_mask(torch.stack(tiles), rows, columns, (height, width)), page)
+    assert torch.equal(overlays.join_masks(torch.stack(tiles), rows, columns, (height, width)), page)
 
 
 def test_page_mask_refuses_another_shape():
     with pytest.raises(TokenselError, match="2 x 2 tiles"):
-        overlays.page_mask(torch.ones(3, 4, dtype=torch.bool), 2, 2, (2, 2))
+        overlays.join_masks(torch.ones(3, 4, dtype=torch.bool), 2, 2, (2, 2))
 
 
 def test_cut_tiles_gives_back_the_picture():
@@ -130,9 +130,9 @@ def test_a_recorded_sweep_is_said_to_be_one_and_drawn_under_the_live_points(tmp_
     )
     assert both.points("reading", "random", 0.5) == both.points("reading", "random") == 50.0
     assert alone.points("reading", "random", 0.5) == pytest.approx(55.0)
-    both.draw("general", ["random"])
+    both.plot("general", ["random"])
     assert not plt.get_fignums()  # no benchmark of that group
-    both.draw("reading", ["random", "selector"])
+    both.plot("reading", ["random", "selector"])
     panels = [ax for ax in plt.gcf().axes if ax.get_visible()]
     assert [len(ax.containers) for ax in panels] == [2, 2, 0]  # the third was not asked here
     table().assign(model="another").to_csv(recorded, index=False)
@@ -189,10 +189,12 @@ def test_left_cells_are_those_whose_columns_are_left():
 
 
 def test_words_in_any_of_the_colours_can_be_read_on_white():
-    assert style.ink("#000000") == "#000000"
-    assert style.ink("#767676") == "#767676" and style.ink("#777777") != "#777777", (
+    assert style.text_colour("#000000") == "#000000"
+    assert style.text_colour("#767676") == "#767676" and style.text_colour("#777777") != "#777777", (
         "the known limit among the greys"
     )
     for name in style.COLOURS:
-        red, green, blue = (int(style.ink(style.colour(name))[k : k + 2], 16) / 255 for k in (1, 3, 5))
+        red, green, blue = (
+            int(style.text_colour(style.colour(name))[k : k + 2], 16) / 255 for k in (1, 3, 5)
+        )
         assert style._contrast([red, green, blue]) >= 4.4  # rounding to a byte may cost a little

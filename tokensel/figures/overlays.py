@@ -22,7 +22,7 @@ VEIL = (96, 104, 122)  # a cool grey: neither paper, nor ink, nor a colour of th
 STRENGTH = 0.86  # how much of a dropped cell the veil hides
 
 
-def page_mask(
+def join_masks(
     kept: Shaped[Tensor, "tiles tokens"], rows: int, columns: int, grid: tuple[int, int]
 ) -> Shaped[Tensor, "height width"]:
     """Join the masks of tiles that were cut from one picture, left to right and top to bottom, to its own mask.
@@ -133,7 +133,7 @@ def anyres(
         width: of the figure in inches.
         title: over the high-resolution tiles.
     """
-    shown = look(encoded, image, statistics)
+    shown = tiled_image(encoded, image, statistics)
     real = encoded.layout.valid
     stay = real if kept is None else kept & real
     ratio = shown.columns / shown.rows
@@ -142,7 +142,7 @@ def anyres(
     )
     (small, large), (_, inside) = shown.maps(stay), shown.maps(real)
     show(left, shown.thumbnail, small, "thumbnail")
-    show(right, shown.page, large, title, inside)
+    show(right, shown.full, large, title, inside)
     side = shown.thumbnail.width
     for k in range(1, shown.rows):
         right.axhline(k * side - 0.5, color="white", linewidth=1.0)
@@ -152,19 +152,19 @@ def anyres(
 
 
 @dataclass(frozen=True)
-class Look:
+class TiledImage:
     """What a LLaVA-NeXT is shown of one image, and where its tokens lie.
 
     Attributes:
         thumbnail: the whole image squashed into one tile.
-        page: the high-resolution tiles, joined; letterbox bars included.
-        rows, columns: of tiles in ``page``.
+        full: the high-resolution tiles, joined; letterbox bars included.
+        rows, columns: of tiles in ``full``.
         cells: tokens along each side of a tile.
         tiles: the image's tiles among those of the batch, the thumbnail first.
     """
 
     thumbnail: Image.Image
-    page: Image.Image
+    full: Image.Image
     rows: int
     columns: int
     cells: int
@@ -173,12 +173,14 @@ class Look:
     def maps(
         self, values: Shaped[Tensor, "tiles tokens"]
     ) -> tuple[Shaped[Tensor, "cells cells"], Shaped[Tensor, "height width"]]:
-        """Values of all tokens of the batch as two maps, one over the thumbnail and one over the page."""
+        """Values of all tokens of the batch as two maps, one over the thumbnail and one over the full image."""
         mine, grid = values[self.tiles], (self.cells, self.cells)
-        return mine[0].view(grid), page_mask(mine[1:], self.rows, self.columns, grid)
+        return mine[0].view(grid), join_masks(mine[1:], self.rows, self.columns, grid)
 
 
-def look(encoded: Encoded, image: int, statistics: tuple[Sequence[float], Sequence[float]]) -> Look:
+def tiled_image(
+    encoded: Encoded, image: int, statistics: tuple[Sequence[float], Sequence[float]]
+) -> TiledImage:
     """Find the pictures of one image of a batch; the arguments are those of :func:`anyres`."""
     config = encoded.model.config
     side = config.vision_config.image_size
@@ -186,9 +188,9 @@ def look(encoded: Encoded, image: int, statistics: tuple[Sequence[float], Sequen
     rows, columns = map(int, get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side))
     first = sum(encoded.layout.tiles[:image])
     mine = slice(first, first + encoded.layout.tiles[image])
-    tiles = pictures(encoded.pixel_values[mine], *statistics)
-    page = join(tiles[1:], rows, columns)
-    return Look(tiles[0], page, rows, columns, side // config.vision_config.patch_size, mine)
+    tiles = tile_images(encoded.pixel_values[mine], *statistics)
+    full = join_tiles(tiles[1:], rows, columns)
+    return TiledImage(tiles[0], full, rows, columns, side // config.vision_config.patch_size, mine)
 
 
 def left_cells(
@@ -205,7 +207,7 @@ def left_cells(
     return encoded.layout.spread(torch.isin(places, columns))
 
 
-def pictures(
+def tile_images(
     pixels: Float[Tensor, "tiles 3 height width"], mean: Sequence[float], std: Sequence[float]
 ) -> list[Image.Image]:
     """Tiles as pictures again: what the encoder's preparation did to the pixels, undone."""
@@ -221,7 +223,7 @@ def cut_tiles(image: Image.Image, rows: int, columns: int, side: int) -> list[Im
     return [page.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
-def join(tiles: Sequence[Image.Image], rows: int, columns: int) -> Image.Image:
+def join_tiles(tiles: Sequence[Image.Image], rows: int, columns: int) -> Image.Image:
     """Put tiles together again, row by row: the inverse of :func:`cut_tiles`."""
     side = tiles[0].width
     page = Image.new("RGB", (columns * side, rows * side))

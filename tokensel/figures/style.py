@@ -70,7 +70,7 @@ def label(method: str) -> str:
     return LABELS.get(method, method)
 
 
-def ink(colour: str) -> str:
+def text_colour(colour: str) -> str:
     """The colour for words: darker where it would not stand out from white by 4.5 to 1, as WCAG 2 asks of small type."""
     share = next(k for k in range(100, -1, -1) if _contrast([k / 100 * c for c in to_rgb(colour)]) >= 4.5)
     return mpl.colors.to_hex([share / 100 * c for c in to_rgb(colour)])

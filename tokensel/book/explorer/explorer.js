@@ -1,5 +1,5 @@
 // The explorers of the book: each <div class="explorer"> holds a dictionary computed beforehand, as JSON, and a still
-// figure. This script draws the dictionary with controls and hides the still. Without it the still remains.
+// figure. This script draws the dictionary with controls and hides the still figure. Without it the figure stays.
 (() => {
   "use strict";
   const VEIL = "rgb(96 104 122 / 0.86)";
@@ -8,12 +8,12 @@
   // --- small helpers ---------------------------------------------------------------------------------------------
 
   const element = (tag, attributes = {}, ...children) => {
-    const made = Object.assign(document.createElement(tag), attributes);
-    made.append(...children);
-    return made;
+    const node = Object.assign(document.createElement(tag), attributes);
+    node.append(...children);
+    return node;
   };
 
-  // A control inside its label, so that both are one target.
+  // A control inside its label, so that a click on either reaches it.
   const labelled = (text, control, ...more) => element("label", {}, element("span", { textContent: text }), control, ...more);
 
   const select = (pairs) =>
@@ -55,7 +55,7 @@
 
   const tokens = (box, data) => {
     const names = Object.keys(data.methods);
-    const picture = select(data.pictures.map((each, number) => [number, each.name]));
+    const picker = select(data.examples.map((example, number) => [number, example.name]));
     const method = select(names.map((name) => [name, data.methods[name]]));
     const keep = element("input", { type: "range", min: 0, max: data.keeps.length - 1, step: 1 });
     keep.value = Math.floor(data.keeps.length / 2);
@@ -71,7 +71,7 @@
       element(
         "form",
         { className: "explorer-controls", onsubmit: () => false },
-        labelled("picture", picture),
+        labelled("image", picker),
         labelled("method", method),
         labelled("tokens kept", keep, share),
       ),
@@ -81,7 +81,7 @@
       element("table", {}, element("thead", {}, element("tr", {}, ...head)), answers),
     );
 
-    const loaded = data.pictures.map((each) => Promise.all(each.views.map(loadImage)));
+    const loaded = data.examples.map((example) => Promise.all(example.views.map(loadImage)));
 
     const row = (name, line) => {
       const error = line.mean_error === undefined ? "" : line.mean_error.toFixed(2);
@@ -95,18 +95,18 @@
     };
 
     const show = async () => {
-      const chosen = data.pictures[picture.value];
+      const example = data.examples[picker.value];
       const number = Number(keep.value);
-      const step = chosen.steps[method.value][number];
-      const images = await loaded[picture.value];
-      if (step !== data.pictures[picture.value].steps[method.value][Number(keep.value)]) return; // changed meanwhile
+      const step = example.steps[method.value][number];
+      const images = await loaded[picker.value];
+      if (step !== data.examples[picker.value].steps[method.value][Number(keep.value)]) return; // the reader has changed a control meanwhile
       share.value = percent(data.keeps[number]);
       keep.setAttribute("aria-valuetext", share.value);
-      const right = chosen.answers.length ? `  (right: ${chosen.answers.join(" or ")})` : "";
-      question.replaceChildren(element("q", { textContent: chosen.question }), right);
+      const right = example.answers.length ? `  (right: ${example.answers.join(" or ")})` : "";
+      question.replaceChildren(element("q", { textContent: example.question }), right);
       drawings.replaceChildren();
       for (const part of ["kept", "error"]) {
-        chosen.views.forEach((view, place) => {
+        example.views.forEach((view, place) => {
           const canvas = element("canvas");
           const letters = step.kept[place];
           drawView(canvas, images[place], view, part === "error", (cell) => {
@@ -120,8 +120,8 @@
           canvas.setAttribute(
             "aria-label",
             part === "kept"
-              ? `${chosen.name}, ${view.name}: ${kept} of ${real} tokens kept by ${data.methods[method.value]}, the others veiled`
-              : `${chosen.name}, ${view.name}: reconstruction error of each token, the more orange the larger`,
+              ? `${example.name}, ${view.name}: ${kept} of ${real} tokens kept by ${data.methods[method.value]}, the others veiled`
+              : `${example.name}, ${view.name}: reconstruction error of each token, the more orange the larger`,
           );
           const caption = part === "kept" ? `${view.name}: ${kept} of ${real} kept` : `${view.name}: error`;
           drawings.append(element("figure", {}, canvas, element("figcaption", { textContent: caption })));
@@ -129,82 +129,82 @@
       }
       const compared = new Set([method.value, "selector", "random"].filter((name) => names.includes(name)));
       answers.replaceChildren(
-        row("all tokens", chosen.full),
-        ...[...compared].map((name) => row(data.methods[name], chosen.steps[name][number])),
-        row("no image", chosen.none),
+        row("all tokens", example.full),
+        ...[...compared].map((name) => row(data.methods[name], example.steps[name][number])),
+        row("no image", example.none),
       );
-      status.textContent = `${step.tokens} of ${chosen.full.tokens} tokens, mean error ${step.mean_error.toFixed(2)}, answer: ${step.answer}`;
+      status.textContent = `${step.tokens} of ${example.full.tokens} tokens, mean error ${step.mean_error.toFixed(2)}, answer: ${step.answer}`;
     };
-    for (const control of [picture, method, keep]) control.addEventListener("input", show);
+    for (const control of [picker, method, keep]) control.addEventListener("input", show);
     return show();
   };
 
-  // --- an answer that is written while tokens leave ------------------------------------------------------------------
+  // --- an answer during which tokens are dropped ---------------------------------------------------------------------
 
-  // Tokens left at every step, as stairs from all to none, the current step marked.
-  const drawStairs = (canvas, steps, total, current) => {
+  // One bar for each step, as high as the share of tokens left; the current step is marked.
+  const drawBars = (canvas, steps, total, current) => {
     canvas.width = 640;
     canvas.height = 120;
     const context = canvas.getContext("2d");
-    const ink = getComputedStyle(canvas).color;
-    const wide = canvas.width / steps.length;
-    const high = canvas.height - 8;
+    const textColor = getComputedStyle(canvas).color;
+    const slot = canvas.width / steps.length;
+    const tallest = canvas.height - 8;
     steps.forEach((step, number) => {
-      context.fillStyle = number === current ? `rgb(${ERROR})` : ink;
+      context.fillStyle = number === current ? `rgb(${ERROR})` : textColor;
       context.globalAlpha = number === current ? 1 : 0.45;
-      const tall = Math.max(2, (high * step.tokens) / total);
-      context.fillRect(number * wide + 1, canvas.height - tall, Math.max(1, wide - 2), tall);
+      const height = Math.max(2, (tallest * step.tokens) / total);
+      context.fillRect(number * slot + 1, canvas.height - height, Math.max(1, slot - 2), height);
     });
   };
 
   const answer = (box, data) => {
-    const picture = select(data.pictures.map((each, number) => [number, each.name]));
+    const picker = select(data.examples.map((example, number) => [number, example.name]));
     const method = select(Object.entries(data.methods));
     const moment = element("input", { type: "range", min: 0, step: 1 });
     const place = element("output");
     const question = element("p", { className: "explorer-question" });
-    const said = element("p", { className: "explorer-answer" });
+    const text = element("p", { className: "explorer-answer" });
     const drawings = element("div", { className: "explorer-drawings" });
-    const stairs = element("canvas", { className: "explorer-stairs" });
-    stairs.setAttribute("role", "img");
+    const bars = element("canvas", { className: "explorer-stairs" });
+    bars.setAttribute("role", "img");
     const status = element("p", { className: "explorer-status" });
     status.setAttribute("role", "status");
     box.append(
       element(
         "form",
         { className: "explorer-controls", onsubmit: () => false },
-        labelled("picture", picture),
+        labelled("image", picker),
         labelled("method", method),
         labelled("token of the answer", moment, place),
       ),
       question,
-      said,
+      text,
       drawings,
-      element("figure", {}, stairs, element("figcaption", { textContent: "visual tokens left at each token of the answer" })),
+      element("figure", {}, bars, element("figcaption", { textContent: "visual tokens left at each token of the answer" })),
       status,
     );
-    const loaded = data.pictures.map((each) => Promise.all(each.views.map(loadImage)));
+    const loaded = data.examples.map((example) => Promise.all(example.views.map(loadImage)));
 
     const show = async (restart) => {
-      const chosen = data.pictures[picture.value];
-      const steps = chosen.steps[method.value];
-      const images = await loaded[picture.value];
-      if (chosen !== data.pictures[picture.value] || steps !== chosen.steps[method.value]) return; // changed meanwhile
+      const example = data.examples[picker.value];
+      const steps = example.steps[method.value];
+      const images = await loaded[picker.value];
+      if (example !== data.examples[picker.value] || steps !== example.steps[method.value]) return; // the reader has changed a control meanwhile
       moment.max = steps.length - 1;
       if (restart) moment.value = Math.floor(steps.length / 2);
       const number = Number(moment.value);
       const step = steps[number];
-      const before = number ? steps[number - 1].said : "";
-      const newest = step.said.startsWith(before) ? step.said.slice(before.length) : "";
+      const before = number ? steps[number - 1].text : "";
+      const newest = step.text.startsWith(before) ? step.text.slice(before.length) : "";
       const end = number === steps.length - 1 ? "∎" : "";
       place.value = `${number + 1} of ${steps.length}`;
       moment.setAttribute("aria-valuetext", place.value);
-      const right = chosen.answers.length ? `  (right: ${chosen.answers.join(" or ")})` : "";
-      question.replaceChildren(element("q", { textContent: chosen.question }), right);
-      const old = newest ? before : step.said;
-      said.replaceChildren("written so far: ", old, element("strong", { textContent: newest }), end);
+      const right = example.answers.length ? `  (right: ${example.answers.join(" or ")})` : "";
+      question.replaceChildren(element("q", { textContent: example.question }), right);
+      const earlier = newest ? before : step.text;
+      text.replaceChildren("answer so far: ", earlier, element("strong", { textContent: newest }), end);
       drawings.replaceChildren(
-        ...chosen.views.map((view, which) => {
+        ...example.views.map((view, which) => {
           const canvas = element("canvas");
           const letters = step.kept[which];
           drawView(canvas, images[which], view, false, (cell) =>
@@ -213,22 +213,22 @@
           const left = [...letters].filter((letter) => letter === "1").length;
           const real = [...letters].filter((letter) => letter !== "-").length;
           canvas.setAttribute("role", "img");
-          canvas.setAttribute("aria-label", `${chosen.name}, ${view.name}: ${left} of ${real} tokens left, the others veiled`);
+          canvas.setAttribute("aria-label", `${example.name}, ${view.name}: ${left} of ${real} tokens left, the others veiled`);
           return element("figure", {}, canvas, element("figcaption", { textContent: `${view.name}: ${left} of ${real} left` }));
         }),
       );
-      drawStairs(stairs, steps, chosen.tokens, number);
-      stairs.setAttribute("aria-label", `visual tokens left, from ${steps[0].tokens} at the first token to ${steps.at(-1).tokens} at the last`);
+      drawBars(bars, steps, example.tokens, number);
+      bars.setAttribute("aria-label", `visual tokens left, from ${steps[0].tokens} at the first token to ${steps.at(-1).tokens} at the last`);
       status.textContent =
-        `${chosen.name}, ${data.methods[method.value]}, token ${place.value}: ${step.tokens} of ${chosen.tokens} visual tokens left, ` +
-        `written: ${step.said}` + (end ? `, the end, ${verdict(chosen.scores[method.value])}` : "");
+        `${example.name}, ${data.methods[method.value]}, token ${place.value}: ${step.tokens} of ${example.tokens} visual tokens left, ` +
+        `answer so far: ${step.text}` + (end ? `, complete, ${verdict(example.scores[method.value])}` : "");
     };
-    for (const control of [picture, method]) control.addEventListener("input", () => show(true));
+    for (const control of [picker, method]) control.addEventListener("input", () => show(true));
     moment.addEventListener("input", () => show(false));
     return show(true);
   };
 
-  // --- one function a kind -----------------------------------------------------------------------------------------
+  // --- one function for each kind -----------------------------------------------------------------------------------------
 
   const KINDS = { tokens, answer };
 

@@ -1,30 +1,33 @@
-"""The explorer with a kernel behind it: steps are computed as they are asked for, on any picture."""
+"""The explorer with a kernel behind it: steps are computed on request, for any image."""
 
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
-from PIL import Image, UnidentifiedImageError
 
-from tokensel.book.explorer.page import draw_step
-from tokensel.book.explorer.steps import Exploration, Subject
+from tokensel.book.explorer.static import plot_step
+from tokensel.book.explorer.steps import Example, Exploration
+from tokensel.data.images import UNREADABLE, as_image
 from tokensel.figures import style
 from tokensel.scorers import Scorer
 from tokensel.training.autoencoder import MaskedAutoencoder
+from tokensel.utils.errors import reason
 from tokensel.vlm import Vlm
 
-OWN = "my picture"
+OWN = "my image"
+NOT_AN_IMAGE = "This file is no image that can be read: give a PNG or JPEG."
 
 
 class LiveExplorer:
-    """Controls and picture, to be displayed in a notebook: ``LiveExplorer(...).widget``.
+    """Controls and a drawing, to be displayed in a notebook: ``LiveExplorer(...).widget``.
 
     Args:
         vlm: the model to ask.
-        subjects: what can be chosen; the reader may bring a picture and a question too.
-        scorers: the ways to choose, by name.
+        examples: what can be chosen; the reader may bring an image and a question too.
+        scorers: the scorers to choose from, by name.
         judge: the reconstructor that measures the errors.
         keeps: the budgets on the slider, fractions of the visual tokens.
     """
@@ -32,15 +35,15 @@ class LiveExplorer:
     def __init__(
         self,
         vlm: Vlm,
-        subjects: Sequence[Subject],
+        examples: Sequence[Example],
         scorers: Mapping[str, Scorer],
         judge: MaskedAutoencoder,
         keeps: Sequence[float],
     ):
         self.vlm, self.scorers, self.judge = vlm, dict(scorers), judge
-        self.subjects = {subject.name: subject for subject in subjects}
-        self.open: tuple[Subject, Exploration, dict] | None = None
-        self.picture = widgets.Dropdown(options=list(self.subjects), description="picture")
+        self.examples = {example.name: example for example in examples}
+        self.current: tuple[Example, Exploration, dict[str, Any]] | None = None
+        self.image = widgets.Dropdown(options=list(self.examples), description="image")
         self.question = widgets.Text(description="question", continuous_update=False)
         self.method = widgets.Dropdown(
             options=[(style.label(name), name) for name in scorers], description="method"
@@ -51,77 +54,92 @@ class LiveExplorer:
             description="keep",
             continuous_update=False,
         )
-        self.upload = widgets.FileUpload(accept="image/*", description="my picture")
+        self.upload = widgets.FileUpload(accept="image/*", description=OWN)
         self.words = widgets.HTML()
         self.drawing = widgets.Image(format="png")
         self.widget = widgets.VBox(
             [
-                widgets.HBox([self.picture, self.upload]),
+                widgets.HBox([self.image, self.upload]),
                 self.question,
                 widgets.HBox([self.method, self.keep]),
                 self.words,
                 self.drawing,
             ]
         )
-        self.question.value = subjects[0].question
-        self.picture.observe(self._choose, "value")
-        self.upload.observe(self._bring, "value")
+        self.question.value = examples[0].question
+        self.image.observe(self._choose, "value")
+        self.upload.observe(self._upload, "value")
         for control in (self.question, self.method, self.keep):
-            control.observe(self._draw, "value")
-        self._draw()
+            control.observe(self._redraw, "value")
+        self._redraw()
 
-    def _choose(self, change: dict) -> None:
-        asked = self.subjects[change["new"]].question
+    def _choose(self, change: dict[str, Any]) -> None:
+        """Show the chosen image with its own question."""
+        asked = self.examples[change["new"]].question
         if self.question.value == asked:
-            self._draw()
+            self._redraw()
         else:
-            self.question.value = asked  # draws
+            self.question.value = asked  # its observer redraws
 
-    def _bring(self, change: dict) -> None:
-        try:
-            image = Image.open(io.BytesIO(change["new"][0]["content"])).convert("RGB")
-        except (UnidentifiedImageError, OSError):
-            self.words.value = "This file is no picture that can be read: give a PNG or JPEG."
+    def _upload(self, change: dict[str, Any]) -> None:
+        """Show the uploaded image, whether or not another one was uploaded before."""
+        if not change["new"]:  # the reader has cleared the upload: the last image stays
             return
-        self.subjects[OWN] = Subject(OWN, image, self.question.value)
-        self.open = None
-        self.picture.options = list(self.subjects)
-        self.picture.value = OWN
+        try:
+            image = as_image(bytes(change["new"][0]["content"]))
+        except UNREADABLE:
+            self.words.value = NOT_AN_IMAGE
+            return
+        self.examples[OWN] = Example(OWN, image, str(self.question.value))
+        if self.image.value == OWN:
+            self._redraw()  # the choice does not change, so its observer would not be called
+        else:
+            self.image.options = list(self.examples)
+            self.image.value = OWN
 
-    def _subject(self) -> Subject:
-        """The chosen subject; under another question its right answer is not known."""
-        chosen, asked = self.subjects[self.picture.value], self.question.value
-        return chosen if asked == chosen.question else Subject(chosen.name, chosen.image, asked)
+    def _example(self) -> Example:
+        """The chosen example; under another question its right answer is not known."""
+        chosen, asked = self.examples[str(self.image.value)], str(self.question.value)
+        return chosen if asked == chosen.question else Example(chosen.name, chosen.image, asked)
 
-    def _draw(self, _: dict | None = None) -> None:
+    def _redraw(self, _: dict[str, Any] | None = None) -> None:
+        """Compute the current step; an error is shown in place of the answers."""
         self.words.value = "computing …"
-        subject = self._subject()
-        if self.open is None or self.open[0] != subject:
-            exploration = Exploration(self.vlm, [subject], self.scorers, self.judge)
-            self.open = (subject, exploration, exploration.pictures()[0])
-        _, exploration, picture = self.open
-        beside = (name for name in ("selector", "random") if name in self.scorers)
+        try:
+            self._compute()
+        except (
+            Exception
+        ) as error:  # a notebook drops what a callback raises, and the reader would wait for ever
+            self.current = None
+            self.drawing.value = b""
+            self.words.value = f"<p>{escape(reason(error))}</p>"
+
+    def _compute(self) -> None:
+        example, method = self._example(), str(self.method.value)
+        if self.current is None or self.current[0] != example:
+            exploration = Exploration(self.vlm, [example], self.scorers, self.judge)
+            self.current = (example, exploration, exploration.baselines()[0])
+        _, exploration, baseline = self.current
+        compared = (name for name in ("selector", "random") if name in self.scorers)
         steps = {
-            name: exploration.step(name, self.keep.value)[0]
-            for name in dict.fromkeys([self.method.value, *beside])
+            name: exploration.step(name, self.keep.value)[0] for name in dict.fromkeys([method, *compared])
         }
-        figure = draw_step(picture, steps[self.method.value])
+        figure = plot_step(baseline, steps[method])
         file = io.BytesIO()
         figure.savefig(file, format="png")
         plt.close(figure)
         self.drawing.value = file.getvalue()
-        self.words.value = answers_table(picture, steps)
+        self.words.value = answers_table(baseline, steps)
 
 
-def answers_table(picture: dict, steps: dict[str, dict]) -> str:
-    """The answers with all tokens, with those of each method, and with none, as HTML."""
-    lines = {"all tokens": picture["full"]} | {style.label(name): step for name, step in steps.items()}
+def answers_table(example: dict[str, Any], steps: dict[str, dict[str, Any]]) -> str:
+    """The answers with all tokens, with those of each method, and without an image, as HTML."""
+    lines = {"all tokens": example["full"]} | {style.label(name): step for name, step in steps.items()}
     rows = "".join(
         f"<tr><td>{name}</td><td>{line['tokens']}</td><td>{escape(line['answer'])}</td>"
         f"<td>{line.get('mean_error', '')}</td></tr>"
-        for name, line in (lines | {"no image": picture["none"]}).items()
+        for name, line in (lines | {"no image": example["none"]}).items()
     )
-    right = f"<p>Right: {escape(' or '.join(picture['answers']))}</p>" if picture["answers"] else ""
-    return (
-        f"<table><tr><th>sees</th><th>tokens</th><th>answer</th><th>mean error</th></tr>{rows}</table>{right}"
-    )
+    right = f"<p>Right: {escape(' or '.join(example['answers']))}</p>" if example["answers"] else ""
+    head = "<tr><th>the model sees</th><th>tokens</th><th>answer</th><th>mean error</th></tr>"
+    return f"<table>{head}{rows}</table>{right}"

@@ -1,4 +1,4 @@
-"""What the explorer of kept tokens shows, as a plain dictionary: pictures, and one step a method and budget."""
+"""Steps for the explorer of kept tokens, as a plain dictionary: images, and one step for each method and budget."""
 
 import base64
 import io
@@ -21,14 +21,14 @@ from tokensel.vlm import Reduced, Vlm, encode, reduce
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A question about a picture.
+class Example:
+    """An image with a question.
 
     Attributes:
-        name: what the reader chooses it by.
-        image: the picture.
-        question: as it is put to the model; the chat template is put around it.
-        answers: those that count as right; none if nobody knows.
+        name: how the reader picks it.
+        image: the image.
+        question: the text of the question; the chat template is put around it.
+        answers: those that count as right; empty if unknown.
         metric: a key of :data:`tokensel.benchmarks.metrics.METRICS`.
         options: of a multiple-choice question.
     """
@@ -46,77 +46,78 @@ class Subject:
 
 
 class Exploration:
-    """Some questions about pictures, encoded once, to be asked under any method and budget.
+    """Examples that are encoded once and then asked under any method and budget.
 
-    A *step* of a subject is ``{"kept", "error", "mean_error", "tokens", "answer", "score"}``. Of the first two there is
-    one entry a view, thumbnail first, then the page: in ``kept`` a text with one letter a cell, row by row (``1`` kept,
-    ``0`` dropped, ``-`` letterbox, which never becomes a token); in ``error`` as many whole numbers, the distance
-    between a token and its reconstruction in percent of the distance of a typical token to the mean token.
+    A *step* of an example is ``{"kept", "error", "mean_error", "tokens", "answer", "score"}``. The first two have one
+    entry for each view, the thumbnail first, then the full image. In ``kept`` it is a text with one letter for each
+    cell, row by row (``1`` kept, ``0`` dropped, ``-`` letterbox, which never becomes a token). In ``error`` it is as
+    many whole numbers: the distance between a token and its reconstruction, in percent of the distance between a
+    typical token and the mean token.
 
     Args:
         vlm: the model to ask.
-        subjects: what is asked, all in one batch.
-        scorers: the ways to choose, by name.
-        judge: the one reconstructor that measures the errors of every method.
-        max_new_tokens: where answers stop at the latest.
+        examples: what is asked, all in one batch.
+        scorers: the scorers to choose from, by name.
+        judge: the reconstructor that measures the errors of every method; on any device.
+        max_new_tokens: the longest answer, in tokens.
 
     Raises:
-        TokenselError: no subjects, or a judge that does not fit the model's features.
+        TokenselError: no examples, or a judge that does not fit the model's features.
     """
 
     def __init__(
         self,
         vlm: Vlm,
-        subjects: Sequence[Subject],
+        examples: Sequence[Example],
         scorers: Mapping[str, Scorer],
         judge: MaskedAutoencoder,
         max_new_tokens: int = 24,
     ):
-        if not subjects:
-            raise TokenselError("no subjects: give at least one picture with a question")
-        self.vlm, self.subjects, self.scorers, self.judge = vlm, list(subjects), dict(scorers), judge
+        if not examples:
+            raise TokenselError("no examples: give at least one image with a question")
+        self.vlm, self.examples, self.scorers, self.judge = vlm, list(examples), dict(scorers), judge
         self.max_new_tokens = max_new_tokens
-        prompts = [vlm.prompt(subject.question) for subject in self.subjects]
-        self.encoded = encode(vlm.model, vlm.inputs([subject.image for subject in self.subjects], prompts))
-        images = vlm.processor.image_processor
-        statistics = (images.image_mean, images.image_std)
-        self.looks = [overlays.look(self.encoded, n, statistics) for n in range(len(self.subjects))]
+        prompts = [vlm.prompt(example.question) for example in self.examples]
+        self.encoded = encode(vlm.model, vlm.inputs([example.image for example in self.examples], prompts))
+        processor = vlm.processor.image_processor
+        statistics = (processor.image_mean, processor.image_std)
+        self.tiled = [overlays.tiled_image(self.encoded, n, statistics) for n in range(len(self.examples))]
 
     def step(self, method: str, keep: float) -> list[dict[str, Any]]:
-        """One step of every subject, with the fraction ``keep`` of its visual tokens.
+        """One step of every example, with the fraction ``keep`` of its visual tokens.
 
         Raises:
             TokenselError: an unknown method, ``keep`` outside (0, 1], or a scorer that does not fit.
         """
         if method not in self.scorers:
             raise TokenselError(f"method '{method}' is unknown here: choose one of {', '.join(self.scorers)}")
-        reduced = reduce(self.encoded, self.scorers[method], keep)
+        reduced, valid = reduce(self.encoded, self.scorers[method], keep), self.encoded.layout.valid
+        assert reduced.kept is not None, "a scorer drops whole cells"
         errors = self.errors(reduced.kept)
         steps = self._answers(reduced)
-        for subject, step in zip(self.looks, steps):
-            kept, real, wrong = map(subject.maps, (reduced.kept, self.encoded.layout.valid, errors))
-            step["kept"] = [letters(*view) for view in zip(kept, real)]
-            step["error"] = [(100 * view).round().int().flatten().tolist() for view in wrong]
-            inside = self.encoded.layout.valid[subject.tiles]
-            step["mean_error"] = round(float(errors[subject.tiles][inside].mean()), 3)
+        for tiled, step in zip(self.tiled, steps):
+            kept_maps, valid_maps, error_maps = map(tiled.maps, (reduced.kept, valid, errors))
+            step["kept"] = [cell_codes(*view) for view in zip(kept_maps, valid_maps)]
+            step["error"] = [(100 * view).round().int().flatten().tolist() for view in error_maps]
+            step["mean_error"] = round(float(errors[tiled.tiles][valid[tiled.tiles]].mean()), 3)
         return steps
 
-    def pictures(self) -> list[dict[str, Any]]:
-        """Every subject without its steps: its views, and the outcome with all tokens and with no image."""
+    def baselines(self) -> list[dict[str, Any]]:
+        """Every example without its steps: its views, and the answers with all tokens and without an image."""
         full = self._answers(reduce(self.encoded))
-        prompts = [self.vlm.prompt(subject.question, False) for subject in self.subjects]
+        prompts = [self.vlm.prompt(example.question, False) for example in self.examples]
         none = self._answers(reduce(encode(self.vlm.model, self.vlm.inputs(None, prompts))))
         return [
             {
-                "name": subject.name,
-                "question": subject.question,
-                "answers": list(subject.answers),
-                "views": views(seen),
-                "tiles": [seen.rows, seen.columns],
+                "name": example.name,
+                "question": example.question,
+                "answers": list(example.answers),
+                "views": views(tiled),
+                "tiles": [tiled.rows, tiled.columns],
                 "full": with_all,
                 "none": without,
             }
-            for subject, seen, with_all, without in zip(self.subjects, self.looks, full, none)
+            for example, tiled, with_all, without in zip(self.examples, self.tiled, full, none)
         ]
 
     def data(self, keeps: Sequence[float], progress: bool = True) -> dict[str, Any]:
@@ -124,50 +125,59 @@ class Exploration:
 
         Args:
             keeps: fractions of the visual tokens kept, in (0, 1].
-            progress: show a bar.
+            progress: show a progress bar.
         """
-        pictures = self.pictures()
-        for picture in pictures:
-            picture["steps"] = {method: [] for method in self.scorers}
+        entries = self.baselines()
+        for entry in entries:
+            entry["steps"] = {method: [] for method in self.scorers}
         todo = [(method, keep) for method in self.scorers for keep in keeps]
         for method, keep in tqdm(todo, desc="explorer", unit="step", disable=not progress):
-            for picture, step in zip(pictures, self.step(method, keep)):
-                picture["steps"][method].append(step)
+            for entry, step in zip(entries, self.step(method, keep)):
+                entry["steps"][method].append(step)
         return {
             "kind": "tokens",
             "model": self.vlm.name,
             "keeps": list(keeps),
             "methods": {method: style.label(method) for method in self.scorers},
-            "pictures": pictures,
+            "examples": entries,
         }
 
     @torch.no_grad()
     def errors(self, kept: Bool[Tensor, "tiles tokens"]) -> Float[Tensor, "tiles tokens"]:
-        """How far each token is from its reconstruction; 1 = as far as a typical token from the mean token."""
-        tokens = self.encoded.features.tokens.float()
-        typical = self.judge.reconstructor.trunk.spread.norm()
-        return (self.judge(tokens, kept) - tokens).norm(dim=-1) / typical
+        """Distance of each token from its reconstruction; 1 = that of a typical token from the mean token.
+
+        Args:
+            kept: True = kept, on any device.
+
+        Returns:
+            The distances, on the host.
+        """
+        spread = self.judge.reconstructor.trunk.spread
+        # the judge stays where the caller loaded it, which need not be where the model runs
+        tokens = self.encoded.features.tokens.to(spread.device).float()
+        errors = (self.judge(tokens, kept.to(spread.device)) - tokens).norm(dim=-1) / spread.norm()
+        return errors.cpu()
 
     def _answers(self, reduced: Reduced) -> list[dict[str, Any]]:
         answers = self.vlm.generate(reduced, self.max_new_tokens)
         return [
-            {"tokens": int(n), "answer": answer, "score": subject.score(answer)}
-            for subject, answer, n in zip(self.subjects, answers, reduced.n_visual)
+            {"tokens": int(n), "answer": answer, "score": example.score(answer)}
+            for example, answer, n in zip(self.examples, answers, reduced.n_visual)
         ]
 
 
-def views(seen: overlays.Look) -> list[dict[str, Any]]:
-    """What the model is shown of a picture, and how many tokens lie along its sides: the thumbnail, then the page."""
-    rows, columns = seen.rows * seen.cells, seen.columns * seen.cells
+def views(tiled: overlays.TiledImage) -> list[dict[str, Any]]:
+    """The thumbnail and the full image as the model receives them, each with its rows and columns of tokens."""
+    rows, columns = tiled.rows * tiled.cells, tiled.columns * tiled.cells
     return [
-        {"name": "thumbnail", "image": _uri(seen.thumbnail), "rows": seen.cells, "columns": seen.cells},
-        {"name": "full size", "image": _uri(seen.page), "rows": rows, "columns": columns},
+        {"name": "thumbnail", "image": _uri(tiled.thumbnail), "rows": tiled.cells, "columns": tiled.cells},
+        {"name": "full size", "image": _uri(tiled.full), "rows": rows, "columns": columns},
     ]
 
 
-def letters(kept: Bool[Tensor, "rows columns"], real: Bool[Tensor, "rows columns"]) -> str:
-    """One letter a cell, row by row: ``1`` kept, ``0`` dropped, ``-`` no token."""
-    codes = (kept.long() + 1) * real.long()
+def cell_codes(kept: Bool[Tensor, "rows columns"], valid: Bool[Tensor, "rows columns"]) -> str:
+    """One letter for each cell, row by row: ``1`` kept, ``0`` dropped, ``-`` no token."""
+    codes = (kept.long() + 1) * valid.long()
     return "".join("-01"[code] for code in codes.flatten().tolist())
 
 

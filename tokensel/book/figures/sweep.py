@@ -66,7 +66,7 @@ class Sweep:
         """Another table of the same evaluation, ``differences`` or ``categories``: the recorded one, else the one at ``live``."""
         return pd.read_csv(live if self.recorded is None else self.path.with_suffix(f".{kind}.csv"))
 
-    def draw(self, group: str, methods: Sequence[str]) -> None:
+    def plot(self, group: str, methods: Sequence[str]) -> None:
         """The panels of one group of benchmarks, if there are any, see :func:`~tokensel.figures.curves.score_curves`."""
         lines, points = (each[each["group"] == group] for each in (self.table, self.live))
         if len(lines):

@@ -1,4 +1,4 @@
-"""A sheet to draw on that remembers what stands where, patch by patch."""
+"""A canvas that remembers what stands where, patch by patch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -171,8 +171,8 @@ class Canvas:
         a, b = other or (self.width / 2, self.height / 2)
         return 2 * (x - a) / self.width, 2 * (y - b) / self.height
 
-    def page(self, questions: list[QA], practice: Sequence[tuple] = ()) -> Page:
-        """Close the sheet: the picture, its questions, exercises (question, answer, spot) and its patches' labels."""
+    def finish(self, questions: list[QA], practice: Sequence[tuple] = ()) -> Page:
+        """Finish the page: the image, its questions, exercises (question, answer, spot) and its patches' labels."""
         rows, columns = self.grid
         zeros = np.zeros((8, 1 + rows * columns, CELLS, CELLS), np.int64)
         letters, objects, sizes, papers, before, earlier, leader, follower = zeros
@@ -240,12 +240,12 @@ def paper(rng: np.random.Generator, size: tuple[int, int], kind: str | None = No
     height, width = size
     kind = kind or ("plain", "gradient", "grain")[int(rng.integers(3))]
     base = rng.integers(205, 256) + rng.integers(-12, 13, 3)
-    sheet = np.empty((height, width, 3), np.float32)
-    sheet[:] = base
+    background = np.empty((height, width, 3), np.float32)
+    background[:] = base
     y, x = np.mgrid[:height, :width]
     if kind == "gradient":
         slope = rng.uniform(-22, 22, 2)
-        sheet += (slope[0] * y / height + slope[1] * x / width)[..., None]
+        background += (slope[0] * y / height + slope[1] * x / width)[..., None]
     elif kind in ("stripes", "checks", "dots"):
         period = int(rng.integers(8, 15))
         phase = int(rng.integers(period))
@@ -255,11 +255,13 @@ def paper(rng: np.random.Generator, size: tuple[int, int], kind: str | None = No
             mark = ((y + phase) // (period // 2) + (x + phase) // (period // 2)) % 2 == 0
         else:
             mark = (((y + phase) % period - period / 2) ** 2 + ((x + phase) % period - period / 2) ** 2) < 5
-        sheet -= mark[..., None] * rng.uniform(22, 40)
-    sheet += rng.normal(0, rng.uniform(0, 9) if kind == "grain" else rng.uniform(0, 2.5), (height, width, 1))
-    return sheet.clip(0, 255)
+        background -= mark[..., None] * rng.uniform(22, 40)
+    background += rng.normal(
+        0, rng.uniform(0, 9) if kind == "grain" else rng.uniform(0, 2.5), (height, width, 1)
+    )
+    return background.clip(0, 255)
 
 
-def ink(rng: np.random.Generator) -> tuple[int, int, int]:
+def dark_color(rng: np.random.Generator) -> tuple[int, int, int]:
     """A dark writing colour."""
     return tuple(int(value) for value in rng.integers(0, 75, 3))

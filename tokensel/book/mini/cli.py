@@ -14,8 +14,8 @@ def train(
         Path, typer.Option(help="folder for the checkpoint, the history and the finished model/")
     ] = Path("_build/mini"),
     seed: Annotated[int, typer.Option(help="seed of weights, pictures and order")] = 0,
-    times: Annotated[float, typer.Option(min=0.01, help="so many times the recipe's steps")] = 1.0,
-    batch: Annotated[float, typer.Option(min=0.1, help="so many times the recipe's pages a step")] = 1.0,
+    times: Annotated[float, typer.Option(min=0.01, help="multiply the number of steps")] = 1.0,
+    batch: Annotated[float, typer.Option(min=0.1, help="multiply the number of pages per step")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one")] = None,
     workers: Annotated[
         int | None,
@@ -33,15 +33,17 @@ def train(
     kind: Annotated[str, typer.Option(help="llava-next or llava-onevision")] = "llava-next",
 ) -> None:
     """Train the small model; the same command again goes on where a killed run stopped."""
-    from tokensel.book.mini.learn import train as run
     from tokensel.book.mini.recipe import Recipe
+    from tokensel.book.mini.train import train_mini
 
     recipe = Recipe(seed=seed).scaled(times, batch)
-    typer.echo(f"finished: {run(out, recipe, save_every, device, workers, bf16, start=start, kind=kind)}")
+    typer.echo(
+        f"finished: {train_mini(out, recipe, save_every, device, workers, bf16, start=start, kind=kind)}"
+    )
 
 
-@app.command()
-def draw(
+@app.command("draw")
+def draw_pages(
     tasks: Annotated[
         list[str] | None,
         typer.Argument(help="forms, charts, posters, scene_text, attributes, ...; all if none is named"),
@@ -54,14 +56,13 @@ def draw(
     ),
 ) -> None:
     """Draw pages of the small world into a folder; of a single page, print its questions and answers too."""
-    from tokensel.book.mini.world import DRAW
-    from tokensel.book.mini.world import draw as page_of
+    from tokensel.book.mini.world import DRAW, draw_page
     from tokensel.utils.files import write_atomic
 
     chosen = tasks or list(DRAW)
     for task in chosen:
         for number in range(index, index + count):
-            page = page_of(task, split, number)
+            page = draw_page(task, split, number)
             path = write_atomic(
                 out / f"{task}-{split}-{number}.png", lambda part, page=page: page.image.save(part, "PNG")
             )

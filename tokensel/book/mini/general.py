@@ -48,7 +48,7 @@ def _tint(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
     return tuple(int(v) for v in np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255))
 
 
-def _sheet(rng: np.random.Generator, size: tuple[int, int], kind: str | None = None) -> Canvas:
+def _background(rng: np.random.Generator, size: tuple[int, int], kind: str | None = None) -> Canvas:
     kind = kind or _pick(rng, PAPERS)
     return Canvas(paper(rng, size, kind), kind)
 
@@ -73,7 +73,7 @@ def _exercises(canvas: Canvas) -> list[tuple]:
 
 def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """Things with a colour, a shape and a place (mirrors GQA)."""
-    canvas = _sheet(rng, size)
+    canvas = _background(rng, size)
     spots = _scatter(rng, size, int(rng.integers(2, 5)))
     things = _kinds(rng, len(spots), unique=True)
     questions = []
@@ -101,7 +101,7 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
         question = f"is the {things[first][0]} {asked} the {things[second][0]}?"
         spot = canvas.spot(*spots[first][:2], spots[second][:2])
         questions.append(QA(question, ["yes" if true else "no"], "relation", spot=spot))
-    return canvas.page(questions, _exercises(canvas))
+    return canvas.finish(questions, _exercises(canvas))
 
 
 def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -109,23 +109,23 @@ def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
 
     Every count is as likely as every other and the options are always the same four: only the picture tells.
     """
-    canvas = _sheet(rng, size)
+    canvas = _background(rng, size)
     shape, *others = (str(shape) for shape in rng.permutation(SHAPES)[:3])
     count = int(rng.integers(1, 5))
     kinds = [shape] * count + others[: int(rng.integers(3))]
     spots = _scatter(rng, size, len(kinds), 6.0, 9.0)
     if len(spots) < len(kinds):
-        return canvas.page([])  # too crowded: drawn anew
+        return canvas.finish([])  # too crowded: drawn anew
     for kind, (x, y, radius) in zip(rng.permutation(kinds), spots):
         color = _pick(rng, list(COLORS))
         canvas.shape(str(kind), color, x, y, radius, _tint(rng, color))
     asked = choice(rng, f"how many of these are a {shape}?", str(count), list("1234"), "counting")
-    return canvas.page([asked], _exercises(canvas))
+    return canvas.finish([asked], _exercises(canvas))
 
 
 def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """A chain of shapes joined by arrows (mirrors AI2D)."""
-    canvas = _sheet(rng, size, _pick(rng, ("plain", "gradient")))
+    canvas = _background(rng, size, _pick(rng, ("plain", "gradient")))
     across = canvas.width >= canvas.height
     long, short = (canvas.width, canvas.height) if across else (canvas.height, canvas.width)
     count = int(rng.integers(2, 3 if long < 100 else 5))  # room for a shape and an arrow each
@@ -162,7 +162,7 @@ def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
         ("the first is at the ?", ends[not forward], canvas.spot(*start)),
         ("the last is at the ?", ends[forward], canvas.spot(*end)),
     ]
-    return canvas.page(questions, practice)
+    return canvas.finish(questions, practice)
 
 
 def _arrow(canvas: Canvas, start, end, gap: float) -> None:
@@ -181,7 +181,7 @@ def _arrow(canvas: Canvas, start, end, gap: float) -> None:
 def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """Several abilities by multiple choice: background, extremes, total, place (mirrors MMStar)."""
     background = _pick(rng, BACKGROUNDS)
-    canvas = _sheet(rng, size, background)
+    canvas = _background(rng, size, background)
     spots = _scatter(rng, size, int(rng.integers(2, 5)), 7.0, 9.0)
     big = int(rng.integers(len(spots)))
     things = _kinds(rng, len(spots), unique=True)
@@ -206,16 +206,16 @@ def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         choice(rng, "which shape is at the top?", things[0][0], shapes, "spatial reasoning", top),
         choice(rng, "which shape is at the bottom?", things[-1][0], shapes, "spatial reasoning", bottom),
     ]
-    return canvas.page(questions, _exercises(canvas))
+    return canvas.finish(questions, _exercises(canvas))
 
 
 def scene(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """A scene to be described whole, from top to bottom."""
-    canvas = _sheet(rng, size)
+    canvas = _background(rng, size)
     spots = _scatter(rng, size, int(rng.integers(2, 6)), 7.0, 12.0)
     spots = [spot for place, spot in enumerate(spots) if place == 0 or spot[1] - spots[place - 1][1] > 6]
     things = _kinds(rng, len(spots), unique=False)
     for (shape, color), (x, y, radius) in zip(things, spots):
         canvas.shape(shape, color, x, y, radius, _tint(rng, color))
     listed = ", ".join(f"{color} {shape}" for shape, color in things)
-    return canvas.page([QA("describe the scene.", [listed], "scene")], _exercises(canvas))
+    return canvas.finish([QA("describe the scene.", [listed], "scene")], _exercises(canvas))

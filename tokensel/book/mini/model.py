@@ -25,7 +25,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from tokensel.book.mini.canvas import CELLS, PATCH, TILE
 from tokensel.book.mini.general import BACKGROUNDS
 from tokensel.book.mini.words import COLORS, SHAPES
-from tokensel.book.mini.world import DRAW, draw
+from tokensel.book.mini.world import DRAW, draw_page
 from tokensel.utils.errors import check_names
 from tokensel.vlm.native import LlavaOnevisionProcessor
 
@@ -54,7 +54,7 @@ def questions_vocabulary(pages: int = 200) -> list[str]:
     words = {*SHAPES, *COLORS, *BACKGROUNDS, "yes", "no"}
     for task in DRAW:
         for index in range(pages):
-            for qa in draw(task, "train", index).questions:
+            for qa in draw_page(task, "train", index).questions:
                 text = " ".join([qa.question, *qa.answers, *qa.options])
                 words |= {
                     word.strip("?.,") for word in text.split() if word.strip("?.,").strip("-").islower()
@@ -144,10 +144,10 @@ def build_config(kind: str = KINDS[0]) -> LlavaNextConfig | LlavaOnevisionConfig
     CLIP has a fifth layer, whose CLS token answers for the whole tile; the language model is given layer -2.
     """
     tokenizer = build_tokenizer()
-    sight = dict(
+    vision = dict(
         hidden_size=128, intermediate_size=512, num_attention_heads=4, image_size=TILE, patch_size=PATCH
     )
-    speech = dict(
+    text = dict(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
@@ -162,8 +162,8 @@ def build_config(kind: str = KINDS[0]) -> LlavaNextConfig | LlavaOnevisionConfig
     image = tokenizer.convert_tokens_to_ids("<image>")
     if kind == "llava-onevision":
         return LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(**sight, num_hidden_layers=4, vision_use_head=False),
-            text_config=Qwen2Config(**speech),
+            vision_config=SiglipVisionConfig(**vision, num_hidden_layers=4, vision_use_head=False),
+            text_config=Qwen2Config(**text),
             image_token_id=image,
             video_token_id=-1,  # it knows no videos
             vision_aspect_ratio=SHRINKS,
@@ -171,8 +171,8 @@ def build_config(kind: str = KINDS[0]) -> LlavaNextConfig | LlavaOnevisionConfig
             tie_word_embeddings=False,
         )
     return LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**sight, num_hidden_layers=5, projection_dim=128),
-        text_config=LlamaConfig(**speech),
+        vision_config=CLIPVisionConfig(**vision, num_hidden_layers=5, projection_dim=128),
+        text_config=LlamaConfig(**text),
         image_token_id=image,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -182,7 +182,7 @@ def build_config(kind: str = KINDS[0]) -> LlavaNextConfig | LlavaOnevisionConfig
     )
 
 
-def build_model(kind: str = KINDS[0]) -> PreTrainedModel:
+def build_mini_model(kind: str = KINDS[0]) -> PreTrainedModel:
     """The small model at random weights; seed torch first.
 
     Raises:

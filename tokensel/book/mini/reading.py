@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tokensel.book.mini.canvas import FONTS, QA, SIZES, Canvas, Page, ink, paper
+from tokensel.book.mini.canvas import FONTS, QA, SIZES, Canvas, Page, dark_color, paper
 from tokensel.book.mini.words import ALPHABET, COLORS, FIELDS, TITLES, distinct, number, word
 
 
@@ -52,7 +52,7 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     stacked = rng.random() < (0.5 if narrow else 0.2)
     if narrow and not stacked:
         advance, points = _pick(rng, SIZES[:2])
-    margin, dark = int(rng.integers(2, 3 if narrow else 7)), ink(rng)
+    margin, dark = int(rng.integers(2, 3 if narrow else 7)), dark_color(rng)
     step = 2 * points + 6 if stacked else points + int(rng.integers(3, 8))
     tops = _lines(rng, canvas.height, step, 3 if stacked else 6)
     fields = [field for field in FIELDS if len(field) == 3] if narrow and not stacked else FIELDS
@@ -67,7 +67,7 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
             room = (canvas.width - column - 2) // advance
             value = _value(rng, split, room)
             canvas.text(margin, top, key, font, (advance, points), dark)
-            canvas.text(column, top, value, value_font, (advance, points), ink(rng))
+            canvas.text(column, top, value, value_font, (advance, points), dark_color(rng))
             floor = top + points + 1
         else:
             value = _value(rng, split, min(5, (canvas.width - margin - 6) // advance))
@@ -76,12 +76,12 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
                 break
             canvas.text(margin, top, key, font, (advance, points), dark)
             canvas.text(
-                margin + int(rng.integers(0, 5)), below, value, value_font, (advance, points), ink(rng)
+                margin + int(rng.integers(0, 5)), below, value, value_font, (advance, points), dark_color(rng)
             )
             floor = below + points + 2
         questions.append(QA(f"what is the {key}?", [value], "stacked" if stacked else "inline"))
         practice.append((f"what is {value}?", key))
-    return canvas.page(questions, practice)
+    return canvas.finish(questions, practice)
 
 
 def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -114,7 +114,7 @@ def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         questions.append(QA(f"what is the value of {label}?", [value], "label"))
         questions.append(QA(f"what is the value of the {color} bar?", [value], "color"))
         practice += [(f"what color is {label}?", color), (f"what is the {color} bar?", label)]
-    return canvas.page(questions, practice)
+    return canvas.finish(questions, practice)
 
 
 def poster(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -139,12 +139,12 @@ def poster(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         light = color in ("yellow", "orange")
         canvas.text(x + 2, y + 1, title, font, (advance, points), (20, 20, 20) if light else (250, 250, 250))
         value = _value(rng, split, 5)
-        canvas.text(x + 2, below, value, body, (advance, points), ink(rng))
+        canvas.text(x + 2, below, value, body, (advance, points), dark_color(rng))
         questions.append(QA(f"what is under {title}?", [value], "title"))
         questions.append(QA(f"what is under the {color} heading?", [value], "color"))
         practice += [(f"what color is {title}?", color), (f"what is the {color} heading?", title)]
         practice.append((f"what is above {value}?", title))
-    return canvas.page(questions, practice)
+    return canvas.finish(questions, practice)
 
 
 def scene_text(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -171,14 +171,14 @@ def scene_text(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
         practice.append((f"what color is {value}?", color))
     if len(questions) == 1:
         questions.append(QA("what does the sign say?", questions[0].answers, "single"))
-    return canvas.page(questions, practice)
+    return canvas.finish(questions, practice)
 
 
 def text_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """A page of short lines to be transcribed whole."""
     canvas = Canvas(paper(rng, size))
     _clutter(rng, canvas, 1)
-    font, (advance, points), dark = _pick(rng, FONTS), _pick(rng, SIZES), ink(rng)
+    font, (advance, points), dark = _pick(rng, FONTS), _pick(rng, SIZES), dark_color(rng)
     tops, said, floor = _lines(rng, canvas.height, points + int(rng.integers(3, 8)), 4), [], -1
     for top in tops:
         top = canvas.snap_y(max(top, floor), points)
@@ -194,7 +194,7 @@ def text_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Pa
     practice = [("what comes first?", said[0]), ("what comes last?", said[-1])] if said else []
     for before, after in zip(said, said[1:]):
         practice += [(f"what comes after {before}?", after), (f"what comes before {after}?", before)]
-    return canvas.page([QA("transcribe the page.", [" ".join(said)], "page")], practice)
+    return canvas.finish([QA("transcribe the page.", [" ".join(said)], "page")], practice)
 
 
 def print_page(rng: np.random.Generator, size: tuple[int, int]) -> Page:
@@ -205,8 +205,8 @@ def print_page(rng: np.random.Generator, size: tuple[int, int]) -> Page:
         font, (advance, points) = _pick(rng, FONTS), _pick(rng, SIZES)
         y = canvas.snap_y(y, points)
         if y + points > canvas.height:
-            return canvas.page([])
-        x, pen = int(rng.integers(0, 8)), ink(rng)
+            return canvas.finish([])
+        x, pen = int(rng.integers(0, 8)), dark_color(rng)
         while (room := (canvas.width - x) // advance) >= 2:
             length = min(room, int(rng.integers(2, 7)))
             text = "".join(ALPHABET[int(place)] for place in rng.integers(len(ALPHABET), size=length))
@@ -215,5 +215,5 @@ def print_page(rng: np.random.Generator, size: tuple[int, int]) -> Page:
                 canvas.panel((x, y - 1, min(x + advance * (length + 1), canvas.width) - 3, y + points), color)
                 pen = (20, 20, 20) if color in ("yellow", "orange") else (250, 250, 250)
             x, _ = canvas.text(x, y, text, font, (advance, points), pen)
-            x, pen = x + advance + int(rng.integers(0, 8)), ink(rng)
+            x, pen = x + advance + int(rng.integers(0, 8)), dark_color(rng)
         y += points + int(rng.integers(1, 7))

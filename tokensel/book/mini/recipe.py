@@ -6,7 +6,7 @@
    with its labels. A model that starts on full pages learns nothing for a long time: finding and copying first
    appear in short contexts. Exercises about the same page (``Page.practice``) stand beside the questions, and on its
    way the language model is asked about every visual token: where it lies, which letters stand before it, how many of
-   its kind there were (:mod:`tokensel.book.mini.traces`).
+   its kind there were (:mod:`tokensel.book.mini.probes`).
 
 No visual token is ever dropped here: the paper's claim is about models that have never seen a reduced image.
 """
@@ -51,7 +51,7 @@ class Stage:
     drills: int = (
         0  # rows of eight questions without a picture, the letter of a named option, beside the pages
     )
-    oftener: dict[str, float] = field(default_factory=dict)  # tasks that are drawn so many times as often
+    oversample: dict[str, float] = field(default_factory=dict)  # tasks that are drawn so many times as often
 
     def pages(self, size: tuple[int, int]) -> int:
         """How many pages of ``size`` make a batch."""
@@ -70,9 +70,9 @@ class Recipe:
     print_share: float = 0.6  # of the pages in the first phase that are full of random print
     stages: tuple[Stage, ...] = (
         Stage("tile", 1800, 48, ONE_TILE, tower=False),
-        Stage("tile, eyes open", 900, 40, ONE_TILE, oftener=HARD),
-        Stage("mixed", 800, 64, (*ONE_TILE, *STRIPS, *SIZES[:4]), 6, drills=12, oftener=HARD),
-        Stage("page", 5000, 80, (SIZES[0], *SIZES), 8, 6, drills=2, oftener=MANY),
+        Stage("tile, eyes open", 900, 40, ONE_TILE, oversample=HARD),
+        Stage("mixed", 800, 64, (*ONE_TILE, *STRIPS, *SIZES[:4]), 6, drills=12, oversample=HARD),
+        Stage("page", 5000, 80, (SIZES[0], *SIZES), 8, 6, drills=2, oversample=MANY),
     )
     rate: float = 3e-3  # of Muon; half of it for AdamW beside it
     joint_rate: float = 5e-4  # of the tower's Muon and AdamW, once the language model has joined it

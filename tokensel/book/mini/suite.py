@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from tokensel.benchmarks.table import Benchmark
-from tokensel.book.mini.world import draw
+from tokensel.book.mini.world import draw_page
 
 ROWS = 1000  # of a split, when no number is given; the world has no end
 FEATURES = datasets.Features(
@@ -28,7 +28,7 @@ FEATURES = datasets.Features(
 
 def question(task: str, split: str, index: int) -> dict[str, Any]:
     """Row ``index`` of a task: its page and one question, drawn evenly over the categories of the page's questions."""
-    page = draw(task, split, index)
+    page = draw_page(task, split, index)
     rng = np.random.default_rng([zlib.crc32(b"question"), zlib.crc32(task.encode()), index])
     kinds = sorted({qa.category for qa in page.questions})
     kind = kinds[int(rng.integers(len(kinds)))]

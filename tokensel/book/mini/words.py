@@ -1,6 +1,7 @@
 """The words and numbers that stand on the pictures, split so that no test word of four letters or more is ever seen in training."""
 
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,8 +12,50 @@ LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DIGITS = "0123456789"
 ALPHABET = LETTERS + DIGITS
 
-FIELDS = ["NAME", "DATE", "AREA", "TEAM", "DESK", "GATE", "SEAT", "RATE", "PAGE", "PLAN", "CREW", "BANK", "PART", "RENT", "FEE", "TAX", "AGE", "REF", "DEPT", "HALL", "LANE", "YEAR", "WEEK", "DAY"]
-TITLES = ["MENU", "SALE", "NEWS", "FARM", "PARK", "TEA", "BAR", "CAFE", "GAME", "MUSEUM", "THEATRE", "MARKET", "LECTURE", "DANCE", "CHESS", "MATCH"]
+FIELDS = [
+    "NAME",
+    "DATE",
+    "AREA",
+    "TEAM",
+    "DESK",
+    "GATE",
+    "SEAT",
+    "RATE",
+    "PAGE",
+    "PLAN",
+    "CREW",
+    "BANK",
+    "PART",
+    "RENT",
+    "FEE",
+    "TAX",
+    "AGE",
+    "REF",
+    "DEPT",
+    "HALL",
+    "LANE",
+    "YEAR",
+    "WEEK",
+    "DAY",
+]
+TITLES = [
+    "MENU",
+    "SALE",
+    "NEWS",
+    "FARM",
+    "PARK",
+    "TEA",
+    "BAR",
+    "CAFE",
+    "GAME",
+    "MUSEUM",
+    "THEATRE",
+    "MARKET",
+    "LECTURE",
+    "DANCE",
+    "CHESS",
+    "MATCH",
+]
 TITLES = [title for title in TITLES if len(title) <= 5]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -62,9 +105,11 @@ def number(rng: np.random.Generator, split: str, low: int = 2, high: int = 4) ->
             return text
 
 
-def distinct(rng: np.random.Generator, count: int, draw) -> list[str]:
-    """``count`` different texts from ``draw(rng)``."""
+def distinct(
+    rng: np.random.Generator, count: int, generate: Callable[[np.random.Generator], str]
+) -> list[str]:
+    """``count`` different texts from ``generate(rng)``."""
     found: dict[str, None] = {}
     while len(found) < count:
-        found[draw(rng)] = None
+        found[generate(rng)] = None
     return list(found)

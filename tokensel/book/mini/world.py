@@ -28,7 +28,7 @@ SIZES = ((128, 128), (96, 128), (128, 96), (112, 128), (64, 128), (128, 64))
 SHARES = (0.4, 0.15, 0.1, 0.15, 0.12, 0.08)
 
 
-def draw(task: str, split: str, index: int, size: tuple[int, int] | None = None) -> Page:
+def draw_page(task: str, split: str, index: int, size: tuple[int, int] | None = None) -> Page:
     """Draw page ``index`` of ``task``.
 
     Args:

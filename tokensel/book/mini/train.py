@@ -16,16 +16,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText
 
-from tokensel.book.mini.lessons import Heads, Lessons
-from tokensel.book.mini.model import KINDS, build_model, build_processor
+from tokensel.book.mini.losses import Heads, TrainingLosses
+from tokensel.book.mini.model import KINDS, build_mini_model, build_processor
 from tokensel.book.mini.recipe import Recipe
-from tokensel.book.mini.sheets import Sheets
+from tokensel.book.mini.step_batches import StepBatches
 from tokensel.utils import files
 
 _FLUSH = 20  # steps between two looks at what the device has counted; each look waits for it
 
 
-def train(
+def train_mini(
     out: Path,
     recipe: Recipe = Recipe(),
     save_every: int = 100,
@@ -91,13 +91,15 @@ def _work(
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
         distributed.init_process_group("gloo", init_method=meeting, rank=worker, world_size=workers)
     torch.manual_seed(recipe.seed)
-    model, heads = build_model(settings["kind"]).to(device), Heads(128, 192).to(device)
+    model, heads = build_mini_model(settings["kind"]).to(device), Heads(128, 192).to(device)
     if device.type == "cpu":
         # Written-out attention: with a mask for each row, the backward pass of sdpa takes six times as long there.
         model.model.language_model.set_attn_implementation("eager")
     if settings["compiled"]:
         model.model.language_model.compile(dynamic=True)
-    run = _Run(out, recipe, Lessons(model, heads, settings["bf16"]), save_every, worker, workers, parent)
+    run = _Run(
+        out, recipe, TrainingLosses(model, heads, settings["bf16"]), save_every, worker, workers, parent
+    )
     if not run.load() and start is not None:
         run.take_over(start)
     run.tower()
@@ -118,15 +120,15 @@ class _Run:
         self,
         out: Path,
         recipe: Recipe,
-        lessons: Lessons,
+        losses: TrainingLosses,
         save_every: int,
         worker: int,
         workers: int,
         parent: int | None,
     ):
-        self.out, self.recipe, self.lessons, self.save_every = out, recipe, lessons, save_every
+        self.out, self.recipe, self.losses, self.save_every = out, recipe, losses, save_every
         self.worker, self.workers, self.parent = worker, workers, parent
-        self.model, self.heads = lessons.model, lessons.heads
+        self.model, self.heads = losses.model, losses.heads
         self.done, self.phase = 0, "tower"
         self.optimizers = self._optimizers()
 
@@ -135,12 +137,12 @@ class _Run:
         recipe, core = self.recipe, self.model.model
         if self.phase == "heads":
             return [torch.optim.AdamW(self.heads.parameters(), recipe.head_rate)]
-        sight = [core.vision_tower, self.heads]
+        vision = [core.vision_tower, self.heads]
         if self.phase == "tower":
-            return _muon(sight, recipe.rate, recipe.rate / 2, recipe.decay)
-        speech = [core.multi_modal_projector, self.model.lm_head, core.language_model]
-        optimizers = _muon(speech, recipe.rate, recipe.rate / 2, 0.0, extra=[core.image_newline])
-        return optimizers + _muon(sight, recipe.joint_rate, recipe.joint_rate, recipe.decay)
+            return _muon(vision, recipe.rate, recipe.rate / 2, recipe.decay)
+        text = [core.multi_modal_projector, self.model.lm_head, core.language_model]
+        optimizers = _muon(text, recipe.rate, recipe.rate / 2, 0.0, extra=[core.image_newline])
+        return optimizers + _muon(vision, recipe.joint_rate, recipe.joint_rate, recipe.decay)
 
     # --- what a killed run leaves behind -------------------------------------------------------------------
 
@@ -199,7 +201,7 @@ class _Run:
         if self.phase != "language":
             steps = self.recipe.tower_steps if self.phase == "tower" else self.recipe.head_steps
             self._loop(
-                steps, int(steps * self.recipe.tower_cooldown), lambda step, sheet: self.lessons.look(sheet)
+                steps, int(steps * self.recipe.tower_cooldown), lambda step, batch: self.losses.look(batch)
             )
             self.phase, self.done = "language", 0
             self.optimizers = self._optimizers()
@@ -210,17 +212,17 @@ class _Run:
         self._loop(
             self.recipe.steps,
             int(self.recipe.stages[-1].steps * self.recipe.cooldown),
-            lambda step, sheet: self.lessons.answer(sheet, self.recipe.stage(step).tower),
+            lambda step, batch: self.losses.answer(batch, self.recipe.stage(step).tower),
         )
 
     def _sheets(self, steps: range) -> DataLoader:
-        """Sheets drawn ahead by other processes where a GPU trains; on a CPU they would only take its cores."""
-        visual = self.lessons.visual({size for stage in self.recipe.stages for size in stage.sizes})
-        sheets = Sheets(self.recipe, self.phase, steps, visual, self.worker, self.workers)
-        ahead = 0 if self.lessons.device.type == "cpu" else max(1, (os.cpu_count() or 2) - 2)
-        return DataLoader(sheets, batch_size=None, num_workers=ahead, prefetch_factor=4 if ahead else None)
+        """StepBatches drawn ahead by other processes where a GPU trains; on a CPU they would only take its cores."""
+        visual = self.losses.visual({size for stage in self.recipe.stages for size in stage.sizes})
+        batches = StepBatches(self.recipe, self.phase, steps, visual, self.worker, self.workers)
+        ahead = 0 if self.losses.device.type == "cpu" else max(1, (os.cpu_count() or 2) - 2)
+        return DataLoader(batches, batch_size=None, num_workers=ahead, prefetch_factor=4 if ahead else None)
 
-    def _loop(self, total: int, cooling: int, lesson) -> None:
+    def _loop(self, total: int, cooling: int, loss_of) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         history = self.out / f"history.{self.phase}.jsonl"
         if self.worker == 0 and history.exists():  # what was logged after the checkpoint comes again
@@ -240,7 +242,7 @@ class _Run:
             )
             parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
             counted, began = [], time.perf_counter()
-            for step, sheet in bar:
+            for step, batch in bar:
                 if self.parent and os.getppid() != self.parent:
                     raise SystemExit(
                         1
@@ -249,7 +251,7 @@ class _Run:
                 for optimizer in self.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = factor * optimizer.defaults["lr"]
-                loss, counts = lesson(step, sheet.to(self.lessons.device))
+                loss, counts = loss_of(step, batch.to(self.losses.device))
                 loss.backward()
                 _average(parameters)
                 nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -259,7 +261,7 @@ class _Run:
                 self.heads.zero_grad(set_to_none=True)
                 saving = (step + 1) % self.save_every == 0 and step + 1 < total
                 if self.worker == 0:
-                    counted.append((step, sheet.tasks, loss.detach(), counts))
+                    counted.append((step, batch.tasks, loss.detach(), counts))
                 if counted and (len(counted) == _FLUSH or saving or step + 1 == total):
                     seconds = (time.perf_counter() - began) / len(counted)
                     for each in counted:

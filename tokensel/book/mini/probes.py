@@ -14,7 +14,7 @@ from torch.nn import functional
 from tokensel.book.mini.canvas import CELLS, CHAIN_END, ILLEGIBLE, PATCH, TILE
 from tokensel.book.mini.model import build_tokenizer
 from tokensel.book.mini.recipe import tiles_of
-from tokensel.book.mini.sheets import Sheet
+from tokensel.book.mini.step_batches import StepBatch
 from tokensel.book.mini.words import ALPHABET
 
 ROWS = 2 * CELLS  # of patches on the largest page; the thumbnail's are counted behind them
@@ -41,7 +41,7 @@ def places(
     """Row and column on the page of each visual token, ``UNASKED`` for a newline.
 
     Args:
-        index: where the tokens come from, see :func:`tokensel.book.mini.batches.layout`.
+        index: where the tokens come from, see :func:`tokensel.book.mini.packing.layout`.
         thumbnail: whether the first ``CELLS * CELLS`` of them are the thumbnail's.
     """
     order, first = torch.arange(len(index), device=index.device), CELLS * CELLS * thumbnail
@@ -71,7 +71,7 @@ def ordinals(objects: Int[Tensor, "pages packed"]) -> Int[Tensor, "pages packed"
     return (counts * (objects > 0)).clamp(max=MOST)
 
 
-class Traces(nn.Module):
+class Probes(nn.Module):
     """The heads, and their loss."""
 
     def __init__(self, width: int):
@@ -86,7 +86,7 @@ class Traces(nn.Module):
         self.named = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(build_tokenizer())))
 
     def forward(
-        self, states: list[Tensor], asked: list[Tensor], index: Int[Tensor, "packed"], sheet: Sheet
+        self, states: list[Tensor], asked: list[Tensor], index: Int[Tensor, "packed"], batch: StepBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, and of each question how many answers are right and how many were asked for.
 
@@ -94,15 +94,15 @@ class Traces(nn.Module):
             states: ``[pages, packed, width]`` behind each layer, the embeddings first.
             asked: ``[pages, text, width]``, the same of the questions.
             index: where the visual tokens come from.
-            sheet: what they show, and the questions.
+            batch: what they show, and the questions.
         """
-        thumbnail, pages = sheet.size != (TILE, TILE), len(sheet.packed.ids)
+        thumbnail, pages = batch.size != (TILE, TILE), len(batch.packed.ids)
         large = (index >= CELLS * CELLS * thumbnail).expand(
             pages, -1
         )  # things are counted where they are seen best
 
         def shown(name: str) -> Tensor:
-            cells = sheet.labels[name][: pages * tiles_of(sheet.size)].reshape(pages, -1)
+            cells = batch.labels[name][: pages * tiles_of(batch.size)].reshape(pages, -1)
             return cells[:, index.clamp(min=0)]
 
         letters, objects = shown("letters"), shown("objects") * large
@@ -116,9 +116,9 @@ class Traces(nn.Module):
             "ordinal": ordinals(objects).masked_fill(objects == 0, UNASKED),
             **{name: shown(name).masked_fill(shown(name) == 0, UNASKED) for name in ("leader", "follower")},
         }
-        far = (self.far(states[FAR[0]]).float() - middles(row, column, sheet.size)).square().mean(-1)
+        far = (self.far(states[FAR[0]]).float() - middles(row, column, batch.size)).square().mean(-1)
         loss, counts = FAR[1] * far[:, index >= 0].mean(), {}
-        spots = sheet.packed.spots
+        spots = batch.packed.spots
         there, truly = ~spots.isnan(), spots.nan_to_num()
         said = self.far(asked[SPOT[0]]).float()
         loss = loss + SPOT[1] * ((said - truly).square() * there).sum() / there.sum().clamp(min=1)
@@ -127,7 +127,7 @@ class Traces(nn.Module):
             counts[name] = torch.stack(
                 [((said[..., place] * truly[..., place] > 0) & clear).sum(), clear.sum()]
             )
-        wrong, counts["named"] = _judge(self.named(asked[NAMED[0]]), sheet.packed.named)
+        wrong, counts["named"] = _judge(self.named(asked[NAMED[0]]), batch.packed.named)
         loss = loss + NAMED[1] * wrong
         for name, (layer, _, weight) in ASKED.items():
             wrong, counts[name] = _judge(self.heads[name](states[layer]), truth[name])

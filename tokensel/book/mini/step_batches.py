@@ -1,6 +1,6 @@
 """What each training step of the small model is given: pages drawn, cut, labelled and asked about.
 
-A sheet is a function of (recipe, phase, step, worker) and of nothing else, so a killed run resumes to the same weights,
+A batch is a function of (recipe, phase, step, worker) and of nothing else, so a killed run resumes to the same weights,
 and sheets can be drawn ahead by other processes.
 """
 
@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokensel.book.mini.batches import Packed, drills, pack, tiles
 from tokensel.book.mini.canvas import GROWTH, ILLEGIBLE, OBJECTS, PAPERS, QA, Page
+from tokensel.book.mini.packing import PackedQuestions, drills, pack_questions, tiles
 from tokensel.book.mini.reading import print_page
 from tokensel.book.mini.recipe import Recipe
 from tokensel.book.mini.words import COLORS, SHAPES
-from tokensel.book.mini.world import SIZES, draw
+from tokensel.book.mini.world import SIZES, draw_page
 
 # what the patches of a page are labelled with, and how many different labels there are besides "nothing"
 LABELS = {
@@ -31,7 +31,7 @@ LABELS = {
 
 
 @dataclass
-class Sheet:
+class StepBatch:
     """One worker's share of one step.
 
     Attributes:
@@ -49,10 +49,10 @@ class Sheet:
     size: tuple[int, int] | None = None
     shrunk: bool = False
     tasks: tuple[str, ...] = ()
-    packed: Packed | None = None
-    drill: Packed | None = None
+    packed: PackedQuestions | None = None
+    drill: PackedQuestions | None = None
 
-    def to(self, device: torch.device) -> "Sheet":
+    def to(self, device: torch.device) -> "StepBatch":
         """The same on a device."""
         return replace(
             self,
@@ -63,7 +63,7 @@ class Sheet:
         )
 
 
-class Sheets(Dataset):
+class StepBatches(Dataset):
     """The sheets of a range of steps, in order; a map-style dataset, so that a ``DataLoader`` can draw ahead."""
 
     def __init__(
@@ -89,7 +89,7 @@ class Sheets(Dataset):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, place: int) -> Sheet:
+    def __getitem__(self, place: int) -> StepBatch:
         step = self.steps[place]
         return self.answer(step) if self.phase == "language" else self.look(step)
 
@@ -97,12 +97,12 @@ class Sheets(Dataset):
         return np.random.default_rng([self.recipe.seed, purpose, step, self.worker])
 
     def pages(
-        self, purpose: int, step: int, count: int, size=None, oftener=None
+        self, purpose: int, step: int, count: int, size=None, oversample=None
     ) -> tuple[tuple[str, ...], list[Page]]:
         """This worker's share of the ``count`` pages of ``step``: their tasks and themselves."""
         rng = np.random.default_rng([self.recipe.seed, purpose, step])
         weights = np.array(
-            [weight * (oftener or {}).get(task, 1.0) for task, weight in self.recipe.weights.items()]
+            [weight * (oversample or {}).get(task, 1.0) for task, weight in self.recipe.weights.items()]
         )
         names = [
             str(name) for name in rng.choice(list(self.recipe.weights), count, p=weights / weights.sum())
@@ -110,10 +110,10 @@ class Sheets(Dataset):
         mine = range(self.worker, count, self.workers)
         first = step * 1000 + 10**9 * (purpose + 100 * self.recipe.seed)  # no page comes twice
         return tuple(names[place] for place in mine), [
-            draw(names[place], "train", first + place, size) for place in mine
+            draw_page(names[place], "train", first + place, size) for place in mine
         ]
 
-    def look(self, step: int) -> Sheet:
+    def look(self, step: int) -> StepBatch:
         """For the tower alone: pages of the world and pages of print."""
         _, pages = self.pages(0, step, self.recipe.tower_pages)
         rng = self._rng(1, step)
@@ -123,28 +123,28 @@ class Sheets(Dataset):
             else page
             for page in pages
         ]
-        return Sheet(torch.cat([tiles(page) for page in pages]), labels_of(pages))
+        return StepBatch(torch.cat([tiles(page) for page in pages]), labels_of(pages))
 
-    def answer(self, step: int) -> Sheet:
+    def answer(self, step: int) -> StepBatch:
         """For all parts together: pages of one size with their questions, some print, some drills."""
         recipe, stage = self.recipe, self.recipe.stage(step)
         sizes = np.random.default_rng([recipe.seed, 2, step])
         size = stage.sizes[int(sizes.integers(len(stage.sizes)))]
         shrunk = (size, True) in self.visual and bool(sizes.random() < recipe.shrunk)
-        names, pages = self.pages(3, step, stage.pages(size), size, stage.oftener)
+        names, pages = self.pages(3, step, stage.pages(size), size, stage.oversample)
         rng = self._rng(4, step)
         asked = [
             _some(rng, page.questions, stage.questions) + _some(rng, page.practice, stage.practice)
             for page in pages
         ]
-        packed = pack(asked, self.visual[size, shrunk], rng, recipe.free, recipe.drill)
+        packed = pack_questions(asked, self.visual[size, shrunk], rng, recipe.free, recipe.drill)
         printed = [
             print_page(rng, (128, 128))
             for _ in range(recipe.print_pages // self.workers if stage.tower else 0)
         ]
         drill = drills(rng, max(1, stage.drills // self.workers), 8) if stage.drills else None
         every = pages + printed
-        return Sheet(
+        return StepBatch(
             torch.cat([tiles(page) for page in every]), labels_of(every), size, shrunk, names, packed, drill
         )
 

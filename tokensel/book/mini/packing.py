@@ -52,7 +52,7 @@ def layout(core, size: tuple[int, int]) -> Int[Tensor, "packed"]:
 
 
 @dataclass
-class Packed:
+class PackedQuestions:
     """Questions of a batch of pages, laid behind each page's visual tokens.
 
     Each question sees the picture and itself, never another question, and counts positions as if it stood alone:
@@ -84,17 +84,19 @@ class Packed:
         )
         return closed[:, None]
 
-    def to(self, device: torch.device) -> "Packed":
+    def to(self, device: torch.device) -> "PackedQuestions":
         """The same on a device."""
-        return Packed(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return PackedQuestions(
+            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
+        )
 
 
 HEAD = 2  # text tokens before the picture: <s> USER:
 
 
-def pack(
+def pack_questions(
     pages: list[list[QA]], visual: int, rng: np.random.Generator, free: float = 0.0, drill: float = 0.0
-) -> Packed:
+) -> PackedQuestions:
     """Pack the questions of each page behind its ``visual`` visual tokens.
 
     A row is: <s> USER: | visual tokens | newline, question, answer, question, answer, ...
@@ -130,7 +132,7 @@ def pack(
                 named[row, [at + question - 1, end - answer - 1]] = _ids(tokenizer, qa.named)[-1]
             positions[row, prefix + at : prefix + end] = prefix + torch.arange(len(turn))
             at = end
-    return Packed(ids, labels, weights, block, positions, spots, named)
+    return PackedQuestions(ids, labels, weights, block, positions, spots, named)
 
 
 def _wording(qa: QA, chance: float, free: float, drill: float) -> tuple[str, str]:
@@ -141,7 +143,7 @@ def _wording(qa: QA, chance: float, free: float, drill: float) -> tuple[str, str
     return qa.question, qa.answers[0]
 
 
-def drills(rng: np.random.Generator, rows: int, each: int) -> Packed:
+def drills(rng: np.random.Generator, rows: int, each: int) -> PackedQuestions:
     """Questions without a picture: the letter of an option that is named, ``each`` of them in each of ``rows`` rows.
 
     Behind pictures alone the small model learns this shape by shape; here the options are any words it knows.
@@ -159,7 +161,7 @@ def drills(rng: np.random.Generator, rows: int, each: int) -> Packed:
             for place in rng.integers(5, size=each)
         ]
         asked.append([choice(rng, f"which is {four[0]}?", four[0], four, "drill") for four in options])
-    return pack(asked, 0, rng)
+    return pack_questions(asked, 0, rng)
 
 
 @lru_cache(maxsize=65536)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokensel.book.mini.batches import HEAD, Packed, layout, patch_pixels
 from tokensel.book.mini.canvas import CELLS, ILLEGIBLE
+from tokensel.book.mini.packing import HEAD, PackedQuestions, layout, patch_pixels
+from tokensel.book.mini.probes import Probes
 from tokensel.book.mini.recipe import ONE_TILE, tiles_of
-from tokensel.book.mini.sheets import LABELS, Sheet
-from tokensel.book.mini.traces import Traces
+from tokensel.book.mini.step_batches import LABELS, StepBatch
 from tokensel.vlm.layout import pack as packing
 from tokensel.vlm.native import count_tokens
 
@@ -32,11 +32,11 @@ class Heads(nn.Module):
         self.pixels = nn.Linear(width, 48)
         self.holds = nn.Linear(width, sum(LABELS.values()))
         self.cell = nn.Linear(width, CELLS * CELLS)
-        self.traces = Traces(language_width)
+        self.probes = Probes(language_width)
 
 
-class Lessons:
-    """The losses of a sheet, with counts of what was right, as tensors: nothing here waits for a GPU."""
+class TrainingLosses:
+    """The losses of a batch, with counts of what was right, as tensors: nothing here waits for a GPU."""
 
     def __init__(self, model, heads: Heads, bf16: bool):
         self.model, self.core, self.heads = model, model.model, heads
@@ -47,7 +47,7 @@ class Lessons:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def layout(self, size: tuple[int, int]) -> Tensor:
-        """Where the visual tokens of a page of ``size`` come from, see :func:`~tokensel.book.mini.batches.layout`."""
+        """Where the visual tokens of a page of ``size`` come from, see :func:`~tokensel.book.mini.packing.layout`."""
         if size not in self._layouts:
             self._layouts[size] = layout(self.core, size).to(self.device)
         return self._layouts[size]
@@ -68,17 +68,17 @@ class Lessons:
             states[:, 1:] if config.vision_feature_select_strategy == "default" else states
         )  # without the CLS token
 
-    def look(self, sheet: Sheet) -> tuple[Tensor, dict[str, Any]]:
+    def look(self, batch: StepBatch) -> tuple[Tensor, dict[str, Any]]:
         """Loss of the tower on the labels, and how well it reads."""
         with self._half():
-            return self._labels(sheet, self.core.vision_tower(sheet.pixels, output_hidden_states=True))
+            return self._labels(batch, self.core.vision_tower(batch.pixels, output_hidden_states=True))
 
-    def _labels(self, sheet: Sheet, seen) -> tuple[Tensor, dict[str, Any]]:
+    def _labels(self, batch: StepBatch, seen) -> tuple[Tensor, dict[str, Any]]:
         """How far the tower's features are from the labels of patches and tiles."""
-        labels = sheet.labels
+        labels = batch.labels
         patches = self._given(seen)
         said = {name: head(patches).float() for name, head in self.heads.patch.items()}
-        loss = 0.3 * functional.mse_loss(self.heads.pixels(patches).float(), patch_pixels(sheet.pixels))
+        loss = 0.3 * functional.mse_loss(self.heads.pixels(patches).float(), patch_pixels(batch.pixels))
         if seen.pooler_output is not None:  # of a CLS token, which SigLIP has not
             present = [
                 functional.one_hot(labels[name], count + 1).amax(1)[:, 1:] for name, count in LABELS.items()
@@ -99,26 +99,26 @@ class Lessons:
             counts[name] = torch.stack([right.sum(), where.sum()])
         return loss, counts
 
-    def answer(self, sheet: Sheet, tower: bool = True) -> tuple[Tensor, dict[str, Any]]:
+    def answer(self, batch: StepBatch, tower: bool = True) -> tuple[Tensor, dict[str, Any]]:
         """Loss of the language model on the answers, and how many tokens of each page's answers it gets right.
 
         Every question weighs the same, however long its answer. With ``tower`` the tower learns too.
         """
         with self._half():
-            hidden, looking, counts = self.forward(sheet, tower)
+            hidden, looking, counts = self.forward(batch, tower)
             drilled = (
                 None
-                if sheet.drill is None
-                else self._read(None, sheet.drill)[-1][:, -sheet.drill.ids.shape[1] :]
+                if batch.drill is None
+                else self._read(None, batch.drill)[-1][:, -batch.drill.ids.shape[1] :]
             )
-        loss, right, total = self._spoken(hidden, sheet.packed)
+        loss, right, total = self._spoken(hidden, batch.packed)
         counts["pages"] = torch.stack([right, total], 1)
         if drilled is not None:
-            more, right, total = self._spoken(drilled, sheet.drill)
+            more, right, total = self._spoken(drilled, batch.drill)
             loss, counts["drill"] = loss + more, torch.stack([right.sum(), total.sum()])
         return loss + looking, counts
 
-    def _spoken(self, hidden: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    def _spoken(self, hidden: Tensor, packed: PackedQuestions) -> tuple[Tensor, Tensor, Tensor]:
         """Mean loss over the questions; how many tokens of each row's answers are right; how many there are."""
         logits = self.model.lm_head(hidden).float()
         losses = functional.cross_entropy(logits.flatten(0, 1), packed.labels.flatten(), reduction="none")
@@ -127,36 +127,36 @@ class Lessons:
         loss = (losses * packed.weights.flatten()).sum() / packed.weights.sum()
         return loss, hit.sum(1), spoken.sum(1)
 
-    def forward(self, sheet: Sheet, tower: bool = True) -> tuple[Tensor, Tensor | float, dict[str, Any]]:
+    def forward(self, batch: StepBatch, tower: bool = True) -> tuple[Tensor, Tensor | float, dict[str, Any]]:
         """Hidden states ``[pages, text, width]`` over the packed questions, the loss on labels, and counts.
 
         The labels are the tower's (with ``tower``) and those of the language model at the visual tokens.
         """
-        core, index = self.core, self.layout(sheet.size)
+        core, index = self.core, self.layout(batch.size)
         with torch.set_grad_enabled(tower and torch.is_grad_enabled()):
-            seen = core.vision_tower(sheet.pixels, output_hidden_states=True)
-        looking, counts = self._labels(sheet, seen) if tower else (0.0, {})
-        pages, many = len(sheet.packed.ids), tiles_of(sheet.size)
+            seen = core.vision_tower(batch.pixels, output_hidden_states=True)
+        looking, counts = self._labels(batch, seen) if tower else (0.0, {})
+        pages, many = len(batch.packed.ids), tiles_of(batch.size)
         cells = self._given(seen)[: pages * many]
-        if sheet.shrunk:
+        if batch.shrunk:
             projected = core.multi_modal_projector(cells).float().split(many)
             visual = torch.stack(
-                packing(core, projected, torch.tensor([sheet.size] * pages), core.image_newline)
+                packing(core, projected, torch.tensor([batch.size] * pages), core.image_newline)
             )
         else:
             projected = core.multi_modal_projector(
                 cells.reshape(pages, -1, cells.shape[-1])[:, index.clamp(min=0)]
             ).float()
             visual = torch.where((index < 0)[:, None], core.image_newline, projected)
-        states = self._read(visual, sheet.packed)
-        asked = [each[:, -sheet.packed.ids.shape[1] :] for each in states]
-        if sheet.shrunk:  # an interpolated token lies in no one place
+        states = self._read(visual, batch.packed)
+        asked = [each[:, -batch.packed.ids.shape[1] :] for each in states]
+        if batch.shrunk:  # an interpolated token lies in no one place
             return asked[-1], looking, counts
         on_the_way = [each[:, HEAD : HEAD + len(index)] for each in states]
-        tracing, traced = self.heads.traces(on_the_way, asked, index, sheet)
+        tracing, traced = self.heads.probes(on_the_way, asked, index, batch)
         return asked[-1], looking + tracing, counts | traced
 
-    def _read(self, visual: Tensor | None, packed: Packed) -> tuple[Tensor, ...]:
+    def _read(self, visual: Tensor | None, packed: PackedQuestions) -> tuple[Tensor, ...]:
         """Run the language model over <s> USER: | visual, if any | text; its states behind each layer, and the last."""
         model = self.core.language_model
         start = model.embed_tokens(torch.tensor([[1, 5]], device=self.device)).expand(len(packed.ids), -1, -1)
