@@ -107,6 +107,13 @@ def test_curves_refuse_a_table_that_is_not_long():
         curves.score_curves(table().iloc[:0])
 
 
+def bounds(live, method, keep):
+    """Ends of the interval of a mean over benchmarks: their half widths add as those of independent means do."""
+    rows = live[(live["method"] == method) & (live["keep"] == keep)]
+    half = 100 * (((rows["ci_high"] - rows["ci_low"]) / 2) ** 2).sum() ** 0.5 / len(rows)
+    return 100 * rows["score"].mean() - half, 100 * rows["score"].mean() + half
+
+
 def test_a_recorded_sweep_is_said_to_be_one_and_drawn_under_the_live_points(tmp_path):
     live, recorded = tmp_path / "live.csv", tmp_path / "recorded.csv"
     table(benchmarks=("forms", "charts")).to_csv(live, index=False)
@@ -130,6 +137,14 @@ def test_a_recorded_sweep_is_said_to_be_one_and_drawn_under_the_live_points(tmp_
     )
     assert both.points("reading", "random", 0.5) == both.points("reading", "random") == 50.0
     assert alone.points("reading", "random", 0.5) == pytest.approx(55.0)
+    assert alone.estimate("reading", "random", 0.5) == pytest.approx(
+        (55.0, *bounds(alone.live, "random", 0.5))
+    )
+    lost, low, high = alone.cost("reading", "random", 0.5)
+    full = alone.live.query("method == 'full'")["score"].mean()
+    assert lost == pytest.approx(100 * full - 55.0) and low < lost < high
+    with pytest.raises(TokenselError, match="no results for random on reading at keep 0.25"):
+        alone.estimate("reading", "random", 0.25)
     both.plot("general", ["random"])
     assert not plt.get_fignums()  # no benchmark of that group
     both.plot("reading", ["random", "selector"])

@@ -8,7 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from tokensel.benchmarks.statistics import average
 from tokensel.figures import curves
+from tokensel.utils.errors import TokenselError
 
 
 def recorded_table(path: str | Path, live: pd.DataFrame) -> pd.DataFrame | None:
@@ -76,3 +78,26 @@ class Sweep:
         """Mean score of a group of benchmarks, 0 to 100, under a method; over all of its budgets if none is given."""
         rows = self.table[(self.table["group"] == group) & (self.table["method"] == method)]
         return 100 * float((rows if keep is None else rows[rows["keep"] == keep])["score"].mean())
+
+    def estimate(self, group: str, method: str, keep: float) -> tuple[float, float, float]:
+        """Mean score of a group of benchmarks under a method at a budget, 0 to 100, and its 95 % interval."""
+        score, reach = self._score(group, method, keep)
+        return score, score - reach, score + reach
+
+    def cost(self, group: str, method: str, keep: float) -> tuple[float, float, float]:
+        """Points that a method loses against all tokens, and the 95 % interval.
+
+        The interval is that of a difference of independent means. Both sides answer the same questions, so a
+        paired interval would be narrower.
+        """
+        (full, full_reach), (score, reach) = self._score(group, "full", 1.0), self._score(group, method, keep)
+        lost, both = full - score, (full_reach**2 + reach**2) ** 0.5
+        return lost, lost - both, lost + both
+
+    def _score(self, group: str, method: str, keep: float) -> tuple[float, float]:
+        table = self.table
+        rows = table[(table["group"] == group) & (table["method"] == method) & (table["keep"] == keep)]
+        if rows.empty:
+            raise TokenselError(f"no results for {method} on {group} at keep {keep:g}: evaluate them first")
+        score, reach = average(rows, "group").iloc[0]
+        return float(score), float(reach)
