@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from tokensel.book.site import build as site
-from tokensel.book.site import chapter, claims, library_page, offline, run, status
+from tokensel.book.site import chapter, claims, library_page, numbers, offline, run, status
 from tokensel.utils.errors import TokenselError
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +57,24 @@ def clone(tmp_path):
     nbformat.write(good, tmp_path / "chapters" / "01_good.ipynb")
     nbformat.write(bad, tmp_path / "chapters" / "02_bad.ipynb")
     return tmp_path
+
+
+DRAWN = """from tokensel.book import open_chapter
+open_chapter("03_drawn")
+import matplotlib.pyplot as plt
+plt.plot([0.1, 0.3], [40.0, 60.0], label="selector")
+plt.show()
+plt.bar([1], [5], label="bars")
+plt.show()"""
+
+
+def add_drawn(root: Path) -> None:
+    """A third chapter, with two figures in one cell."""
+    drawn = notebook(("md", "# Drawn **run time** about 5 s"), ("code", "keep: float = 0.3"), ("code", DRAWN))
+    drawn.cells[2].metadata["mystnb"] = {"image": {"alt": "A line and a bar."}}
+    nbformat.write(drawn, root / "chapters" / "03_drawn.ipynb")
+    toc = root / "_toc.yml"
+    toc.write_text(toc.read_text() + "- file: chapters/03_drawn\n")
 
 
 def result_of(root: Path, name: str) -> str:
@@ -294,6 +312,7 @@ def test_site_is_built_strictly_and_reads_without_a_network(clone):
     (clone / "references.md").write_text("# References\n\n```{bibliography}\n```\n")
     toc = clone / "_toc.yml"
     toc.write_text(toc.read_text() + "- file: references\n- file: api\n")
+    add_drawn(clone)
     with pytest.raises(TokenselError, match="01_good has not been run"):
         site.build(clone)
     run.run_chapters(clone, [], {})
@@ -302,12 +321,37 @@ def test_site_is_built_strictly_and_reads_without_a_network(clone):
     assert "3.0" in good and "vendor/mathjax/tex-svg.js" in good
     assert (index.parent / "_static" / "vendor" / "mathjax" / "tex-svg.js").is_file()
     assert "torch" in (index.parent / "status.html").read_text()
+    drawn = (index.parent / "chapters" / "03_drawn.html").read_text()
+    for number, row in ((1, "selector,0.1,40"), (2, "bars,1,5")):
+        name = f"_static/numbers/03_drawn-{number}.csv"
+        assert f'href="../{name}"' in drawn
+        assert row in (index.parent / name).read_text()
     offline.check(index.parent)
 
     (clone / "index.md").write_text("# A book\n\n[](nowhere.md)\n")
     with pytest.raises(TokenselError, match="jupyter-book"):
         site.build(clone)
     assert not index.exists(), "a failed build must not leave the old pages"
+
+
+def test_a_figure_without_numbers_is_refused_and_an_explorer_lists_its_steps():
+    page = notebook(("code", "x"), ("code", "y"), tags=("remove-output",))
+    for cell in page.cells:
+        cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": "AA=="})]
+    with pytest.raises(TokenselError, match="03_drawn, cell cell-1: a figure has no numbers"):
+        numbers.link_figures(page, "03_drawn")
+    step = {"kept": ["01"], "tokens": 7, "answer": "K"}
+    data = {
+        "keeps": [0.1],
+        "methods": {"norm": "feature norm"},
+        "pictures": [{"name": "page", "steps": {"norm": [step]}}],
+    }
+    html = f'<div class="explorer">\n<script type="application/json">{json.dumps(data)}</script></div>'
+    page.cells[1].outputs = [nbformat.v4.new_output("display_data", {"text/html": html})]
+    assert numbers.link_figures(page, "03_drawn") == {
+        "03_drawn-1.csv": "picture,method,keep,tokens,answer\npage,feature norm,0.1,7,K\n"
+    }
+    assert 'href="../_static/numbers/03_drawn-1.csv"' in page.cells[1].outputs[1].data["text/html"]
 
 
 def test_chapters_open_in_colab_where_the_repository_is_known():

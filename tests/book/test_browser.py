@@ -37,7 +37,7 @@ if reason := _missing():
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-from tokensel.book.site import run
+from tokensel.book.site import numbers, run
 
 QUIET = (
     "--disable-gpu",
@@ -188,6 +188,38 @@ def test_chapters_take_about_as_long_as_they_say():
         if not stated / 2 <= took <= 2 * stated and abs(took - stated) > 15:
             astray[path.name] = f"stated {stated} s, took {took:.0f} s"
     assert astray == {}
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("chapters")])
+def test_every_figure_has_its_numbers_one_click_away(name, visit):
+    page = visit(name)
+    figures = page.locator(".cell_output :is(img, .explorer)").count()
+    links = page.locator(".cell_output p.numbers a")
+    # with JavaScript an explorer has replaced its still figure
+    assert page.locator(".cell_output .explorer img").count() == 0
+    assert links.count() == figures
+    for number in range(figures):
+        file = Path(unquote(urlsplit(links.nth(number).evaluate("link => link.href")).path))
+        assert file.is_relative_to(SITE) and numbers.has_numbers(file.read_text(encoding="utf-8")), file
+
+
+WIDE_SCREEN = {"width": 1300, "height": 900}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_code_and_no_table_scrolls_sideways(name, visit):
+    page = visit(name, WIDE_SCREEN)
+    page.wait_for_function(
+        "n => document.querySelectorAll('mjx-container').length >= n", arg=page.locator(".math").count()
+    )
+    # what is folded has no width: open it first
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    astray = page.evaluate(
+        """[...document.querySelectorAll('.bd-article :is(pre, table, .cell_output, .highlight)')]
+        .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
+        .map(e => `${e.localName}.${e.className} ${e.scrollWidth} > ${e.clientWidth}: ${e.innerText.slice(0, 60)}`)"""
+    )
+    assert astray == []
 
 
 EXPLORERS = [name for name in PAGES if 'class="explorer"' in (SITE / name).read_text(encoding="utf-8")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
@@ -20,6 +22,10 @@ from tokensel.vlm.encode import Encoded
 
 VEIL = (96, 104, 122)  # a cool grey: neither paper, nor ink, nor a colour of the mini world's words
 STRENGTH = 0.86  # how much of a dropped cell the veil hides
+
+# the values that an overlay shows, rows x columns of cells, for those who want the numbers: 1 or 0 for kept or
+# dropped, or the values of a heat map; not a number where there is no token
+CELLS: WeakKeyDictionary[AxesImage, np.ndarray] = WeakKeyDictionary()
 
 
 def join_masks(
@@ -77,7 +83,12 @@ def show(
     real: Bool[Tensor, "height width"] | None = None,
 ) -> None:
     """Draw the picture with its veil into ``ax``, without ticks; the arguments are those of :func:`veiled`."""
-    ax.imshow(veiled(image, kept, real), interpolation="nearest" if max(image.size) < 200 else "antialiased")
+    drawn = ax.imshow(
+        veiled(image, kept, real), interpolation="nearest" if max(image.size) < 200 else "antialiased"
+    )
+    if kept is not None:
+        values = kept.cpu().numpy().astype(np.float64)
+        CELLS[drawn] = values if real is None else np.where(real.cpu().numpy(), values, np.nan)
     _bare(ax, title)
 
 
@@ -257,5 +268,6 @@ def heat(
         strength = (values / top).clamp(0, 1)
     strength = strength.cpu().numpy()
     colour = np.broadcast_to(to_rgb(style.ORANGE), (*strength.shape, 3))
-    ax.imshow(np.dstack([colour, 0.85 * strength]), extent=extent, interpolation="nearest")
+    drawn = ax.imshow(np.dstack([colour, 0.85 * strength]), extent=extent, interpolation="nearest")
+    CELLS[drawn] = values.cpu().numpy().astype(np.float64)
     _bare(ax, title)

@@ -12,7 +12,7 @@ import nbformat
 import yaml
 
 from tokensel.book import explorer
-from tokensel.book.site import library_page, offline, run, status
+from tokensel.book.site import library_page, numbers, offline, run, status
 from tokensel.utils import files
 from tokensel.utils.errors import TokenselError
 
@@ -109,6 +109,8 @@ def stage(root: Path) -> Path:
         if not run.stamp(root, path) or not executed.is_file():
             raise TokenselError(f"{path.stem} has not been run: python -m tokensel book run {path.stem}")
         page = merge(nbformat.read(path, as_version=4), nbformat.read(executed, as_version=4))
+        for name, table in numbers.link_figures(page, path.stem).items():
+            files.write_text(site / "_static" / "numbers" / name, table)
         target = site / path.relative_to(root)
         target.parent.mkdir(exist_ok=True)
         nbformat.write(page, target)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokensel.utils.errors import TokenselError
 
@@ -39,21 +40,24 @@ class Chapter:
         return UNWATCHED not in os.environ
 
 
-UNWATCHED = (
-    "TOKENSEL_UNWATCHED"  # in the environment of a kernel whose outputs go on a page: bars are no part of it
-)
+# in the environment of a kernel whose outputs go on a page: progress bars are no part of it
+UNWATCHED = "TOKENSEL_UNWATCHED"
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Kernels that are started meanwhile show no progress of their own."""
-    before = os.environ.get(UNWATCHED)
-    os.environ[UNWATCHED] = "1"
+    """Kernels started meanwhile show no progress bars, and show their figures whatever MPLBACKEND says here."""
+    settings = {UNWATCHED: "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[UNWATCHED]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _folder(path: Path) -> Path:
@@ -92,9 +96,12 @@ def open_chapter(name: str) -> Chapter:
     root = find_root()
     os.chdir(root)
     _quiet_libraries()
+    from tokensel.book.site import numbers
     from tokensel.figures import style
 
     style.use()
+    if shell := _shell():
+        numbers.record_figures(shell)
     return Chapter(name, root)
 
 
@@ -132,12 +139,17 @@ def given_parameters(cells: list[str]) -> tuple[list[str], list[str]]:
     return [], []
 
 
-def _cells_of_kernel() -> list[str]:
+def _shell() -> Any:
+    """The IPython shell that runs this code; None in a plain interpreter."""
     try:
         from IPython import get_ipython
     except ImportError:
-        return []
-    shell = get_ipython()
+        return None
+    return get_ipython()
+
+
+def _cells_of_kernel() -> list[str]:
+    shell = _shell()
     return list(shell.user_ns.get("In", [])) if shell else []
 
 
