@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import noise_image, tiny_selector, tiny_vlm
 
-from tokensel.methods import METHODS, Batch, check_method, prepare
+from tokensel.methods import Batch, check_method, methods, prepare
 from tokensel.schedules import SCHEDULES
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
@@ -24,12 +24,12 @@ def selector():
     return make_scorer("selector", selector=tiny_selector())
 
 
-def ask(vlm, method, keep=0.3, **options):
-    return prepare(vlm, IMAGES, QUESTIONS, method, keep, keys=[1, 2], **options)
+def ask(vlm, method, keep=0.3, batch=None, **options):
+    return prepare(batch or Batch(vlm, IMAGES, QUESTIONS, [1, 2]), method, keep, **options)
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in METHODS if name != "native"]
+    "method", [name for name in methods() if name != "native"]
 )  # which needs a LLaVA-OneVision
 def test_every_method_gives_generate_what_it_needs(vlm, selector, method):
     reduced = ask(vlm, method, scorer=selector if method == "selector" else None)
@@ -88,10 +88,10 @@ def test_a_batch_is_encoded_once(vlm):
 
 def test_random_depends_on_the_key_and_not_on_the_batch(vlm):
     both = ask(vlm, "random")
-    one = prepare(vlm, IMAGES[1:], QUESTIONS[1:], "random", 0.3, keys=[2])
+    one = prepare(Batch(vlm, IMAGES[1:], QUESTIONS[1:], [2]), "random", 0.3)
     tiles = len(one.kept)
     assert torch.equal(both.kept[-tiles:], one.kept)
-    other = prepare(vlm, IMAGES[1:], QUESTIONS[1:], "random", 0.3, keys=[3])
+    other = prepare(Batch(vlm, IMAGES[1:], QUESTIONS[1:], [3]), "random", 0.3)
     assert not torch.equal(other.kept, one.kept)
     assert not torch.equal(ask(vlm, "random", scorer=make_scorer("random", seed=1)).kept, both.kept)
 
@@ -118,7 +118,7 @@ def test_bad_input(vlm, selector):
         ) as told:
             ask(vlm, name)
         assert name in str(told.value)
-    for method in METHODS:
+    for method in methods():
         for keep in (0.0, 1.5, float("nan")):
             with pytest.raises(TokenselError, match="keep is"):
                 ask(vlm, method, keep, scorer=selector if method == "selector" else None)
@@ -127,4 +127,4 @@ def test_bad_input(vlm, selector):
     with pytest.raises(TokenselError, match="no choice"):
         ask(vlm, "norm", choices={"colour": "red"})
     with pytest.raises(TokenselError, match="1 rows of images for 2 questions"):
-        prepare(vlm, IMAGES[:1], QUESTIONS, "norm", 0.3)
+        prepare(Batch(vlm, IMAGES[:1], QUESTIONS), "norm", 0.3)

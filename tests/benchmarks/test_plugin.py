@@ -7,7 +7,7 @@ import suite_tiny
 from tiny import tiny_selector
 
 from tokensel.benchmarks.plugin import Tokensel
-from tokensel.methods import prepare
+from tokensel.methods import Batch, prepare
 from tokensel.utils.errors import TokenselError
 
 
@@ -50,15 +50,8 @@ def test_answers_come_whole_and_in_the_order_of_the_requests(folder, monkeypatch
     )
     answers = chosen.generate_until(requests())
     for document, answer, limit in zip(documents(), answers, (3, 7, 3, 5)):
-        alone = prepare(
-            chosen.vlm,
-            [document["pictures"] or None],
-            [document["text"]],
-            "selector",
-            0.3,
-            {"newline": "row"},
-            scorer=chosen.scorer,
-        )
+        batch = Batch(chosen.vlm, [document["pictures"] or None], [document["text"]])
+        alone = prepare(batch, "selector", 0.3, {"newline": "row"}, chosen.scorer)
         assert answer == chosen.vlm.generate(alone, limit)[0]
     assert len(set(answers)) > 1
     assert chosen.generate_until(requests()[::-1]) == answers[::-1]

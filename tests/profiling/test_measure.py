@@ -11,7 +11,7 @@ from transformers import LlavaNextForConditionalGeneration
 from typer.testing import CliRunner
 
 from tokensel import cli
-from tokensel.methods import METHODS
+from tokensel.methods import methods as all_methods
 from tokensel.profiling import measure as measuring
 from tokensel.profiling import training
 from tokensel.profiling.config import CostConfig, image_size
@@ -51,7 +51,7 @@ def report(path) -> dict:
 
 
 def test_every_method_is_timed_part_by_part(model, config):
-    methods = [name for name in METHODS if name != "native"]
+    methods = [name for name in all_methods() if name != "native"]
     config = replace(config, methods=(*methods, "fastv", "vtw", "selector+fastv"))
     subject = Subject.of(config, model)
     inputs = make_inputs(model, SIZE, 2, config.text)

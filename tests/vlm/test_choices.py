@@ -154,6 +154,6 @@ def test_what_does_not_fit_is_told_in_one_line(vlm):
 
 
 def test_the_defaults_are_the_same_wherever_they_are_said():
-    assert EvalConfig(model="m", methods=("full",)).choices() == vars(Choices())
+    assert EvalConfig(model="m", suite="s", methods=("full",)).choices() == vars(Choices())
     options = inspect.signature(cli.evaluate).parameters
     assert {name: options[name].default for name in vars(Choices())} == vars(Choices())

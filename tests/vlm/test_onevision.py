@@ -73,7 +73,7 @@ def test_keeping_everything_changes_no_logit(vlm, rows):
 def test_images_of_a_row_with_several_are_left_uncut(vlm):
     encoded = encode(vlm.model, ask(vlm, [[1, 3], 0]))
     assert encoded.layout.tiles[:2] == [1, 1] and encoded.layout.tiles[2] > 1
-    assert encoded.n_visual[0] == 2 * 36 and encoded.features.cls_attention is None
+    assert encoded.n_visual[0] == 2 * 36 and encoded.cls_attention is None
 
 
 def test_features_are_those_the_projector_is_given_and_the_encoders(vlm, folder):
@@ -96,7 +96,7 @@ def test_native_is_the_stock_model_as_shipped(vlm):
     images = [noise_image(100, 140), noise_image(24, 24), noise_image(40, 90, 1), None]
     questions = ["a?", "bb?", "ccc?", "d?"]
     batch = Batch(vlm, images, questions)
-    reduced = prepare(vlm, images, questions, "native", batch=batch)
+    reduced = prepare(batch, "native")
     prompts = [shipped.prompt(q, image is not None) for q, image in zip(questions, images)]
     inputs = shipped.inputs(images, prompts)
     assert (logits(vlm.model, reduced) - logits(shipped.model, inputs)).abs().max() == 0.0
@@ -106,7 +106,7 @@ def test_native_is_the_stock_model_as_shipped(vlm):
         for image in images
     ]
     assert list(zip(reduced.n_visual.tolist(), reduced.n_newline.tolist())) == counts
-    full = prepare(vlm, images, questions, "full", batch=batch)
+    full = prepare(batch, "full")
     assert reduced.n_visual[0] < full.n_visual[0] == reduced.n_visual_full[0]
     assert reduced.n_visual[1] == full.n_visual[1]  # small enough to be left alone
 
@@ -130,7 +130,7 @@ def test_scorers_choose_and_those_without_a_signal_refuse(vlm):
         reduce_inputs(vlm.model, inputs, make_scorer("cls"), 0.3)
     with pytest.raises(TokenselError, match="has no compression of its own"):
         other = tiny_vlm()
-        prepare(other, [None], ["?"], "native")
+        prepare(Batch(other, [None], ["?"]), "native")
 
 
 def test_the_runner_asks_it_in_every_way(folder, tmp_path):

@@ -70,7 +70,7 @@ def test_cls_attention_is_that_of_the_eager_tower(vlm):
     with torch.no_grad():
         attentions = tower(encoded.pixel_values, output_attentions=True).attentions
     wanted = attentions[-2].mean(1)[:, 0, 1:]  # the layer that makes hidden_states[-2]
-    torch.testing.assert_close(encoded.features.cls_attention, wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(encoded.cls_attention, wanted, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(wanted, attentions[-1].mean(1)[:, 0, 1:], atol=1e-3)
 
 
@@ -350,7 +350,7 @@ def test_a_siglip_tower_without_cls_goes_through_the_same_seam():
         "image_sizes": sizes,
     }
     encoded = encode(model, inputs)
-    assert encoded.features.cls_attention is None
+    assert encoded.cls_attention is None
     assert (logits(model, reduce(encoded)) - logits(model, inputs)).abs().max() == 0.0
     reduced = reduce(encoded, make_scorer("norm"), 0.3)
     assert reduced.n_visual.tolist() == [round(0.3 * n) for n in encoded.n_visual.tolist()]

@@ -46,9 +46,8 @@ class Asker:
             return None
         key = (name, condition.seed)
         if key not in self.scorers:
-            self.scorers[key] = make_scorer(
-                name, seed=condition.seed, selector=self.selector if name == "selector" else None
-            )
+            options = {"selector": self.selector} if check_method(condition.method).uses_selector else {}
+            self.scorers[key] = make_scorer(name, seed=condition.seed, **options)
         return self.scorers[key]
 
     @cached_property
@@ -71,7 +70,7 @@ class Asker:
     def check_fit(self) -> None:
         """Raise ``TokenselError`` before any work where a method, selector, predictor or a schedule's layers do not fit."""
         rows, model = [check_method(method) for method in self.config.methods], self.vlm.model.config
-        if any(row.scorer == "cls" for row in rows) and model.vision_feature_select_strategy != "default":
+        if any(row.needs_cls_attention for row in rows) and model.vision_feature_select_strategy != "default":
             raise TokenselError(
                 f"method cls: the vision tower of {self.config.model} has no CLS token; leave the method out"
             )
@@ -84,7 +83,7 @@ class Asker:
             check_layers(schedule.name, schedule.layers(), shape.num_hidden_layers)
             if isinstance(schedule, DyRate):
                 schedule.predictor.check_heads(shape.num_attention_heads)
-        if not any(row.scorer == "selector" for row in rows):
+        if not any(row.uses_selector for row in rows):
             return
         width = feature_width(model.vision_config, model.vision_feature_layer)
         if (mine := self.selector.config.width) != width:
@@ -114,7 +113,7 @@ class Asker:
         found = {"model": self.model_digest, "dtype": str(self.vlm.model.dtype), "code": code_digest()}
         if row.chooses:
             found |= self.config.choices()
-        if row.scorer == "selector":
+        if row.uses_selector:
             found["selector"] = self.selector_digest
         if schedule is not None:
             found["schedule"] = self.predictor_digest if isinstance(schedule, DyRate) else repr(schedule)

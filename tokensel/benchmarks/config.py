@@ -88,7 +88,7 @@ class EvalConfig:
         for name in ("n", "batch_size", "layer", "vtw_layer"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise TokenselError(f"{name} is {value}: give at least 1")
-        if self.selector is None and any(row.scorer == "selector" for row in rows):
+        if self.selector is None and any(row.uses_selector for row in rows):
             raise TokenselError("method selector: give the folder or hub id of a trained one with --selector")
         if self.dyrate is None and any(row.schedule == "dyrate" for row in rows):
             raise TokenselError(

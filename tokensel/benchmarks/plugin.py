@@ -52,7 +52,7 @@ class Tokensel(lmms):
         """
         Args:
             pretrained: folder or hub id of the model.
-            method: a key of :data:`tokensel.methods.METHODS`; no schedule.
+            method: a row of :func:`tokensel.methods.methods`; no schedule.
             keep: fraction of the visual tokens to keep, in (0, 1].
             selector: folder or hub id of the selector, for the method ``selector``.
             seed: of the method ``random``.
@@ -92,16 +92,7 @@ class Tokensel(lmms):
                 ]
                 keys = stable_keys([f"{task} {split} {doc}" for *_, doc, task, split in asked])
                 batch = Batch(self.vlm, images, [question for question, *_ in asked], keys)
-                reduced = prepare(
-                    self.vlm,
-                    batch.images,
-                    batch.questions,
-                    self.method,
-                    self.keep,
-                    self.choices,
-                    scorer=self.scorer,
-                    batch=batch,
-                )
+                reduced = prepare(batch, self.method, self.keep, self.choices, self.scorer)
                 answers |= dict(zip(some, self.vlm.generate(reduced, limit)))
         return [answers[i] for i in range(len(requests))]
 

@@ -287,16 +287,8 @@ def _answer(
     config, benchmark, started = asker.config, questions.benchmark, time.perf_counter()
     row = check_method(condition.method)
     try:
-        reduced = prepare(
-            asker.vlm,
-            batch.images,
-            batch.questions,
-            condition.method,
-            condition.keep if row.uses_keep else 1.0,
-            config.choices(),
-            scorer=asker.scorer(condition),
-            batch=batch,
-        )
+        keep = condition.keep if row.uses_keep else 1.0
+        reduced = prepare(batch, condition.method, keep, config.choices(), asker.scorer(condition))
         output = asker.vlm.generate_output(reduced, benchmark.max_new_tokens, asker.schedule(condition))
     except torch.OutOfMemoryError:
         raise TokenselError(
@@ -306,7 +298,7 @@ def _answer(
     seconds = round((time.perf_counter() - started) / len(indices), 4)
     counts = zip(reduced.n_visual.tolist(), reduced.n_visual_full.tolist())
     costs = answer_costs(
-        asker.vlm.model, reduced, output, asker.selector.config if row.scorer == "selector" else None
+        asker.vlm.model, reduced, output, asker.selector.config if row.uses_selector else None
     )
     return [
         {

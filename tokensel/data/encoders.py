@@ -198,7 +198,7 @@ class VisionEncoder:
             )
         pixels = pixel_values.to(self.device, self.tower.dtype)
         tokens, attention = run_tower(self.tower, pixels, self.feature_layer, self.drop_cls)
-        return Features(tokens, cls_attention=attention if cls_attention else None)
+        return Features(tokens, cls_attention=attention() if cls_attention and attention else None)
 
     def encode(
         self,

@@ -65,7 +65,7 @@ def _listen(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def cls_row(
-    queries: Float[Tensor, "tiles all channels"], keys: Float[Tensor, "tiles all channels"], heads: int
+    query: Float[Tensor, "tiles 1 channels"], keys: Float[Tensor, "tiles all channels"], heads: int
 ) -> Float[Tensor, "tiles patches"]:
     """Attention of token 0 (CLS) to every other token, averaged over the heads.
 
@@ -73,7 +73,7 @@ def cls_row(
     """
     tiles, count, channels = keys.shape
     # one query: summing products reads the keys once as they lie, where a matrix product would turn them round first
-    products = (queries[:, :1].float() * keys.float()).view(tiles, count, heads, channels // heads)
+    products = (query.float() * keys.float()).view(tiles, count, heads, channels // heads)
     weights = (products.sum(-1) * (channels // heads) ** -0.5).softmax(1)  # [tiles, all, heads]
     return weights.mean(-1)[:, 1:]
 
@@ -85,7 +85,7 @@ def run_tower(
     layer: int | list[int],
     drop_cls: bool,
     interpolate: bool = False,
-) -> tuple[Float[Tensor, "tiles tokens channels"], Float[Tensor, "tiles tokens"] | None]:
+) -> tuple[Float[Tensor, "tiles tokens channels"], Callable[[], Float[Tensor, "tiles tokens"]] | None]:
     """Features of the tiles, chosen from the tower's hidden states exactly as LLaVA does before projecting.
 
     The tower's layers after the last one wanted are not run.
@@ -95,12 +95,13 @@ def run_tower(
         pixel_values: normalised pixels.
         layer: index into ``hidden_states``: 1 for the first layer, -1 for the last, before any final norm.
             Of a list the layers are concatenated along the channels, and the CLS attention is the last one's.
-        drop_cls: the tower's token 0 is a CLS token: leave it out, and return its attention. Its queries
-            and keys are listened to as the tower computes them, so the tower need not run eager attention.
+        drop_cls: the tower's token 0 is a CLS token: leave it out, and return its attention. Its query and all
+            keys are listened to as the tower computes them, so the tower need not run eager attention.
         interpolate: resample the position embeddings to the size of ``pixel_values``.
 
     Returns:
-        The features, and the CLS attention of the same layer (``None`` where there is no CLS token).
+        The features, and a function that computes the CLS attention of the same layer (``None`` where there is no
+        CLS token): most callers do not need it, so it is computed only when it is called.
 
     Raises:
         TokenselError: the tower has no such layer, or is of a kind unknown here.
@@ -126,4 +127,5 @@ def run_tower(
     tokens = torch.cat([heard[f"layer {i}"] for i in wanted], dim=-1)
     if not drop_cls:
         return tokens, None
-    return tokens[:, 1:], cls_row(heard["queries"], heard["keys"], attention.num_heads)
+    query, keys = heard["queries"][:, :1].clone(), heard["keys"]  # a copy, so that the other queries are freed
+    return tokens[:, 1:], lambda: cls_row(query, keys, attention.num_heads)

@@ -217,7 +217,7 @@ def counted(
             count_decoder(model.text_config, length),
         )
     else:
-        mine = subject.selector.config if row.scorer == "selector" else None
+        mine = subject.selector.config if row.uses_selector else None
         cost = first_token(
             model, tiles, visual, text, condition.keep if row.chooses else 1.0, newlines, mine, read
         )

@@ -1,9 +1,8 @@
 """What is measured: a model, its inputs, and the ways to give it fewer tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from tokensel.data.features import feature_width
-from tokensel.methods import Batch, check_method
+from tokensel.methods import EncodedBatch, check_method
 from tokensel.model.selector import SelectorConfig, TokenSelector
 from tokensel.profiling.config import CostConfig, image_size
 from tokensel.profiling.shapes import SHAPES
@@ -126,18 +125,15 @@ def make_inputs(model: PreTrainedModel, size: str, rows: int, text: int, seed: i
     }
 
 
-class Processed(Batch):
-    """A batch whose processing is done and whose tower has not run."""
+class Processed(EncodedBatch):
+    """A batch whose processing is done and whose vision tower has not run yet."""
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, Tensor]):
         self.model, self.inputs = model, inputs
 
-    @cached_property
-    def seeing(self) -> Encoded:
-        return encode(self.model, self.inputs)
-
-    @cached_property
-    def blind(self) -> Encoded:
+    def encode(self, with_images: bool) -> Encoded:
+        if with_images:
+            return encode(self.model, self.inputs)
         text = self.inputs["input_ids"]
         text = text[text != self.model.config.image_token_id].view(len(text), -1)
         return encode(self.model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
@@ -167,7 +163,7 @@ class Subject:
 
     def prepare(
         self, condition: Condition, inputs: dict[str, Tensor], scorer: Scorer | None
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """From the processor's output to what ``generate`` is given under a condition."""
         if condition.method == FULL:
             return inputs
@@ -176,7 +172,7 @@ class Subject:
         )
 
     @contextmanager
-    def dropping(self, condition: Condition, prepared: dict[str, Tensor]) -> Iterator[None]:
+    def dropping(self, condition: Condition, prepared: Mapping[str, Tensor]) -> Iterator[None]:
         """While this lasts, the language model drops tokens if the condition is a schedule."""
         schedule = schedule_of(condition, self.config)
         if schedule is None or not isinstance(prepared, Reduced):

@@ -1,25 +1,30 @@
 """Everything that ranks visual tokens before the language model, behind one signature.
 
-A scorer is a callable from :class:`~tokensel.data.features.Features` to scores ``[tiles, tokens]``, higher = keep
-first. Which scorer it is, nobody downstream asks. A new one is a new file and a new row in :data:`SCORERS`.
+A scorer is a callable from :class:`~tokensel.data.features.Features` to scores ``[tiles, tokens]``, higher = keep first.
+No caller asks which scorer it holds. A new scorer is one class in a file of its own and one row in :data:`SCORERS`. What its
+constructor takes are its options. Two of them reach every scorer from the command line and the evaluation:
+
+- ``seed``: the scorer is stochastic; the evaluation runs it once for each seed and lists each as a row of its own;
+- ``selector``: the scorer has a learned part, the :class:`~tokensel.model.selector.TokenSelector` under this name.
 """
 
-import os
+import inspect
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tokensel.data.features import Features
-from tokensel.model.selector import TokenSelector
 from tokensel.scorers.cls import ClsScorer
 from tokensel.scorers.diversity import DiversityScorer
 from tokensel.scorers.norm import NormScorer
 from tokensel.scorers.random import RandomScorer
 from tokensel.scorers.selector import SelectorScorer
 from tokensel.scorers.uniform import UniformScorer
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import TokenselError, check_names
+
+__all__ = ["SCORERS", "Scorer", "make_scorer", "scorer_options"]
 
 
 @runtime_checkable
@@ -28,7 +33,7 @@ class Scorer(Protocol):
 
     Attributes:
         name: its name in tables and records.
-        needs_cls_attention: whether it reads ``Features.cls_attention``.
+        needs_cls_attention: whether it reads ``Features.cls_attention``, which is computed only for those that do.
         scope: "tile" when each row it is given is one tile of the encoder; "image" when each row must be
             all the visual tokens of one image, padded where ``Features.valid`` is False.
         adaptive: whether a score above zero means "keep", so that no budget is needed.
@@ -42,39 +47,39 @@ class Scorer(Protocol):
     def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]: ...
 
 
-def _selector(selector: TokenSelector | str | os.PathLike | None) -> SelectorScorer:
-    if selector is None:
-        raise TokenselError(
-            "scorer 'selector' needs one: pass selector=, a TokenSelector or the folder or hub id of one"
-        )
-    return SelectorScorer(selector)
-
-
-# Every factory takes (seed, selector), so that a caller need not know which of them it uses.
 SCORERS: dict[str, Callable[..., Scorer]] = {
-    "selector": lambda seed, selector: _selector(selector),
-    "random": lambda seed, selector: RandomScorer(seed),
-    "uniform": lambda seed, selector: UniformScorer(),
-    "norm": lambda seed, selector: NormScorer(),
-    "cls": lambda seed, selector: ClsScorer(),
-    "diversity": lambda seed, selector: DiversityScorer(),
+    "selector": SelectorScorer,
+    "random": RandomScorer,
+    "uniform": UniformScorer,
+    "norm": NormScorer,
+    "cls": ClsScorer,
+    "diversity": DiversityScorer,
 }
 
 
-def make_scorer(
-    name: str, *, seed: int = 0, selector: TokenSelector | str | os.PathLike | None = None
-) -> Scorer:
+def scorer_options(name: str) -> tuple[str, ...]:
+    """The options of the scorer called ``name``: what its constructor takes.
+
+    Raises:
+        TokenselError: an unknown name.
+    """
+    if name not in SCORERS:
+        raise TokenselError(f"scorer '{name}' is unknown: choose one of {', '.join(SCORERS)}")
+    return tuple(inspect.signature(SCORERS[name]).parameters)
+
+
+def make_scorer(name: str, **options: Any) -> Scorer:
     """Make the scorer called ``name``.
 
     Args:
         name: a key of :data:`SCORERS`.
-        seed: drives "random"; the others ignore it.
-        selector: for "selector": a :class:`TokenSelector`, or the folder or hub id of one; the others
-            ignore it.
+        options: for the scorer's constructor, such as ``seed`` (of "random") and ``selector`` (of "selector": a
+            :class:`~tokensel.model.selector.TokenSelector`, or the folder or hub id of one). Options of other
+            scorers are ignored, so that a caller may pass all it has whichever scorer it makes.
 
     Raises:
-        TokenselError: an unknown name, a selector that is missing or cannot be loaded.
+        TokenselError: an unknown name, an option that no scorer has, a selector that is missing or cannot be loaded.
     """
-    if name not in SCORERS:
-        raise TokenselError(f"scorer '{name}' is unknown: choose one of {', '.join(SCORERS)}")
-    return SCORERS[name](seed, selector)
+    own = scorer_options(name)
+    check_names(options, {option for other in SCORERS for option in scorer_options(other)})
+    return SCORERS[name](**{option: value for option, value in options.items() if option in own})

@@ -24,14 +24,18 @@ class SelectorScorer:
     scope = "tile"
     adaptive = True
 
-    def __init__(self, selector: TokenSelector | str | os.PathLike):
+    def __init__(self, selector: TokenSelector | str | os.PathLike | None = None):
         """
         Args:
             selector: a :class:`TokenSelector`, or the folder or hub id of one.
 
         Raises:
-            TokenselError: the selector cannot be loaded.
+            TokenselError: the selector is missing or cannot be loaded.
         """
+        if selector is None:
+            raise TokenselError(
+                "scorer 'selector' needs one: pass selector=, a TokenSelector or the folder or hub id of one"
+            )
         loaded = selector if isinstance(selector, TokenSelector) else TokenSelector.from_pretrained(selector)
         self.selector = loaded.eval()
         self._fitted: dict[tuple[torch.device, torch.dtype], TokenSelector] = {}

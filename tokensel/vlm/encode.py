@@ -1,7 +1,7 @@
 """Run the vision tower of a LLaVA over a batch at most once, and score its tokens, without projecting any of them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from tokensel.vlm.layout import Layout, empty_layout, read_layout, real_tiles, t
 
 @dataclass
 class Encoded:
-    """A processed batch as the seam sees it: everything that does not depend on what is kept.
+    """A processed batch as the adapter sees it: everything that does not depend on what is kept.
 
     Pixels and features are on the model's device. What is made of a few thousand whole numbers is on the host, where
     choosing and assembling wait for nothing: the scores are the one thing that is fetched from the device.
@@ -30,9 +30,9 @@ class Encoded:
         input_ids, attention_mask: as the processor made them, a placeholder for every packed token.
         places: row and column in ``input_ids`` of each packed token.
         layout: where each packed token comes from.
-        pixel_values: the real tiles, for the tower and for methods that look at the picture again.
+        pixel_values: the real tiles, for the tower and for methods that encode the image again.
         image_sizes: height and width of each image in pixels.
-        keys: a stable number for each row, by which random selection draws; ``None`` to draw by the pixels.
+        keys: a stable number for each row, the seed of its random selection; ``None`` to make one from the pixels.
     """
 
     model: PreTrainedModel
@@ -45,22 +45,36 @@ class Encoded:
     keys: Int[Tensor, "rows"] | None = None
     _scores: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def features(self) -> Features:
-        """What the projector would be given, with CLS attention where the tower has a CLS token.
+    @property
+    def core(self) -> Any:
+        """The model without its language head: vision tower, projector, newline, language model."""
+        return self.model.base_model
 
-        The tower runs when this is first asked for, and once.
-        """
+    @cached_property
+    def _tower_output(self) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """Features of all tiles, and what computes their CLS attention; the tower runs here, and once."""
         config = self.model.config
         if self.pixel_values is None:
             width = feature_width(config.vision_config, config.vision_feature_layer)
             shape = (0, self.layout.tokens, width)
-            return Features(torch.zeros(shape, dtype=self.model.dtype, device=self.model.device))
+            return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device), None
         drop_cls = config.vision_feature_select_strategy == "default"
-        tower = self.model.base_model.vision_tower
-        tokens, attention = run_tower(tower, self.pixel_values, config.vision_feature_layer, drop_cls)
-        keys = _tile_keys(self.layout, _row_of_image(self.layout, self.places), self.pixel_values, self.keys)
-        return Features(tokens, cls_attention=attention, keys=keys)
+        return run_tower(self.core.vision_tower, self.pixel_values, config.vision_feature_layer, drop_cls)
+
+    @cached_property
+    def features(self) -> Features:
+        """What the projector would be given; without CLS attention, which is :attr:`cls_attention`."""
+        tokens, _ = self._tower_output
+        if self.pixel_values is None:
+            return Features(tokens)
+        rows = _row_of_image(self.layout, self.places)
+        return Features(tokens, keys=_tile_keys(self.layout, rows, self.pixel_values, self.keys))
+
+    @cached_property
+    def cls_attention(self) -> Float[Tensor, "tiles tokens"] | None:
+        """The CLS token's attention to each token, computed when first asked for; ``None`` without a CLS token."""
+        _, attention = self._tower_output
+        return None if attention is None else attention()
 
     @property
     def n_visual(self) -> Int[Tensor, "rows"]:
@@ -94,36 +108,45 @@ class Encoded:
         scores = torch.zeros(len(source))
         if not bool(cell.any()):
             return scores
+        features = self.features
+        if scorer.needs_cls_attention:
+            features = replace(features, cls_attention=self.cls_attention)
         if scorer.scope == "tile":
-            scores[cell] = scorer(self.features).float().cpu().flatten()[source[cell]]
+            scores[cell] = scorer(features).float().cpu().flatten()[source[cell]]
         else:
-            rows, slot, features = self.by_image()
-            scores[cell] = scorer(features).float().cpu()[rows, slot]
+            rows, slot, by_image = self.by_image(features)
+            scores[cell] = scorer(by_image).float().cpu()[rows, slot]
         return scores
 
-    def by_image(self) -> tuple[Int[Tensor, "cells"], Int[Tensor, "cells"], Features]:
-        """The visual cells regrouped so that a row is an image: row and slot of each, and the features."""
+    def by_image(
+        self, features: Features | None = None
+    ) -> tuple[Int[Tensor, "cells"], Int[Tensor, "cells"], Features]:
+        """The visual cells regrouped so that a row is an image, padded: row and slot of each, and the features.
+
+        Args:
+            features: by tile; those of :attr:`features` by default.
+        """
+        features = self.features if features is None else features
         rows, slot, total = self.layout.slots
-        shape = (len(self.layout.tiles), int(total.max()))
-        tokens, attention, keys = self.features.tokens, self.features.cls_attention, self.features.keys
-        source = self.layout.source[self.layout.cell].to(tokens.device)
-        to = (rows * shape[1] + slot).to(tokens.device)
+        images, longest = len(self.layout.tiles), int(total.max())
+        device = features.tokens.device
+        source = self.layout.source[self.layout.cell].to(device)
+        to = (rows * longest + slot).to(device)  # place of each cell in the flattened [images * longest]
 
-        def regroup(flat: Tensor) -> Tensor:
-            out = flat.new_zeros(shape[0] * shape[1], *flat.shape[1:])
-            return out.index_copy_(0, to, flat[source]).unflatten(0, shape)
+        def regroup(by_tile: Tensor) -> Tensor:
+            flat = by_tile.flatten(0, 1)  # [tiles * tokens, ...]
+            out = flat.new_zeros(images * longest, *flat.shape[1:])
+            return out.index_copy_(0, to, flat[source]).unflatten(0, (images, longest))
 
-        first = torch.searchsorted(self.layout.image_of_tile, torch.arange(shape[0])).to(tokens.device)
-        return (
-            rows,
-            slot,
-            Features(
-                tokens=regroup(tokens.flatten(0, 1)),
-                valid=regroup(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device).flatten()),
-                cls_attention=None if attention is None else regroup(attention.flatten()),
-                keys=None if keys is None else keys[first],
-            ),
+        first = torch.searchsorted(self.layout.image_of_tile, torch.arange(images)).to(device)
+        attention, keys = features.cls_attention, features.keys
+        grouped = Features(
+            tokens=regroup(features.tokens),
+            valid=regroup(torch.ones(features.tokens.shape[:2], dtype=torch.bool, device=device)),
+            cls_attention=None if attention is None else regroup(attention),
+            keys=None if keys is None else keys[first],  # an image's key is that of its first tile
         )
+        return rows, slot, grouped
 
 
 def _row_of_image(layout: Layout, places: Int[Tensor, "packed 2"]) -> Int[Tensor, "images"]:
@@ -168,8 +191,8 @@ def encode(
         model: a LLaVA-NeXT, or a model that packs tiles as it does.
         inputs: what its processor returns: ``input_ids``, ``attention_mask`` and, where there are images,
             ``pixel_values`` and ``image_sizes``; on the model's device.
-        keys: a stable number for each row, by which random selection draws; by default one is made from the
-            pixels, so that a picture is treated alike in every batch.
+        keys: a stable number for each row, the seed of its random selection; by default one is made from the
+            pixels, so that an image is treated alike in every batch.
 
     Raises:
         TokenselError: the model packs no tiles, the placeholders do not match the images, or keys and rows

@@ -4,7 +4,8 @@ Nothing of the model is replaced. :func:`reduce_inputs` takes what the processor
 ``model.generate(**...)`` takes: embeddings of the prompt in which only the chosen visual tokens are left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,41 +20,56 @@ from tokensel.vlm.encode import Encoded, encode
 from tokensel.vlm.layout import NEWLINE
 
 
-class Reduced(dict):
-    """Inputs for ``model.generate(**reduced)``: embeddings, mask and, where gaps are left in them, position ids.
+@dataclass(eq=False)
+class Reduced(Mapping[str, Any]):
+    """Inputs for ``model.generate(**reduced)``: embeddings, mask and, where positions have gaps, position ids.
 
     There are no ``input_ids`` among them, so ``generate`` returns new tokens only.
 
+    It is a mapping of these inputs that also has the counts below. ``copy``, ``copy.copy`` and ``copy.deepcopy`` keep
+    them; so does ``reduced | {...}``, which adds or replaces inputs (``{...} | reduced`` is a plain dictionary).
+
     Attributes:
+        inputs: what ``generate`` is given, by name; on the device of the model's embeddings.
+        visual: True in the prompt's columns that hold visual tokens or newlines.
         n_visual: visual tokens that reach the language model, row by row; newlines are not counted. On the host, as
             are the other counts and ``kept``.
         n_visual_full: the same when nothing is dropped.
         n_newline: newlines that reach the language model.
-        visual: True in the prompt's columns that hold visual tokens or newlines.
         n_tiles: tiles that the tower reads for each row.
         cells: tokens that it makes of each tile.
         kept: True for the cells of each tile that are kept (``None`` where the tiles were encoded anew).
     """
 
-    def __init__(
-        self,
-        inputs: dict[str, Tensor],
-        visual: Bool[Tensor, "rows length"],
-        n_visual: Int[Tensor, "rows"],
-        n_visual_full: Int[Tensor, "rows"],
-        n_newline: Int[Tensor, "rows"],
-        n_tiles: Int[Tensor, "rows"],
-        cells: int,
-        kept: Bool[Tensor, "tiles tokens"] | None = None,
-    ):
-        super().__init__(inputs)
-        self.visual = visual
-        self.n_visual = n_visual
-        self.n_visual_full = n_visual_full
-        self.n_newline = n_newline
-        self.n_tiles = n_tiles
-        self.cells = cells
-        self.kept = kept
+    inputs: dict[str, Any]
+    visual: Bool[Tensor, "rows length"]
+    n_visual: Int[Tensor, "rows"]
+    n_visual_full: Int[Tensor, "rows"]
+    n_newline: Int[Tensor, "rows"]
+    n_tiles: Int[Tensor, "rows"]
+    cells: int
+    kept: Bool[Tensor, "tiles tokens"] | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        return self.inputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __or__(self, other: Mapping[str, Any]) -> "Reduced":
+        return replace(self, inputs={**self.inputs, **other})
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**other, **self.inputs}
+
+    def copy(self) -> "Reduced":
+        """The same tensors in a mapping of its own."""
+        return replace(self, inputs=dict(self.inputs))
+
+    __copy__ = copy
 
 
 def assemble(
@@ -149,10 +165,10 @@ def reduce(
     layout = encoded.layout
     if scorer is None and keep != 1.0:
         raise TokenselError(f"keep is {keep} but no scorer says which tokens: pass scorer=")
+    if scorer is not None and keep is None and not scorer.adaptive:
+        raise TokenselError(f"scorer '{scorer.name}' has no threshold of its own: give keep, such as 0.3")
     scores = torch.zeros(len(layout.source)) if scorer is None else encoded.score(scorer)
     if keep is None:
-        if not getattr(scorer, "adaptive", False):
-            raise TokenselError(f"scorer '{scorer.name}' has no threshold of its own: give keep, such as 0.3")
         cells = adaptive_cells(layout, scores, options)
     else:
         cells = choose_cells(layout, scores, keep, options)
