@@ -1,4 +1,4 @@
-"""From scores to a mask: how many tokens stay, and which (mask True = kept)."""
+"""From scores to a mask: how many tokens stay, and which ones (mask True = kept)."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -6,17 +6,21 @@ from torch import Tensor
 
 from tokensel.utils.errors import TokenselError, check_keep
 
+__all__ = ["fraction_count", "hard", "rank", "top_count", "top_fraction"]
+
 
 def fraction_count(
     available: Int[Tensor, "rows"], keep: float | Float[Tensor, "rows"]
 ) -> Int[Tensor, "rows"]:
     """How many of ``available`` tokens the fraction ``keep`` is: ``max(1, round(keep * n))``, and 0 of 0.
 
-    Halves go to the even number, as Python's ``round`` does. Each row may have a fraction of its own, in (0, 1].
+    Halves round to the even number, as Python's ``round`` does. Each row may have a fraction of its own, in
+    (0, 1].
 
     Raises:
         TokenselError: ``keep`` is a number that is not in (0, 1].
     """
+    # float64, so that a product such as 0.29 * 100 rounds as Python rounds it
     keep = keep.double() if isinstance(keep, Tensor) else check_keep(keep)
     count = torch.round(available.double() * keep).long().clamp(min=1)
     return torch.minimum(count, available)
@@ -25,10 +29,12 @@ def fraction_count(
 def rank(
     scores: Float[Tensor, "rows tokens"], valid: Bool[Tensor, "rows tokens"] | None = None
 ) -> Int[Tensor, "rows tokens"]:
-    """The place of each token in its row, 0 for the highest score; of equals the first one wins, invalid ones come last.
+    """The rank of each token in its row, 0 for the highest score.
+
+    Of equal scores the first one wins; invalid tokens come last.
 
     Raises:
-        TokenselError: a valid score is NaN (it has no place in an order).
+        TokenselError: a valid score is NaN, which has no rank.
     """
     real = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     if bool((scores.isnan() & real).any()):
@@ -37,8 +43,9 @@ def rank(
     order = scores.argsort(dim=1, descending=True, stable=True)
     real_first = real.gather(1, order).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     order = order.gather(1, real_first)
-    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
+    # order lists tokens by rank; its inverse permutation lists ranks by token
+    ranks = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)
 
 
 def top_count(
@@ -49,8 +56,8 @@ def top_count(
     """Keep the ``count`` highest-scored valid tokens of each row; of equals the first one wins.
 
     Args:
-        scores: higher = keep first; what stands at invalid tokens is ignored.
-        count: tokens to keep, one number a row; more than the row has keeps them all.
+        scores: higher = keep first; values at invalid tokens are ignored.
+        count: tokens to keep in each row; more than the row has keeps them all.
         valid: True where a token is real; ``None`` when all are.
 
     Raises:
@@ -86,10 +93,10 @@ def top_fraction(
 def hard(
     scores: Float[Tensor, "rows tokens"], valid: Bool[Tensor, "rows tokens"] | None = None
 ) -> Bool[Tensor, "rows tokens"]:
-    """Keep what scores above zero: the selector's own binary mask (paper Sec. 4.1.1).
+    """Keep the tokens that score above zero: the selector's own binary mask (paper Sec. 4.1.1).
 
-    The count is adaptive and may be zero. It means something only for scores that are a difference of
-    two logits, such as the selector's.
+    The count is adaptive and may be zero. A threshold of zero is meaningful only for scores that are a
+    difference of two logits, such as the selector's.
     """
     mask = scores > 0
     return mask if valid is None else mask & valid

@@ -1,153 +1,37 @@
 """Dropping inside the language model equals masking without removal and without a cache, in every logit."""
 
+import inspect
 import subprocess
 import sys
-from functools import partial
+from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
-from tiny import ask, scale_up, tiny_config, tiny_processor, tiny_vlm
-from transformers import LlavaNextForConditionalGeneration, Qwen2Config
+from reference import SCHEDULES, STEPS, dyrate, generated, masked_reference, prompt, vlm_of
+from tiny import ask, tiny_vlm
 
-from tokensel.budget import fraction_count, top_count
 from tokensel.cost import held_tokens, kv_bytes
+from tokensel.methods import check_method
 from tokensel.profiling.timing import watch_peak
-from tokensel.schedules import DyRate, Exponential, FastV, Fixed, RatePredictor, Vtw, make_schedule, pruned
-from tokensel.schedules.attention import TYPES
+from tokensel.schedules import SCHEDULES as TABLE
+from tokensel.schedules import (
+    Exponential,
+    FastV,
+    Fixed,
+    RatePredictor,
+    Schedule,
+    Vtw,
+    make_schedule,
+    pruned,
+    schedule_options,
+)
 from tokensel.schedules.dyrate import RateConfig
 from tokensel.schedules.vtw import choose_layer, withdrawal_divergence
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
-from tokensel.vlm import Vlm, reduce_inputs
-
-STEPS = 16
-
-
-def dyrate(layer: int = 2, heads: int = 4, certain: bool = False) -> DyRate:
-    """Eight rates, the smaller the more a row looks at its picture and its answer. Or always the first."""
-    predictor = RatePredictor(RateConfig(heads=heads, layer=layer, rates=8)).eval()
-    each = torch.tensor([0.0, 1.0, 0.0, 20.0])  # system, image, instruction, response
-    rate = torch.arange(8.0)[:, None]
-    predictor.linear.weight.data = (0.0 if certain else rate) * each.repeat(heads).expand(8, -1)
-    predictor.linear.bias.data = -(rate[:, 0] ** 2)
-    return DyRate(predictor)
-
-
-SCHEDULES = {
-    "fastv": FastV(1, 0.5),
-    "fastv-3": FastV(2, 0.3),
-    "vtw": Vtw(2),
-    "none": FastV(3, 0.0),
-    "fixed": Fixed(2, 0.3),
-    "exponential": Exponential(1, 0.8),
-    "dyrate": dyrate(),
-}
-
-
-def vlm_of(text: str, attn: str = "sdpa", layers: int = 4) -> Vlm:
-    torch.manual_seed(0)
-    config = tiny_config("llama" if text == "qwen2" else text, attn, num_hidden_layers=layers)
-    if text == "qwen2":
-        shared = (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        )
-        config.text_config = Qwen2Config(
-            **{name: getattr(config.text_config, name) for name in (*shared, "vocab_size", "max_position_embeddings")},
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        config._attn_implementation = attn
-    model = LlavaNextForConditionalGeneration(config).eval()
-    scale_up(model)
-    model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=None)
-    return Vlm(model, tiny_processor(), "tiny")
-
-
-def prompt(vlm: Vlm, rows: list[int], keep: float = 1.0):
-    scorer = make_scorer("norm") if keep < 1 else None
-    return reduce_inputs(vlm.model, ask(vlm, rows), scorer, keep)
-
-
-@torch.no_grad()
-def generated(vlm: Vlm, reduced, schedule):
-    options = {
-        "output_logits": True,
-        "return_dict_in_generate": True,
-        "do_sample": False,
-        "max_new_tokens": STEPS,
-    }
-    with pruned(vlm.model, reduced.visual, reduced["attention_mask"], schedule) as pruning:
-        out = vlm.model.generate(**reduced, **options)
-    return out, pruning
-
-
-@torch.no_grad()
-def masked_reference(vlm: Vlm, reduced, schedule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy decoding where nothing is removed or cached: dropped columns are hidden from the later layers.
-
-    The tokens of a step, the prompt being step 0, do not see what went at that step or before.
-    """
-    lm, visual, layers = vlm.model.model.language_model, reduced.visual, vlm.model.model.language_model.layers
-    embeds, mask, logits, said = reduced["inputs_embeds"], reduced["attention_mask"], [], []
-    (start,), prompt = schedule.layers(), visual.shape[1]
-    gone_at = torch.full(visual.shape, STEPS)  # the step at which each column of the prompt went
-
-    def hide(index, _layer, args, kwargs):
-        length = args[0].shape[1]
-        gone = torch.zeros(len(visual), length, length, dtype=torch.bool)
-        if index >= start:
-            at = (torch.arange(length) - prompt + 1).clamp(min=0)
-            gone[:, :, :prompt] = gone_at[:, None] <= at[:, None]
-        allowed = mask.bool()[:, None] & ~gone & torch.ones(length, length, dtype=torch.bool).tril()
-        allowed |= torch.eye(length, dtype=torch.bool)
-        return args, kwargs | {
-            "attention_mask": torch.zeros(allowed.shape).masked_fill_(~allowed, -1e30)[:, None]
-        }
-
-    def mass(attention):
-        """By hand, row by row: what stands before the first visual token, the visual ones, the rest, the answer."""
-        found = torch.zeros(len(visual), attention.shape[1], len(TYPES))
-        for row, paid in enumerate(attention):
-            first = int(visual[row].nonzero()[0])
-            behind = ~visual[row] & (torch.arange(prompt) > first)
-            parts = (
-                paid[:, :first],
-                paid[:, :prompt][:, visual[row]],
-                paid[:, :prompt][:, behind],
-                paid[:, prompt:],
-            )
-            found[row] = torch.stack([part.sum(1) for part in parts], 1)
-        return found
-
-    vlm.model.set_attn_implementation("eager")
-    hooks = [
-        layer.register_forward_pre_hook(partial(hide, i), with_kwargs=True) for i, layer in enumerate(layers)
-    ]
-    for step in range(STEPS):
-        attentions = lm(
-            inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
-        ).attentions
-        paid = attentions[start - 1][:, :, -1]
-        keep = schedule.entering(start, step, lambda: mass(paid))
-        remain = visual & (gone_at > step)
-        count = (
-            fraction_count(visual.sum(1), keep)
-            if torch.is_tensor(keep) or keep > 0
-            else torch.zeros(len(visual)).long()
-        )
-        gone_at[remain & ~top_count(paid.mean(1)[:, :prompt], count, remain)] = step
-        hidden = lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
-        logits.append(vlm.model.lm_head(hidden))
-        said.append(logits[-1].argmax(-1))
-        embeds = torch.cat([embeds, lm.embed_tokens(said[-1])[:, None]], 1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    for hook in hooks:
-        hook.remove()
-    vlm.model.set_attn_implementation("sdpa")
-    return torch.stack(said, 1), torch.stack(logits, 1)
+from tokensel.vlm import reduce_inputs
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 1, 3]], ids=["one", "ragged"])
@@ -213,7 +97,7 @@ def test_cached_bytes_are_those_of_the_formula_in_every_layer_at_every_step(sche
         seen.append([layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers])
 
     handle = vlm.model.model.language_model.register_forward_hook(weigh)
-    out, pruning = generated(vlm, reduced, schedule)
+    _, pruning = generated(vlm, reduced, schedule)
     handle.remove()
     text, visual = int((~reduced.visual).sum()), int(reduced.visual.sum())
     config = vlm.model.config.text_config
@@ -228,7 +112,7 @@ def test_cached_bytes_are_those_of_the_formula_in_every_layer_at_every_step(sche
         assert len(left[:, 2].unique()) > 2 and pruning.ranked == [(step, 1) for step in range(STEPS)]
 
 
-def test_what_is_told_about_drops_is_what_is_left():
+def test_recorded_drops_are_what_is_left():
     vlm = vlm_of("llama")
     reduced = prompt(vlm, [0, 1, 3])
     _, pruning = generated(vlm, reduced, dyrate())
@@ -249,14 +133,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tokensel.profiling.timing import watch_peak
 from tokensel.schedules import FastV, pruned
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=16, num_attention_heads=4,
-                                     vocab_size=100, pad_token_id=0, eos_token_id=None)).eval()
+config = LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=16, num_attention_heads=4,
+                     vocab_size=100, pad_token_id=0, eos_token_id=None)
+model = LlamaForCausalLM(config).eval()
 model.generation_config.eos_token_id = None
 embeds, mask = torch.randn(8, 64, 256), torch.ones(8, 64, dtype=torch.long)
 visual = torch.zeros(8, 64, dtype=torch.bool)
 visual[:, 4:60] = True
 with torch.no_grad():
-    model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=2)  # what the libraries take for themselves
+    model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=2)  # the libraries' own memory
     embeds, mask, visual = embeds.repeat(1, 12, 1), mask.repeat(1, 12), visual.repeat(1, 12)
     peak = watch_peak(torch.device("cpu"))
     before = peak()
@@ -270,7 +155,7 @@ print(peak() - before)
     watch_peak(torch.device("cpu"))() is None, reason="this system does not tell its peak memory"
 )
 def test_the_peak_memory_of_a_generation_falls():
-    """By at least half the bytes that the formula says are not cached; the system counts in pages and keeps some."""
+    """By at least half the bytes that the formula leaves uncached; the system counts in pages."""
     peak = {}
     for keep in (1.0, 0.2):
         done = subprocess.run(
@@ -323,6 +208,69 @@ def test_bad_schedules_are_refused_in_one_line(name, options, line):
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("vtw", {"keep": 0.5}, "schedule 'vtw' has no option 'keep': it takes layer"),
+        ("fastv", {"ratio": 0.5}, "schedule 'fastv' has no option 'ratio': it takes layer, keep"),
+        ("dyrate", {}, "schedule 'dyrate' needs its option 'predictor'"),
+        ("dyrate", {"predictor": "folder"}, "predictor is a str: give a RatePredictor"),
+        ("fastv", {"layer": 2.0}, r"layer is 2\.0: give a whole number"),
+        ("fixed", {"layer": np.float64(2)}, r"layer is np\.float64\(2\.0\): give a whole number"),
+        ("vtw", {"layer": "2"}, "layer is '2': give a whole number"),
+        ("vtw", {"layer": True}, "layer is True: give a whole number"),
+        ("vtw", {"layer": None}, "layer is None: give a whole number"),
+        ("fastv", {"keep": "0.5"}, r"keep is '0\.5': give a fraction"),
+        ("exponential", {"keep": float("nan")}, "keep is nan: give a fraction"),
+        ("fixed", {"keep": True}, "keep is True: give a fraction"),
+    ],
+)
+def test_options_that_no_schedule_takes_get_one_line(name, options, line):
+    with pytest.raises(TokenselError, match=line) as error:
+        make_schedule(name, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_of_another_type_gets_one_line():
+    with pytest.raises(TokenselError, match=r"schedule \['fastv'\] is unknown: choose one of fastv, vtw"):
+        inspect.unwrap(make_schedule)(["fastv"])  # without the type checks of the tests
+
+
+def test_numbers_of_numpy_are_options_like_any_other():
+    schedule = make_schedule("fastv", layer=np.int64(3), keep=np.float32(0.25))
+    assert schedule == FastV(3, 0.25) and repr(schedule) == "FastV(layer=3, keep=0.25)"
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_options_are_read_from_the_class_and_the_protocol_holds(name):
+    options = {"predictor": dyrate().predictor} if "predictor" in schedule_options(name) else {}
+    schedule = make_schedule(name, **options)
+    assert isinstance(schedule, Schedule) and schedule.name == name
+    assert schedule.uses_keep == ("keep" in schedule_options(name))
+
+
+def test_a_schedule_is_one_class_and_one_row(monkeypatch):
+    @dataclass(frozen=True)
+    class Late:
+        """All visual tokens up to a decode step, none of them afterwards."""
+
+        step: int = 2
+        name: ClassVar[str] = "late"
+        uses_keep: ClassVar[bool] = False
+
+        def entering(self, layer, step=0, mass=None):
+            return 1.0 if step < self.step else 0.0
+
+        def layers(self):
+            return (1,)
+
+    monkeypatch.setitem(TABLE, "late", Late)
+    assert check_method("norm+late").schedule == "late"
+    vlm = tiny_vlm()
+    output = vlm.generate_output(prompt(vlm, [0]), 4, schedule=make_schedule("late", step=3))
+    assert [int(step[1, 0]) for step in output.pruning.left[2:4]] == [int(output.pruning.left[0][1, 0]), 0]
+
+
+@pytest.mark.parametrize(
     "option", [{"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}]
 )
 def test_ways_to_generate_that_cannot_work_are_refused(option):
@@ -331,7 +279,7 @@ def test_ways_to_generate_that_cannot_work_are_refused(option):
         vlm.generate(prompt(vlm, [0]), 2, schedule=FastV(1, 0.5), **option)
 
 
-def test_a_prompt_without_a_picture_and_a_sliding_window_are_refused():
+def test_a_prompt_without_an_image_and_a_sliding_window_are_refused():
     vlm = vlm_of("llama")
     blind = reduce_inputs(vlm.model, ask(vlm, [None]))
     with pytest.raises(TokenselError, match="no visual tokens"):
@@ -343,7 +291,7 @@ def test_a_prompt_without_a_picture_and_a_sliding_window_are_refused():
 
 
 @torch.no_grad()
-def test_vtw_chooses_the_first_layer_behind_which_the_picture_no_longer_tells():
+def test_vtw_chooses_the_first_layer_after_which_the_image_hardly_matters():
     vlm = vlm_of("llama")
     samples = [prompt(vlm, [0, 1]), prompt(vlm, [3])]
     divergence = withdrawal_divergence(vlm.model, samples)
@@ -359,7 +307,7 @@ def test_vtw_chooses_the_first_layer_behind_which_the_picture_no_longer_tells():
     assert (
         choose_layer({1: 0.5, 2: 0.002, 3: 0.004}) == 2 and choose_layer({1: 0.5, 2: 0.2}, threshold=1.0) == 1
     )
-    with pytest.raises(TokenselError, match="no layer is below it, the lowest is 0.2"):
+    with pytest.raises(TokenselError, match=r"no layer is below it, the lowest is 0\.2"):
         choose_layer({1: 0.5, 2: 0.2})
     with pytest.raises(TokenselError, match="no samples"):
         withdrawal_divergence(vlm.model, [])

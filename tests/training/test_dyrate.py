@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_schedules import dyrate, generated, prompt, vlm_of
+from reference import dyrate, generated, prompt, vlm_of
 
 from tokensel.schedules import RatePredictor
 from tokensel.schedules.attention import TYPES

@@ -1,9 +1,9 @@
-"""DyRate (Liang et al. 2025, arXiv 2501.14204): a small predictor says at every step how much of the picture to keep.
+"""DyRate (Liang et al. 2025, arXiv 2501.14204): a predictor picks the fraction to keep at each step.
 
-The abstract leaves open much of what has to be decided. Our choices: the predictor reads the attention of the newest token
-in the layer before the drop; from that layer on, tokens are ranked by the same attention and the rate holds for all layers;
-a rate is a fraction of all visual tokens of the prompt; a token that has gone does not come back, so a rate that rises again
-changes nothing; and the first rate is picked while the prompt is read, as in FastV.
+The abstract leaves much open. Our choices: the predictor reads the attention of the newest token in the layer
+before the drop; from that layer on, tokens are ranked by the same attention and the rate holds for all
+layers; a rate is a fraction of all visual tokens of the prompt; an evicted token does not come back, so a
+rate that rises again changes nothing; and the first rate is picked in the prefill, as in FastV.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,10 @@ from tokensel.schedules.attention import TYPES
 from tokensel.schedules.schedule import Mass
 from tokensel.utils.errors import TokenselError
 
+__all__ = ["DyRate", "RateConfig", "RatePredictor"]
 
-@no_type_check
+
+@no_type_check  # the base class assigns whatever a configuration file holds
 class RateConfig(PretrainedConfig):
     """Shape and history of a :class:`RatePredictor`.
 
@@ -28,8 +30,8 @@ class RateConfig(PretrainedConfig):
         heads: attention heads of the language model it was trained on.
         layer: the first layer that is shortened; the attention of the one before is read.
         rates: how many rates there are to pick from, the k of the paper.
-        model: which language model that was.
-        weight: what compute counts for in its loss, see ``tokensel.training.dyrate``.
+        model: name of the model it was trained on.
+        weight: weight of the compute in its loss, see ``tokensel.training.dyrate``.
         training_data, steps, seed: what it was trained on, and how long.
         accuracy_loss, kept: the two terms of its loss, averaged over the last tenth of the training.
     """
@@ -57,8 +59,9 @@ class RatePredictor(CoreModel):
     config_class = RateConfig
     main_input_name = "mass"
     role = (
-        "Picks at every generation step which fraction of the visual tokens one frozen language model keeps, from how the "
-        "newest token's attention is shared among system, image, instruction and response tokens."
+        "Picks at every generation step which fraction of the visual tokens one frozen language model keeps, "
+        "from how the newest token's attention is shared among system, image, instruction and response "
+        "tokens."
     )
     usage = (
         "from tokensel.schedules import DyRate, RatePredictor\n\n"
@@ -82,25 +85,32 @@ class RatePredictor(CoreModel):
         """Logits of the rates.
 
         Args:
-            mass: share of each head's attention that falls on each of :data:`~tokensel.schedules.attention.TYPES`.
+            mass: share of each head's attention that falls on each of
+                :data:`~tokensel.schedules.attention.TYPES`.
 
         Raises:
             TokenselError: another number of heads than it was made for.
         """
         self.check_heads(mass.shape[-2])
+        # heads and types become one axis; in the predictor's own type and device, whatever the model's are
         return self.linear(mass.flatten(-2).to(self.linear.weight))
 
     def check_heads(self, heads: int) -> None:
-        """Raise ``TokenselError`` where a model has another number of attention heads than the predictor was made for."""
+        """Check that the predictor was made for a model with ``heads`` attention heads.
+
+        Raises:
+            TokenselError: it was made for another number.
+        """
         if heads != self.config.heads:
             raise TokenselError(
-                f"the model has {heads} attention heads but this rate predictor was made for {self.config.heads}: "
-                "use the model it was trained on, or train one with `python -m tokensel dyrate`"
+                f"the model has {heads} attention heads but this rate predictor was made for "
+                f"{self.config.heads}: use the model it was trained on, or train one with "
+                "`python -m tokensel dyrate`"
             )
 
     @property
     def keeps(self) -> Float[Tensor, "rates"]:
-        """The fractions kept under each rate, 1 - (i - 1)/k for i from 1 to k: from everything down to one k-th."""
+        """The fractions kept under each rate, 1 - (i - 1)/k for i from 1 to k."""
         return 1 - torch.arange(self.config.rates, device=self.device) / self.config.rates
 
     def keep(self, mass: Float[Tensor, "rows heads types"]) -> Float[Tensor, "rows"]:
@@ -124,18 +134,40 @@ class RatePredictor(CoreModel):
         }
 
 
+@no_type_check  # __post_init__ checks the options, with one line for the user
 @dataclass(frozen=True)
 class DyRate:
-    """The schedule of a trained predictor."""
+    """The schedule of a trained predictor.
+
+    Raises:
+        TokenselError: ``predictor`` is not a :class:`RatePredictor`.
+    """
 
     predictor: RatePredictor
     name: ClassVar[str] = "dyrate"
     uses_keep: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.predictor, RatePredictor):
+            raise TokenselError(
+                f"predictor is a {type(self.predictor).__name__}: give a RatePredictor, such as "
+                "RatePredictor.from_pretrained(folder or hub id)"
+            )
+
     @torch.no_grad()
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float | Float[Tensor, "rows"]:
-        """What the predictor makes of the newest token's attention."""
-        return 1.0 if layer < self.predictor.config.layer else self.predictor.keep(mass())
+        """The predictor's rate for each row, from the newest token's attention.
+
+        Raises:
+            TokenselError: ``mass`` is missing at a layer where tokens are dropped.
+        """
+        if layer < self.predictor.config.layer:
+            return 1.0
+        if mass is None:
+            raise TokenselError(
+                "dyrate reads the newest token's attention: give mass=, as tokensel.schedules.pruned does"
+            )
+        return self.predictor.keep(mass())
 
     def layers(self) -> tuple[int, ...]:
         """Layers at whose entrance tokens are dropped."""

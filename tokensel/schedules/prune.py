@@ -1,14 +1,15 @@
-"""Drop visual tokens inside a stock language model: gathered away, not masked, so that time and cache are saved.
+"""Drop visual tokens inside a stock language model: gathered, not masked, so that time and cache are saved.
 
-Hooks on the decoder layers shorten the prompt where a schedule says so: hidden states, positions and mask are gathered,
-and the layers from there on cache only what reaches them. While the answer grows, a schedule may let go of more: then the
-caches of those layers are gathered too. The model's attention stays as fast as it was; the one row of attention that ranks
-the tokens is computed beside it, at the one layer that needs it, and only when something goes.
+Hooks on the decoder layers shorten the prompt where a schedule asks for it: hidden states, positions and mask
+are gathered, and the layers from there on cache only what reaches them. In decode steps a schedule may evict
+more: then the caches of those layers are gathered too. The model's attention stays as fast as it was. The one
+row of attention that ranks the tokens is computed in addition, at the one layer that needs it, and only when
+tokens are dropped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,12 @@ from transformers import PreTrainedModel
 
 from tokensel.budget import fraction_count, top_count
 from tokensel.schedules.attention import RESPONSE, last_rows, token_types, type_mass
+from tokensel.schedules.decoder import Decoder, attention_of, decoder_of
 from tokensel.schedules.schedule import Schedule
+from tokensel.schedules.stages import Drop, Stage, evict, gather_columns
 from tokensel.utils.errors import TokenselError, check_layers
 
-MODELS = ("llama", "mistral", "qwen2")  # all rotate queries and keys alike
+__all__ = ["Pruning", "pruned"]
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def pruned(
     attention_mask: Int[Tensor, "rows length"],
     schedule: Schedule,
 ) -> Iterator["Pruning"]:
-    """While this lasts, ``model`` drops visual tokens of one prompt as ``schedule`` says.
+    """While this context lasts, ``model`` drops visual tokens of one prompt as ``schedule`` asks.
 
     >>> with pruned(model, reduced.visual, reduced["attention_mask"], FastV(layer=2, keep=0.5)):
     ...     model.generate(**reduced)
@@ -41,7 +44,7 @@ def pruned(
         model: a LLaVA whose language model is a Llama, Mistral or Qwen2, or such a language model.
         visual: True at the prompt's visual tokens, newlines among them.
         attention_mask: 1 at real tokens, 0 at padding.
-        schedule: what stays.
+        schedule: which tokens stay.
 
     Raises:
         TokenselError: another language model, a schedule that names layers it does not have, a prompt without
@@ -54,71 +57,17 @@ def pruned(
         pruning.remove()
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The Llama, Mistral or Qwen2 inside ``model``.
-
-    Raises:
-        TokenselError: another language model, or an attention that takes no mask of ours.
-    """
-    core = getattr(model, "base_model", model)
-    decoder = getattr(core, "language_model", core)
-    kind = decoder.config.model_type
-    if kind not in MODELS:
-        raise TokenselError(
-            f"the language model is a {kind}: tokens can be dropped inside one of {', '.join(MODELS)}"
-        )
-    if decoder.config._attn_implementation not in ("sdpa", "eager"):
-        raise TokenselError(
-            f"attention '{decoder.config._attn_implementation}' takes no mask of ours: load the model with attn='sdpa'"
-        )
-    return decoder
-
-
-@dataclass
-class _Stage:
-    """What is left of the prompt in the layers from one drop to the next.
-
-    Attributes:
-        layers: those layers.
-        order: columns of the prompt that are left, in their old order.
-        real: which of them are, the others being padding.
-        visual: how many of them are visual tokens, row by row.
-        keep: the smallest fraction asked for so far, where all rows were asked for the same.
-        whole: nothing was dropped yet, here or in earlier layers.
-        open: every column is real, and the model's attention does without a mask.
-    """
-
-    layers: range
-    order: Int[Tensor, "rows left"]
-    real: Bool[Tensor, "rows left"]
-    visual: Int[Tensor, "rows"]
-    keep: float = 1.0
-    whole: bool = True
-    open: bool = False
-
-
-@dataclass(frozen=True)
-class Drop:
-    """That tokens went: at which generation step (0 reads the prompt), at the entrance of which layer, and what is left.
-
-    ``columns`` are the prompt's columns that are left, row by row; -1 where a row has fewer than the longest.
-    """
-
-    step: int
-    layer: int
-    columns: Int[Tensor, "rows left"]
-
-
 class Pruning:
     """The hooks of one prompt, and what they did.
 
     Attributes:
-        drops: each time that tokens went.
-        left: for each generation step the visual tokens that every layer holds, ``[layers, rows]``; newlines count.
-        ranked: step and layer of every row of attention that was computed beside the model's own.
+        drops: each time that tokens were dropped.
+        left: for each generation step the visual tokens that every layer holds, ``[layers, rows]``; newlines
+            count.
+        ranked: step and layer of every row of attention that was computed in addition to the model's own.
     """
 
-    def __init__(self, decoder: nn.Module, visual: Tensor, attention_mask: Tensor, schedule: Schedule):
+    def __init__(self, decoder: Decoder, visual: Tensor, attention_mask: Tensor, schedule: Schedule):
         count = len(decoder.layers)
         check_layers(schedule.name, schedule.layers(), count)
         if not bool(visual.any(1).all()):
@@ -127,8 +76,8 @@ class Pruning:
         window = getattr(decoder.config, "sliding_window", None) if windowed else None
         if window is not None and visual.shape[1] >= window:
             raise TokenselError(
-                f"{schedule.name}: a prompt of {visual.shape[1]} tokens is longer than the sliding window of {window}, "
-                "which dropped tokens would shift; give shorter prompts, or a model without such a window"
+                f"{schedule.name}: a prompt of {visual.shape[1]} tokens is longer than the sliding window of "
+                f"{window}, which dropped tokens would shift; give shorter prompts, or another model"
             )
         self.decoder, self.schedule = decoder, schedule
         self.visual, self.prompt = visual, attention_mask.bool()
@@ -138,26 +87,26 @@ class Pruning:
         self.ranked: list[tuple[int, int]] = []
         self.step = 0
         self.starts = (0, *sorted(schedule.layers()))
-        self.stages: dict[int, _Stage] = {}  # by the first of their layers
-        self.given: dict[str, Any] = {}  # what the layers of a stage are given at this step, computed once
-        self.looking: dict[int, tuple] = {}  # what the attention before a drop was given at this step
+        self.stages: dict[int, Stage] = {}  # by the first of their layers
+        self.changed: dict[str, Any] = {}  # keyword arguments of a stage's layers at this step, computed once
+        self.attention_inputs: dict[int, tuple] = {}  # of the attention before a drop, at this step
         self.rows: dict[int, Tensor] = {}  # the attention its last token paid
         self.hooks = [decoder.layers[0].register_forward_pre_hook(self._begin)]
         for layer in schedule.layers():
-            attention = decoder.layers[layer - 1].self_attn
-            self.hooks.append(attention.register_forward_hook(self._look(layer), with_kwargs=True))
+            hook = self._remember(layer)
+            self.hooks.append(attention_of(decoder, layer - 1).register_forward_hook(hook, with_kwargs=True))
         for index in range(min(schedule.layers(), default=count), count):
             hook = self._enter(index)
             self.hooks.append(decoder.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hooks away: the model is what it was."""
+        """Remove the hooks: the model is what it was."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
 
     def _begin(self, _layer: nn.Module, args: tuple) -> None:
-        """A further token is a further step; a prompt starts afresh, nothing has been dropped of it yet."""
+        """One more token is one more step; a prompt starts from the beginning, with nothing dropped yet."""
         self.rows.clear()
         if args[0].shape[1] == 1:
             self.step += 1
@@ -165,31 +114,36 @@ class Pruning:
             return
         ends = (*self.starts[1:], len(self.decoder.layers))
         columns = torch.arange(self.prompt.shape[1], device=self.prompt.device).expand_as(self.prompt)
-        whole = {"order": columns, "real": self.prompt, "visual": self.total}
-        self.stages = {start: _Stage(range(start, end), **whole) for start, end in zip(self.starts, ends)}
+        self.stages = {
+            start: Stage(range(start, end), order=columns, real=self.prompt, visual=self.total)
+            for start, end in zip(self.starts, ends)
+        }
         self.step, self.left = 0, [self.total.expand(len(self.decoder.layers), -1)]
         self.drops, self.ranked = [], []
 
-    def _look(self, index: int):
-        """Remember what the attention before layer ``index`` was given, in case its last token's attention is asked for."""
+    def _remember(self, index: int) -> Callable:
+        """A hook that keeps the inputs of the attention before layer ``index``, in case they are needed."""
 
-        def hook(attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any) -> None:
+        def hook(_attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any) -> None:
             names = ("hidden_states", "position_embeddings", "past_key_values")
-            self.looking[index] = (attention, *(kwargs[name] for name in names))
+            self.attention_inputs[index] = tuple(kwargs[name] for name in names)
 
         return hook
 
     def _attention(self, index: int) -> Float[Tensor, "rows heads keys"]:
         """What the newest token attended to in the layer before ``index``, computed at most once a step."""
         if index not in self.rows:
-            attention, hidden, rotation, cache = self.looking[index]
+            hidden, rotation, cache = self.attention_inputs[index]
+            attention = attention_of(self.decoder, index - 1)
             real = self._before(index).real
-            seen = torch.cat([real, real.new_ones(len(real), self.step)], 1)[:, None]
-            self.rows[index] = last_rows(attention, hidden, rotation, cache, seen)[:, :, 0]
+            # the newest token sees what is left of the prompt, and every token of the answer: one a decode
+            # step
+            attn_mask = torch.cat([real, real.new_ones(len(real), self.step)], 1)[:, None]
+            self.rows[index] = last_rows(attention, hidden, rotation, cache, attn_mask)[:, :, 0]
             self.ranked.append((self.step, index - 1))
         return self.rows[index]
 
-    def _before(self, index: int) -> _Stage:
+    def _before(self, index: int) -> Stage:
         return self.stages[self.starts[self.starts.index(index) - 1]]
 
     def _mass(self, index: int) -> Float[Tensor, "rows heads types"]:
@@ -199,59 +153,58 @@ class Pruning:
         return type_mass(self._attention(index)[:, :, None], types)[:, 0]
 
     def _scores(self, index: int) -> Float[Tensor, "rows left"]:
-        """The same averaged over heads (FastV's ranking), for the columns that are left behind layer ``index``."""
+        """The same averaged over heads (FastV's ranking), for the columns that layer ``index`` may keep."""
         before = self._before(index).order
-        rows = self._attention(index).mean(1)[:, : before.shape[1]]
-        return (
-            torch.zeros_like(self.visual, dtype=rows.dtype)
-            .scatter(1, before, rows)
-            .gather(1, self.stages[index].order)
-        )
+        rows = self._attention(index).mean(1)[:, : before.shape[1]]  # without the answer's tokens
+        # the layer before may hold more columns than this stage: go through the prompt's own numbering
+        prompt = torch.zeros_like(self.visual, dtype=rows.dtype).scatter(1, before, rows)
+        return prompt.gather(1, self.stages[index].order)
 
-    def _enter(self, index: int):
+    def _enter(self, index: int) -> Callable:
+        """A hook that hands layer ``index`` what is left, after a drop at its entrance if there is one."""
+
         def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             hidden = args[0]
             if index in self.stages:
                 hidden = self._shorten(index, hidden, kwargs)
-                stage, prompt = self.stages[index], hidden.shape[1] > 1
-                self.given = (
-                    {} if stage.whole else (self._prompt if prompt else self._further)(stage, hidden, kwargs)
-                )
-            return (hidden, *args[1:]), kwargs | self.given
+                stage, attn = self.stages[index], self.decoder.config._attn_implementation
+                change = stage.prefill_kwargs if hidden.shape[1] > 1 else stage.decode_kwargs
+                self.changed = {} if stage.whole else change(hidden, kwargs, str(attn))
+            return (hidden, *args[1:]), kwargs | self.changed
 
         return hook
 
     def _shorten(
         self, index: int, hidden: Float[Tensor, "rows length width"], kwargs: dict[str, Any]
     ) -> Tensor:
-        """Choose what stays in the layers from ``index`` on. The rest is gathered away, from ``hidden`` or from the cache."""
-        stage, prompt = self.stages[index], hidden.shape[1] > 1
-        if prompt:  # takes over what earlier layers left
+        """Choose what stays in the layers from ``index`` on; gather it, from ``hidden`` or from the cache."""
+        stage, prefill = self.stages[index], hidden.shape[1] > 1
+        if prefill:  # takes over what earlier layers left
             stage = self.stages[index] = replace(self._before(index), layers=stage.layers)
         stay = self._choose(index, stage)
         if stay is None:
             return hidden
         length = int(stay.sum(1).max())
-        if prompt or length < stay.shape[1]:
-            # a stable sort by "stays" sends what goes, padding included, to the left and moves nothing past another
+        if prefill or length < stay.shape[1]:
+            # a stable sort by "stays" moves what is dropped, padding included, to the left and keeps all
+            # orders
             chosen = stay.to(torch.uint8).argsort(dim=1, stable=True)[:, -length:]
-            if prompt:
+            if prefill:
                 hidden = gather_columns(hidden, chosen)
             else:
-                _evict(
-                    [kwargs["past_key_values"].layers[layer] for layer in stage.layers], chosen, stay.shape[1]
-                )
+                caches = [kwargs["past_key_values"].layers[layer] for layer in stage.layers]
+                evict(caches, chosen, stay.shape[1])
             stage.order, stay = stage.order.gather(1, chosen), stay.gather(1, chosen)
         stage.real, stage.whole = stay, False
         stage.visual = (self.visual.gather(1, stage.order) & stay).sum(1)
-        stage.open = self.decoder.config._attn_implementation == "sdpa" and bool(stay.all())
+        stage.maskless = self.decoder.config._attn_implementation == "sdpa" and bool(stay.all())
         self.drops.append(Drop(self.step, index, stage.order.masked_fill(~stay, -1)))
-        self.left[-1] = self.left[-1].clone()
+        self.left[-1] = self.left[-1].clone()  # it may be the tensor of the step before
         self.left[-1][stage.layers.start :] = stage.visual
         return hidden
 
-    def _choose(self, index: int, stage: _Stage) -> Bool[Tensor, "rows left"] | None:
-        """Which of the stage's columns stay; ``None`` where all do. What is gone never comes back."""
+    def _choose(self, index: int, stage: Stage) -> Bool[Tensor, "rows left"] | None:
+        """Which of the stage's columns stay; ``None`` where all do. An evicted column never comes back."""
         keep = self.schedule.entering(index, self.step, partial(self._mass, index))
         if isinstance(keep, Tensor):
             count = torch.minimum(fraction_count(self.total, keep), stage.visual)
@@ -265,55 +218,3 @@ class Pruning:
         visual = self.visual.gather(1, stage.order) & stage.real
         stay = stage.real & ~visual
         return stay | top_count(self._scores(index), count, visual) if bool(count.any()) else stay
-
-    def _prompt(self, stage: _Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positions and mask of what is left, out of those of the whole prompt."""
-        given = {
-            "position_embeddings": tuple(
-                gather_columns(part, stage.order) for part in kwargs["position_embeddings"]
-            )
-        }
-        if kwargs.get("position_ids") is not None:
-            given["position_ids"] = gather_columns(kwargs["position_ids"], stage.order)
-        if stage.open:
-            return given | {"attention_mask": None}
-        length = hidden.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-        itself = torch.eye(
-            length, dtype=torch.bool, device=hidden.device
-        )  # padding looks at itself: no softmax over nothing
-        return given | {
-            "attention_mask": self._as_given((causal & stage.real[:, None, :] | itself)[:, None], hidden)
-        }
-
-    def _further(self, stage: _Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The mask for a token behind the prompt."""
-        if stage.open:
-            return {"attention_mask": None}
-        new = kwargs["past_key_values"].layers[stage.layers.start].keys.shape[-2] + 1 - stage.real.shape[1]
-        mask = torch.cat([stage.real, stage.real.new_ones(len(stage.real), new)], 1)[:, None, None]
-        return {"attention_mask": self._as_given(mask, hidden)}
-
-    def _as_given(self, mask: Bool[Tensor, "rows 1 queries keys"], hidden: Tensor) -> Tensor:
-        if self.decoder.config._attn_implementation == "sdpa":
-            return mask
-        return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill_(
-            ~mask, torch.finfo(hidden.dtype).min
-        )
-
-
-def _evict(layers: list[Any], chosen: Int[Tensor, "rows kept"], prompt: int) -> None:
-    """Keep the ``chosen`` of the first ``prompt`` columns in the caches of some layers, and all that follow these."""
-    new = torch.arange(prompt, layers[0].keys.shape[-2], device=chosen.device).expand(len(chosen), -1)
-    columns = torch.cat([chosen, new], 1)
-    for layer in layers:
-        for name in ("keys", "values"):
-            states = getattr(layer, name)  # [rows, heads, columns, width]
-            setattr(layer, name, gather_columns(states.transpose(1, 2), columns).transpose(1, 2).contiguous())
-
-
-def gather_columns(states: Tensor, order: Int[Tensor, "rows kept"]) -> Tensor:
-    """``states`` [rows or 1, length, ...] at the columns of ``order``."""
-    states = states.expand(len(order), *states.shape[1:])
-    index = order.view(*order.shape, *[1] * (states.ndim - 2)).expand(-1, -1, *states.shape[2:])
-    return states.gather(1, index)

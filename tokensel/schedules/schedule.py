@@ -1,12 +1,17 @@
-"""What a schedule is, and the ways to generate in which none can work."""
+"""What a schedule is, options that several schedules share, and ways to generate in which none can work."""
 
+import operator
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, Protocol, no_type_check, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tokensel.utils.errors import TokenselError
+
+__all__ = ["Mass", "Ranked", "Schedule", "check_fraction", "check_layer", "check_options"]
 
 UNSUPPORTED = {
     "num_beams": "beam search reorders the cache's rows",
@@ -17,7 +22,10 @@ UNSUPPORTED = {
 }
 
 Mass = Callable[[], Float[Tensor, "rows heads types"]]
-"""Gives how the newest token's attention in the layer before is shared among the types of tokens; computed when called."""
+"""Returns how the newest token's attention in the layer before is shared among the types of tokens.
+
+It is computed when it is called, so a schedule that does not need it costs nothing.
+"""
 
 
 @runtime_checkable
@@ -29,43 +37,97 @@ class Schedule(Protocol):
         uses_keep: whether it takes the fraction to keep as an option.
     """
 
-    name: str
-    uses_keep: bool
+    name: ClassVar[str]
+    uses_keep: ClassVar[bool]
 
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float | Float[Tensor, "rows"]:
         """Fraction of the prompt's visual tokens that enters ``layer``, counted from 0.
 
         Args:
             layer: one of :meth:`layers`.
-            step: 0 while the prompt is read, then 1 more for each token of the answer. What is gone never comes back,
-                so a fraction that rises again changes nothing.
+            step: 0 in the prefill, then one more for each decode step. An evicted token never comes back, so
+                a fraction that rises again changes nothing.
             mass: what the newest token attends to.
 
         Returns:
-            One fraction, or one for each row.
+            One fraction for all rows, or one for each row.
         """
+        ...
 
     def layers(self) -> tuple[int, ...]:
         """Layers at whose entrance tokens are dropped."""
+        ...
 
 
-def check_ranked(layer: int, keep: float) -> None:
-    """Refuse options under which tokens cannot be ranked and kept.
+def check_layer(layer: Any, why: str) -> int:
+    """Return ``layer`` as an ``int``; integers of numpy are accepted.
+
+    Args:
+        layer: the layer at whose entrance tokens are dropped.
+        why: why it cannot be 0, for the error message.
 
     Raises:
-        TokenselError: ``keep`` outside [0, 1], or ``layer`` below 1.
+        TokenselError: ``layer`` is not a whole number, or below 1.
     """
-    if not 0.0 <= keep <= 1.0:
+    try:
+        # operator.index accepts integers of any library and refuses 2.0, which may come from a wrong
+        # computation
+        number = None if isinstance(layer, bool) else operator.index(layer)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TokenselError(f"layer is {layer!r}: give a whole number, such as 2")
+    if number < 1:
+        raise TokenselError(f"layer is {layer}: give at least 1, {why}")
+    return number
+
+
+def check_fraction(keep: Any) -> float:
+    """Return ``keep`` as a ``float``; numbers of numpy are accepted.
+
+    Raises:
+        TokenselError: ``keep`` is not a number, or outside [0, 1].
+    """
+    if not isinstance(keep, Real) or isinstance(keep, bool):
+        raise TokenselError(f"keep is {keep!r}: give a fraction in [0, 1], such as 0.5")
+    fraction = float(keep)
+    if not 0.0 <= fraction <= 1.0:  # NaN fails every comparison and ends here too
         raise TokenselError(f"keep is {keep}: give a fraction in [0, 1], such as 0.5")
-    if layer < 1:
-        raise TokenselError(f"layer is {layer}: give at least 1, ranking needs the attention of one layer")
+    return fraction
+
+
+@no_type_check  # __post_init__ checks the options, with one line for the user
+@dataclass(frozen=True)
+class Ranked:
+    """Options of the schedules that rank visual tokens at one layer and keep a fraction of them.
+
+    Attributes:
+        layer: the first layer that is given fewer tokens, counted from 0.
+        keep: the fraction, in [0, 1].
+
+    Raises:
+        TokenselError: ``layer`` is not a whole number of at least 1, or ``keep`` not a fraction in [0, 1].
+    """
+
+    layer: int = 2
+    keep: float = 0.5
+    uses_keep: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        # a frozen dataclass takes assignments only this way
+        object.__setattr__(self, "layer", check_layer(self.layer, "ranking needs the attention of one layer"))
+        object.__setattr__(self, "keep", check_fraction(self.keep))
+
+    def layers(self) -> tuple[int, ...]:
+        """Layers at whose entrance tokens are dropped."""
+        return () if self.keep == 1.0 else (self.layer,)
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse ways to generate in which dropping inside the model cannot work.
+    """Raise on ways to generate in which tokens cannot be dropped inside the model.
 
     Raises:
-        TokenselError: one of them is asked for.
+        TokenselError: ``options`` asks for one of them.
     """
     for name, why in UNSUPPORTED.items():
         harmless = {"num_beams": 1, "use_cache": True}.get(name)

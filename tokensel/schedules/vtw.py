@@ -1,24 +1,32 @@
-"""VTW (Lin et al. 2024, arXiv 2405.05803): visual tokens withdraw altogether after some layer."""
+"""VTW (Lin et al. 2024, arXiv 2405.05803): all visual tokens are withdrawn after some layer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, no_type_check
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from tokensel.schedules.prune import decoder_of, pruned
-from tokensel.schedules.schedule import Mass
+from tokensel.schedules.decoder import decoder_of
+from tokensel.schedules.prune import pruned
+from tokensel.schedules.schedule import Mass, check_layer
 from tokensel.utils.errors import TokenselError
 
+__all__ = ["Vtw", "choose_layer", "withdrawal_divergence"]
 
+
+@no_type_check  # __post_init__ checks the options, with one line for the user
 @dataclass(frozen=True)
 class Vtw:
-    """The first ``layer`` layers see all visual tokens, the others none: by then the text has taken up what it needs.
+    """The first ``layer`` layers see all visual tokens, the others none.
+
+    By then, the paper argues, the text tokens have taken up what they need.
 
     Raises:
-        TokenselError: ``layer`` below 1.
+        TokenselError: ``layer`` is not a whole number of at least 1.
     """
 
     layer: int = 16
@@ -26,8 +34,8 @@ class Vtw:
     uses_keep: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.layer < 1:
-            raise TokenselError(f"layer is {self.layer}: give at least 1, or the model sees no image at all")
+        # a frozen dataclass takes assignments only this way
+        object.__setattr__(self, "layer", check_layer(self.layer, "or the model sees no image at all"))
 
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float:
         """Fraction of the prompt's visual tokens that enters ``layer``, the same at every step."""
@@ -39,11 +47,11 @@ class Vtw:
 
 
 @torch.no_grad()
-def withdrawal_divergence(model: PreTrainedModel, samples: Iterable) -> dict[int, float]:
-    """How far the first token's distribution moves if visual tokens withdraw before a layer, for each layer from 1 on.
+def withdrawal_divergence(model: PreTrainedModel, samples: Iterable[Any]) -> dict[int, float]:
+    """How far the first token's distribution moves if visual tokens are withdrawn, for each layer from 1 on.
 
-    The Kullback-Leibler divergence from the full model's distribution, averaged over the questions, in nats: what the
-    repository of VTW (lzhxmu/VTW) looks at, over twenty samples, to choose its layer.
+    This is the Kullback-Leibler divergence from the full model's distribution, averaged over the questions,
+    in nats. The repository of VTW (lzhxmu/VTW) chooses its layer by it, over twenty samples.
 
     Args:
         model: a LLaVA, or its language model with a head.
@@ -52,18 +60,22 @@ def withdrawal_divergence(model: PreTrainedModel, samples: Iterable) -> dict[int
     Raises:
         TokenselError: no samples, or a prompt without visual tokens.
     """
+
+    def first_token(reduced: Any) -> Float[Tensor, "rows vocabulary"]:
+        logits = model(**reduced, use_cache=False, logits_to_keep=1).logits
+        return logits[:, -1].float().log_softmax(-1)
+
     total, rows = dict.fromkeys(range(1, len(decoder_of(model).layers)), 0.0), 0
     for reduced in samples:
-        full = model(**reduced, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+        full = first_token(reduced)
         rows += len(full)
         for layer in total:
             with pruned(model, reduced.visual, reduced["attention_mask"], Vtw(layer)):
-                given = (
-                    model(**reduced, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
-                )
-            total[layer] += float(kl_div(full, given, reduction="sum", log_target=True))
+                withdrawn = first_token(reduced)
+            # log_target: both are log probabilities; the sum runs over rows and vocabulary
+            total[layer] += float(kl_div(full, withdrawn, reduction="sum", log_target=True))
     if not rows:
-        raise TokenselError("no samples to choose VTW's layer on: give some prompts with pictures")
+        raise TokenselError("no samples to choose VTW's layer on: give some prompts with images")
     return {layer: value / rows for layer, value in total.items()}
 
 

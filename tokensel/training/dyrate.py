@@ -31,8 +31,8 @@ from tokensel.budget import fraction_count, rank
 from tokensel.methods import Batch
 from tokensel.model.gumbel import gumbel_noise
 from tokensel.schedules.attention import last_rows, type_mass
+from tokensel.schedules.decoder import decoder_of
 from tokensel.schedules.dyrate import RateConfig, RatePredictor
-from tokensel.schedules.prune import decoder_of
 from tokensel.training.checkpoint import History, Progress, load_checkpoint, save_checkpoint, sweep
 from tokensel.training.optim import adamw, learning_rate, seeded, temperature
 from tokensel.utils.errors import TokenselError, check_layers, check_names
@@ -168,9 +168,9 @@ class RateLesson:
     def _hidden(self, forced: Forced, tau: float, noise: Tensor | None) -> Iterator[dict[str, Tensor]]:
         layer, found = self.predictor.config.layer, {}
 
-        def look(attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any) -> None:
+        def look(attention: Any, _args: tuple, kwargs: dict[str, Any], _out: Any) -> None:
             rows = last_rows(
-                attention, kwargs["hidden_states"], kwargs["position_embeddings"], None, forced.seen
+                attention, kwargs["hidden_states"], kwargs["position_embeddings"], None, forced.attn_mask
             )
             scores = rows.mean(1)[..., : forced.visual.shape[1]]
             masks, found["fraction"] = soft_masks(

@@ -1,8 +1,8 @@
-"""Generate answers from a reduced prompt, with or without a schedule that drops tokens inside the language model."""
+"""Generate answers from a reduced prompt, with or without a schedule inside the language model."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokensel.schedules.prune import Pruning, pruned
 from tokensel.schedules.schedule import Schedule, check_options
 from tokensel.vlm.reduce import Reduced
+
+__all__ = ["GenerationOutput", "generate"]
 
 
 @dataclass
@@ -59,7 +61,7 @@ def generate(
         check_options(options)
         inside = pruned(model, reduced.visual, reduced["attention_mask"], schedule)
     with inside as pruning:
-        tokens = model.generate(**reduced, max_new_tokens=max_new_tokens, **options)
+        tokens = cast(Any, model).generate(**reduced, max_new_tokens=max_new_tokens, **options)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     ends = torch.as_tensor(
         model.generation_config.eos_token_id or [], dtype=tokens.dtype, device=tokens.device

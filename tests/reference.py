@@ -1,0 +1,139 @@
+"""What schedules are compared with: greedy decoding in which nothing is removed or cached, only masked."""
+
+from functools import partial
+
+import torch
+from tiny import ask, scale_up, tiny_config, tiny_processor
+from transformers import LlavaNextForConditionalGeneration, Qwen2Config
+
+from tokensel.budget import fraction_count, top_count
+from tokensel.schedules import DyRate, Exponential, FastV, Fixed, RatePredictor, Vtw, pruned
+from tokensel.schedules.attention import TYPES
+from tokensel.schedules.dyrate import RateConfig
+from tokensel.scorers import make_scorer
+from tokensel.vlm import Vlm, reduce_inputs
+
+STEPS = 16
+
+
+def dyrate(layer: int = 2, heads: int = 4, certain: bool = False) -> DyRate:
+    """Eight rates, the smaller the more a row attends to image and answer; or always the first rate."""
+    predictor = RatePredictor(RateConfig(heads=heads, layer=layer, rates=8)).eval()
+    weight = torch.tensor([0.0, 1.0, 0.0, 20.0])  # of system, image, instruction, response
+    rate = torch.arange(8.0)[:, None]
+    predictor.linear.weight.data = (0.0 if certain else rate) * weight.repeat(heads).expand(8, -1)
+    predictor.linear.bias.data = -(rate[:, 0] ** 2)
+    return DyRate(predictor)
+
+
+SCHEDULES = {
+    "fastv": FastV(1, 0.5),
+    "fastv-3": FastV(2, 0.3),
+    "vtw": Vtw(2),
+    "none": FastV(3, 0.0),
+    "fixed": Fixed(2, 0.3),
+    "exponential": Exponential(1, 0.8),
+    "dyrate": dyrate(),
+}
+
+
+def vlm_of(text: str, attn: str = "sdpa", layers: int = 4) -> Vlm:
+    torch.manual_seed(0)
+    config = tiny_config("llama" if text == "qwen2" else text, attn, num_hidden_layers=layers)
+    if text == "qwen2":
+        shared = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "vocab_size",
+            "max_position_embeddings",
+        )
+        shape = {name: getattr(config.text_config, name) for name in shared}
+        config.text_config = Qwen2Config(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        config._attn_implementation = attn
+    model = LlavaNextForConditionalGeneration(config).eval()
+    scale_up(model)
+    model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    return Vlm(model, tiny_processor(), "tiny")
+
+
+def prompt(vlm: Vlm, rows: list[int], keep: float = 1.0):
+    scorer = make_scorer("norm") if keep < 1 else None
+    return reduce_inputs(vlm.model, ask(vlm, rows), scorer, keep)
+
+
+@torch.no_grad()
+def generated(vlm: Vlm, reduced, schedule):
+    options = {
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "do_sample": False,
+        "max_new_tokens": STEPS,
+    }
+    with pruned(vlm.model, reduced.visual, reduced["attention_mask"], schedule) as pruning:
+        out = vlm.model.generate(**reduced, **options)
+    return out, pruning
+
+
+@torch.no_grad()
+def masked_reference(vlm: Vlm, reduced, schedule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy decoding where nothing is removed or cached: dropped columns are hidden from the later layers.
+
+    The tokens of a step, the prompt being step 0, do not see what went at that step or before.
+    """
+    lm, visual, layers = vlm.model.model.language_model, reduced.visual, vlm.model.model.language_model.layers
+    embeds, mask, logits, said = reduced["inputs_embeds"], reduced["attention_mask"], [], []
+    (start,), prompt = schedule.layers(), visual.shape[1]
+    gone_at = torch.full(visual.shape, STEPS)  # the step at which each column of the prompt went
+
+    def hide(index, _layer, args, kwargs):
+        length = args[0].shape[1]
+        gone = torch.zeros(len(visual), length, length, dtype=torch.bool)
+        if index >= start:
+            at = (torch.arange(length) - prompt + 1).clamp(min=0)
+            gone[:, :, :prompt] = gone_at[:, None] <= at[:, None]
+        allowed = mask.bool()[:, None] & ~gone & torch.ones(length, length, dtype=torch.bool).tril()
+        allowed |= torch.eye(length, dtype=torch.bool)
+        return args, kwargs | {
+            "attention_mask": torch.zeros(allowed.shape).masked_fill_(~allowed, -1e30)[:, None]
+        }
+
+    def mass(attention):
+        """Row by row: what stands before the first visual token, the visual ones, the rest, the answer."""
+        shares = torch.zeros(len(visual), attention.shape[1], len(TYPES))
+        for row in range(len(visual)):
+            first = int(visual[row].nonzero()[0])
+            after = ~visual[row] & (torch.arange(prompt) > first)
+            paid, answer = attention[row, :, :prompt], attention[row, :, prompt:]
+            parts = (paid[:, :first], paid[:, visual[row]], paid[:, after], answer)
+            shares[row] = torch.stack([part.sum(1) for part in parts], 1)
+        return shares
+
+    vlm.model.set_attn_implementation("eager")
+    hooks = [
+        layer.register_forward_pre_hook(partial(hide, i), with_kwargs=True) for i, layer in enumerate(layers)
+    ]
+    for step in range(STEPS):
+        attentions = lm(
+            inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
+        ).attentions
+        paid = attentions[start - 1][:, :, -1]
+        keep = schedule.entering(start, step, partial(mass, paid))
+        remain = visual & (gone_at > step)
+        count = (
+            fraction_count(visual.sum(1), keep)
+            if torch.is_tensor(keep) or keep > 0
+            else torch.zeros(len(visual)).long()
+        )
+        gone_at[remain & ~top_count(paid.mean(1)[:, :prompt], count, remain)] = step
+        hidden = lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
+        logits.append(vlm.model.lm_head(hidden))
+        said.append(logits[-1].argmax(-1))
+        embeds = torch.cat([embeds, lm.embed_tokens(said[-1])[:, None]], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    for hook in hooks:
+        hook.remove()
+    vlm.model.set_attn_implementation("sdpa")
+    return torch.stack(said, 1), torch.stack(logits, 1)
