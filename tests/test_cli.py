@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from tokensel import cli
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.profiling.config import CostConfig
-from tokensel.training.config import TrainConfig
-from tokensel.training.dyrate import DyRateConfig
+from tokensel.training.config import DyRateConfig, TrainConfig
 from tokensel.utils.errors import TokenselError
 
 HELP = {"TERM": "dumb", "COLUMNS": "200"}
@@ -77,7 +76,7 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
     ("command", "config", "renamed"),
     [
         (cli.train, TrainConfig, {"ps"}),
-        (cli.dyrate, DyRateConfig, {}),
+        (cli.dyrate, DyRateConfig, set()),
         (cli.evaluate, EvalConfig, {"whole", "progress"}),
         (cli.cost, CostConfig, {"training", "progress"}),
     ],
@@ -103,14 +102,20 @@ def test_values_reach_the_configuration(monkeypatch):
         raise TokenselError("enough")
 
     monkeypatch.setattr("tokensel.benchmarks.runner.evaluate", evaluate)
-    arguments = (
-        "--model m --methods random,norm --keeps 0.1,.5 --seeds 3,4 --benchmarks a --n 7 --newline row"
-    )
+    arguments = "--model m --suite s --methods random,norm --keeps 0.1,.5 --seeds 3,4 --benchmarks a --n 7 --newline row"
     result = run("evaluate", *arguments.split(), "--no-progress")
     assert isinstance(result.exception, TokenselError)
-    told = dict(model="m", methods=("random", "norm"), keeps=(0.1, 0.5), seeds=(3, 4), benchmarks=("a",), n=7)
+    told = dict(
+        model="m",
+        suite="s",
+        methods=("random", "norm"),
+        keeps=(0.1, 0.5),
+        seeds=(3, 4),
+        benchmarks=("a",),
+        n=7,
+    )
     assert seen == [(EvalConfig(**told, newline="row"), False)]
-    run("evaluate", "--model", "m", "--methods", "full", "--all")
+    run("evaluate", "--model", "m", "--suite", "s", "--methods", "full", "--all")
     assert seen[1][0].n is None and seen[1][1]
 
 
@@ -148,7 +153,9 @@ def test_other_errors_are_not_hidden(monkeypatch):
 
 def test_interrupted_is_130(monkeypatch, capsys):
     monkeypatch.setattr("tokensel.benchmarks.runner.evaluate", raises(KeyboardInterrupt()))
-    assert ended(monkeypatch, capsys, "evaluate", "--model", "m", "--methods", "full")[0] == 130
+    assert (
+        ended(monkeypatch, capsys, "evaluate", "--model", "m", "--suite", "s", "--methods", "full")[0] == 130
+    )
 
 
 def raises(error: BaseException):

@@ -19,7 +19,8 @@ from tokensel.benchmarks.letters import ranked_letter
 from tokensel.benchmarks.metrics import METRICS
 from tokensel.benchmarks.paper import BENCHMARKS
 from tokensel.benchmarks.questions import image_digest, load_questions
-from tokensel.benchmarks.results import Condition, Sheet, category_rows, score_rows
+from tokensel.benchmarks.conditions import Condition
+from tokensel.benchmarks.results import Sheet, category_rows, score_rows
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.table import load_suite
 from tokensel.utils.errors import TokenselError

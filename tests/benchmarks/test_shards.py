@@ -43,7 +43,7 @@ def test_parts_name_themselves_and_split_the_batches(monkeypatch):
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
 def test_what_is_no_part_is_refused(text):
     with pytest.raises(TokenselError, match="shard is .*such as 1/4"):
-        EvalConfig(model="m", methods=("full",), shard=text)
+        EvalConfig(model="m", suite="s", methods=("full",), shard=text)
 
 
 def test_parts_one_after_the_other_end_where_one_process_does(whole, tmp_path):

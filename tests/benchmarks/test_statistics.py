@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokensel.benchmarks import Benchmark
+from tokensel.benchmarks.conditions import Condition, parse_pairs
 from tokensel.benchmarks.results import (
     DIFFERENCES,
     TABLE,
-    Condition,
     difference_rows,
-    parse_pairs,
     score_rows,
     write_table,
 )

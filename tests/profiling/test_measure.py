@@ -216,13 +216,13 @@ def test_shapes_are_llava_next_with_their_true_token_counts(name):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"repetitions": 9}, "repetitions is 9: give at least 10"),
-        ({"new_tokens": 1}, "new_tokens is 1: give at least 2"),
+        ({"repetitions": 9}, "repetitions is 9: give a whole number of at least 10"),
+        ({"new_tokens": 1}, "new_tokens is 1: give a whole number of at least 2"),
         ({"methods": ("selectr",)}, "method 'selectr' is unknown"),
         ({"methods": ("native",)}, "method 'native' is not measured"),
         ({"keeps": (0.0,)}, "keep is 0.0"),
         ({"images": ("480",)}, "image size is '480': give HEIGHTxWIDTH"),
-        ({"batch_sizes": (0,)}, "batch size is 0"),
+        ({"batch_sizes": (0,)}, "batch_size is 0"),
         ({"warmup": -1}, "warmup is -1"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
     ],

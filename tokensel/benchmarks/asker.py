@@ -4,8 +4,8 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from tokensel.benchmarks.conditions import Condition
 from tokensel.benchmarks.config import KEEPS, SHORT_KEEPS, EvalConfig
-from tokensel.benchmarks.results import Condition
 from tokensel.benchmarks.shards import local_device
 from tokensel.data.features import feature_width
 from tokensel.methods import check_method

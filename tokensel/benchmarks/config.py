@@ -2,100 +2,153 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal, no_type_check
 
-from tokensel.benchmarks.results import Condition, parse_pairs
+from tokensel.benchmarks.conditions import Condition, parse_pairs
 from tokensel.benchmarks.shards import Shard
 from tokensel.benchmarks.table import Benchmark, load_suite
-from tokensel.utils.errors import TokenselError, check_keep, check_names
+from tokensel.utils.errors import TokenselError, check_names
+from tokensel.utils.options import SEED_MOST, Option, check_fields
 
 KEEPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 SHORT_KEEPS = KEEPS[:6]
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# headings under which the command line lists the options
+DATA, MODEL, RUNNING, INSIDE = "Data", "Model", "Running", "Inside the language model"
+BEFORE, TABLES = "Before the language model", "Tables"
 
 
+@no_type_check  # check_fields does it, with a message for users
 @dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation: benchmark x method x keep.
+    """One evaluation: benchmark x method x keep; each field says what it means and what it may hold.
 
-    Attributes:
-        model: folder or hub id of the vision-language model.
-        suite: dotted name of a module with a table ``BENCHMARKS``; ``tokensel.benchmarks.paper`` has the paper's ten.
-        data: folder with the questions, for a suite that would fetch them from the hub.
-        benchmarks: names from the suite; empty means all.
-        methods: names that :func:`tokensel.methods.check_method` knows. Those that leave no choice of a budget
-            (``full``, ``none``, ``vtw``, ``dyrate``) are run once, the others per keep.
-        keeps: fractions of the visual tokens to keep, each in (0, 1], by what chooses them before the language model, or
-            where nothing does, by the schedule inside; none means those of the paper for the model: 0.1 to 0.9, and 0.1 to
-            0.6 where the model's own packing interpolates (Sec. 5.2: answers got worse where the context outgrew the
-            model's own).
-        inside: the fraction that a schedule keeps of what was chosen before, as FastV in ``selector+fastv``.
-        layer: the first layer that FastV and the fixed and exponential rates shorten.
-        vtw_layer: the first layer that sees no image under VTW; half of the layers by default, as in its paper.
-        dyrate: folder or hub id of the trained rate predictor, for the method ``dyrate``.
-        n: questions a benchmark, from the front of the split; ``None`` means all.
-        split: split of every benchmark; ``test`` is the one that is scored, whatever its own name.
-        seed: of the bootstrap, and of ``random`` where ``seeds`` is empty.
-        seeds: seeds of ``random``, each a row of its own.
-        selector: folder or hub id of the trained selector, for the scorer of that name.
-        batch_size: questions at a time; changes the speed, not the scores.
-        device, dtype: of the model; ``auto`` takes a GPU and its 16-bit floats where there is one.
-        budget, thumbnail, newline, positions: the choices of the seam, see :mod:`tokensel.vlm`.
-        compare: pairs ``method:against`` for the table of paired differences, each at every keep it shares with
-            the other or, written ``method@keep``, at the one that is named.
-        shard: ``i/n`` for part ``i`` of a sweep that ``n`` machines or jobs share.
-        out: folder of the tables; the records lie below it.
-        name: file name of the tables, without ending.
+    Raises:
+        TokenselError: a value of another type or out of range; one line with field, value and what to give.
     """
 
-    model: str
-    suite: str
-    data: str | None = None
-    benchmarks: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ("full", "none", "random", "selector")
-    keeps: tuple[float, ...] = ()
-    n: int | None = 400
-    split: str = "test"
-    seed: int = 0
-    seeds: tuple[int, ...] = ()
-    selector: str | None = None
-    inside: float = 0.5
-    layer: int = 2
-    vtw_layer: int | None = None
-    dyrate: str | None = None
-    batch_size: int = 32
-    device: str = "auto"
-    dtype: str = "auto"
-    budget: str = "image"
-    thumbnail: str = "last"
-    newline: str = "keep"
-    positions: str = "original"
-    compare: tuple[str, ...] = ("selector:random",)
-    shard: str = "1/1"
-    out: str = "_build/results"
-    name: str = "evaluate"
+    model: Annotated[str, Option("LLaVA-NeXT or LLaVA-OneVision: folder or Hub id.", MODEL)]
+    suite: Annotated[
+        str,
+        Option("Module with a table BENCHMARKS; the paper's ten are tokensel.benchmarks.paper.", DATA),
+    ]
+    data: Annotated[
+        str | None,
+        Option("Folder with a folder of parquet files for each benchmark, instead of the Hub.", DATA),
+    ] = None
+    benchmarks: Annotated[
+        tuple[str, ...], Option("Benchmarks of the suite, comma-separated; all by default.", DATA)
+    ] = ()
+    # full, none, vtw and dyrate leave no choice of a keep and are run once, the others per keep
+    methods: Annotated[
+        tuple[str, ...],
+        Option(
+            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample, "
+            "native; inside the language model fastv, vtw, dyrate, fixed, exponential; both in turn, as "
+            "selector+fastv.",
+            RUNNING,
+        ),
+    ] = ("full", "none", "random", "selector")
+    # 0.1 to 0.6 where the model's own packing interpolates (Sec. 5.2 of the paper: answers got worse where
+    # the context outgrew the model's own)
+    keeps: Annotated[
+        tuple[float, ...],
+        Option(
+            "Fractions of the visual tokens to keep, comma-separated; by default 0.1 to 0.9, OneVision 0.6.",
+            RUNNING,
+            above=0,
+            most=1,
+            example="0.3",
+        ),
+    ] = ()
+    n: Annotated[int | None, Option("Questions a benchmark, the first of the split.", DATA, least=1)] = 400
+    split: Annotated[
+        str, Option("Split of every benchmark; test stands for the split that is scored.", DATA)
+    ] = "test"
+    seed: Annotated[
+        int, Option("Seed of random selection and of the bootstrap.", RUNNING, least=0, most=SEED_MOST)
+    ] = 0
+    seeds: Annotated[
+        tuple[int, ...],
+        Option(
+            "Several seeds of random selection, comma-separated, a row each.",
+            RUNNING,
+            least=0,
+            most=SEED_MOST,
+        ),
+    ] = ()
+    selector: Annotated[str | None, Option("Trained selector: folder or Hub id.", MODEL)] = None
+    inside: Annotated[
+        float,
+        Option(
+            "Fraction that a schedule keeps of the tokens chosen before, as in selector+fastv.",
+            INSIDE,
+            above=0,
+            most=1,
+            example="0.5",
+        ),
+    ] = 0.5
+    layer: Annotated[
+        int, Option("First layer at which fastv, fixed and exponential drop tokens.", INSIDE, least=1)
+    ] = 2
+    # half of the layers, as in its paper
+    vtw_layer: Annotated[
+        int | None,
+        Option(
+            "First layer without visual tokens under vtw; half of the layers by default.", INSIDE, least=1
+        ),
+    ] = None
+    dyrate: Annotated[str | None, Option("Trained rate predictor of DyRate: folder or Hub id.", MODEL)] = None
+    batch_size: Annotated[
+        int, Option("Questions at a time; changes the speed, not the scores.", RUNNING, least=1)
+    ] = 32
+    device: Annotated[str, Option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", MODEL)] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option("auto: float32 on a CPU, the checkpoint's own on a GPU.", MODEL),
+    ] = "auto"
+    # these four are explained in tokensel.vlm.choose.Choices
+    budget: Annotated[
+        Literal["image", "tile"], Option("Keep the fraction of each image, or of each tile.", BEFORE)
+    ] = "image"
+    thumbnail: Annotated[
+        Literal["compete", "keep", "last", "drop"],
+        Option("Tokens of the thumbnail tile compete, come first, come last, or are dropped.", BEFORE),
+    ] = "last"
+    newline: Annotated[
+        Literal["keep", "drop", "row"],
+        Option("Newline tokens: keep all, drop all, or keep those of rows with a kept token.", BEFORE),
+    ] = "keep"
+    positions: Annotated[
+        Literal["compact", "original"],
+        Option("Renumber the positions of the kept tokens, or keep the original ones.", BEFORE),
+    ] = "original"
+    # at every keep that the two share or, written method@keep, at the one that is named
+    compare: Annotated[
+        tuple[str, ...],
+        Option("Paired differences as method:against or fastv@0.3:random@0.3, comma-separated.", TABLES),
+    ] = ("selector:random",)
+    shard: Annotated[
+        str, Option("Part i of n of the sweep, as i/n, for several jobs or machines.", RUNNING)
+    ] = "1/1"
+    out: Annotated[str, Option("Folder of the tables, records below it.", TABLES)] = "_build/results"
+    name: Annotated[str, Option("File name of the tables, without ending.", TABLES)] = "evaluate"
 
     def __post_init__(self) -> None:
-        from tokensel.methods import check_method
-        from tokensel.vlm import Choices
-
-        rows = [check_method(method) for method in self.methods]
-        for keep in (*self.keeps, self.inside):
-            check_keep(keep)
-        Choices.of(self.choices())
-        if self.dtype not in DTYPES:
-            raise TokenselError(f"dtype is {self.dtype!r}: choose from {', '.join(DTYPES)}")
-        for name in ("n", "batch_size", "layer", "vtw_layer"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise TokenselError(f"{name} is {value}: give at least 1")
-        if self.selector is None and any(row.uses_selector for row in rows):
-            raise TokenselError("method selector: give the folder or hub id of a trained one with --selector")
-        if self.dyrate is None and any(row.schedule == "dyrate" for row in rows):
-            raise TokenselError(
-                "method dyrate: give the folder or hub id of a trained predictor with --dyrate"
-            )
+        check_fields(self)
         parse_pairs(self.compare)
         Shard.of(self.shard)
+        from tokensel.methods import check_method  # after what needs no heavy import
+
+        rows = [check_method(method) for method in self.methods]
+        if self.selector is None and any(row.uses_selector for row in rows):
+            raise TokenselError(
+                "method selector: give the folder or Hub id of a trained selector with --selector"
+            )
+        if self.dyrate is None and any(row.schedule == "dyrate" for row in rows):
+            raise TokenselError(
+                "method dyrate: give the folder or Hub id of a trained predictor with --dyrate"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EvalConfig":
@@ -105,16 +158,14 @@ class EvalConfig:
             TokenselError: a key that is no option, or a value out of range.
         """
         check_names(values, [field.name for field in fields(cls)])
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, from which :meth:`from_dict` builds the same configuration."""
         return asdict(self)
 
     def choices(self) -> dict[str, str]:
-        """The choices of the seam."""
+        """The fields of :class:`~tokensel.vlm.choose.Choices`."""
         return {
             "budget": self.budget,
             "thumbnail": self.thumbnail,
@@ -123,7 +174,7 @@ class EvalConfig:
         }
 
     def suite_benchmarks(self) -> dict[str, Benchmark]:
-        """The benchmarks asked for; raises ``TokenselError`` for an unknown suite or name."""
+        """The benchmarks to evaluate on; raises ``TokenselError`` for an unknown suite or name."""
         return load_suite(self.suite, self.benchmarks, self.data)
 
     def conditions(self) -> list[Condition]:
@@ -133,10 +184,10 @@ class EvalConfig:
         """
         from tokensel.methods import check_method
 
-        found = []
+        conditions = []
         for method in self.methods:
             row = check_method(method)
             keeps = self.keeps if row.uses_keep else (0.0 if method == "none" else 1.0,)
             seeds = (self.seeds or (self.seed,)) if row.uses_seed else (self.seed,)
-            found += [Condition(method, float(keep), seed) for keep in keeps for seed in seeds]
-        return list(dict.fromkeys(found))
+            conditions += [Condition(method, float(keep), seed) for keep in keeps for seed in seeds]
+        return list(dict.fromkeys(conditions))

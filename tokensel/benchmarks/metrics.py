@@ -12,9 +12,8 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from rapidfuzz.distance import Levenshtein
-
 from tokensel.benchmarks import letters
+from tokensel.utils.errors import needs
 
 Metric = Callable[..., float]
 
@@ -31,6 +30,9 @@ def anls(
 
 
 def _anls_one(prediction: str, answer: str) -> float:
+    with needs("eval"):
+        from rapidfuzz.distance import Levenshtein
+
     length = max(len(prediction), len(answer))
     return 1.0 - Levenshtein.distance(_plain(prediction), _plain(answer)) / length if length else 1.0
 
@@ -260,6 +262,9 @@ def parse_option(text: str, options: Sequence[str] = ()) -> str | None:
 
 def similarity(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
     """Share of characters in place: 1 - edit distance / longer length, white space collapsed, case kept."""
+    with needs("eval"):
+        from rapidfuzz.distance import Levenshtein
+
     given = " ".join(prediction.split())
     return max((Levenshtein.normalized_similarity(given, " ".join(a.split())) for a in answers), default=0.0)
 

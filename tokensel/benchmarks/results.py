@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tokensel.benchmarks.conditions import Condition, split_keep
 from tokensel.benchmarks.statistics import bootstrap
 from tokensel.benchmarks.table import Benchmark
 from tokensel.utils.errors import TokenselError
@@ -23,15 +24,6 @@ DIFFERENCES = (
     "difference", "ci_low", "ci_high", "n", "seed",
 )  # fmt: skip
 Row = dict[str, str | float | int]
-
-
-@dataclass(frozen=True, order=True)
-class Condition:
-    """How a question was asked: which method chose tokens, what fraction it kept, with which seed."""
-
-    method: str
-    keep: float
-    seed: int
 
 
 Scores = dict[Condition, Sequence[float] | np.ndarray]
@@ -150,8 +142,8 @@ def difference_rows(
     """
     names, columns = [], []
     for method, against in pairs:
-        ours_name, ours_keep = _named(method)
-        their_name, their_keep = _named(against)
+        ours_name, ours_keep = split_keep(method)
+        their_name, their_keep = split_keep(against)
         found = dict.fromkeys(c.keep for c in scores if c.method == ours_name)
         for keep in found if ours_keep is None else [k for k in found if k == ours_keep]:
             ours, ours_seeds = _over_seeds(scores, ours_name, keep)
@@ -188,34 +180,6 @@ def _over_seeds(scores: Scores, method: str, keep: float) -> tuple[np.ndarray | 
     if not mine:
         return None, []
     return np.mean([scores[c] for c in mine], axis=0, dtype=np.float64), [c.seed for c in mine]
-
-
-def _named(side: str) -> tuple[str, float | None]:
-    """``"fastv@0.3"`` -> ``("fastv", 0.3)``; without a keep ``None`` stands for it."""
-    method, at, keep = side.partition("@")
-    return method, float(keep) if at else None
-
-
-def parse_pairs(pairs: Iterable[str]) -> list[tuple[str, str]]:
-    """``["selector:random"]`` -> ``[("selector", "random")]``; either side may name its keep, as ``fastv@0.3``.
-
-    Raises:
-        TokenselError: an entry is not two names with a colon between, or a keep is no number.
-    """
-    parsed = [tuple(pair.split(":")) for pair in pairs]
-    for pair, parts in zip(pairs, parsed):
-        if len(parts) != 2 or not all(parts):
-            raise TokenselError(
-                f"compare is {pair!r}: give two methods with a colon between, such as selector:random"
-            )
-        for side in parts:
-            try:
-                _named(side)
-            except ValueError:
-                raise TokenselError(
-                    f"compare is {pair!r}: give a number behind @, such as fastv@0.3"
-                ) from None
-    return parsed
 
 
 def write_table(path: str | Path, rows: Iterable[Row], columns: Sequence[str] = TABLE) -> Path:

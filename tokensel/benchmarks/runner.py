@@ -11,18 +11,17 @@ import torch
 from tqdm import tqdm
 
 from tokensel.benchmarks.asker import Asker
+from tokensel.benchmarks.conditions import Condition, parse_pairs
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.questions import Questions, image_digest, load_questions, stable_keys
 from tokensel.benchmarks.records import Record, append_records, read_records, sole_writer
 from tokensel.benchmarks.results import (
     CATEGORIES,
     DIFFERENCES,
-    Condition,
     Costs,
     Sheet,
     category_rows,
     difference_rows,
-    parse_pairs,
     score_rows,
     write_table,
 )

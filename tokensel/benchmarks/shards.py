@@ -4,8 +4,6 @@ import os
 import re
 from dataclasses import dataclass
 
-import torch
-
 from tokensel.utils.errors import TokenselError
 
 
@@ -47,6 +45,8 @@ def local_device(device: str) -> str | None:
     """``auto`` as the GPU of this process, if several share the machine, or as ``None`` for whichever there is."""
     if device != "auto":
         return device
+    import torch  # here, so that options are checked before the heavy import
+
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if local and torch.cuda.is_available() else None
 

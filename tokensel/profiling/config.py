@@ -1,102 +1,118 @@
 """What a measurement of cost is asked to do, checked before anything heavy is loaded."""
 
+import os
 from dataclasses import dataclass
+from typing import Annotated, Literal, no_type_check
 
-from tokensel.utils.errors import TokenselError, check_keep
+from tokensel.utils.errors import TokenselError
+from tokensel.utils.options import SEED_MOST, Option, check_fields
 
 FEWEST = 10  # repetitions below which no median is worth its name
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# headings under which the command line lists the options
+MODEL, DATA, RUNNING, TABLES = "Model", "Data", "Running", "Tables"
 
 
+@no_type_check  # check_fields does it, with a message for users
 @dataclass(frozen=True)
 class CostConfig:
-    """One measurement: picture size x batch size x method x keep, all beside the stock model with every token.
+    """One measurement: image size x batch size x method x keep, each compared with the stock model.
 
-    Attributes:
-        model: folder or hub id of a LLaVA-NeXT, or a row of :data:`tokensel.profiling.shapes.SHAPES`.
-        random_weights: take only the configuration of ``model`` and draw the weights, as is always done for a row of
-            the table: how long a model takes depends on its shapes and not on its weights.
-        selector: folder or hub id of a trained selector; without one, random weights in the shape below.
-        selector_layers: Transformer layers of such a selector: fewer make it slim.
-        methods: see :func:`tokensel.methods.check_method`; all but "native" and "dyrate".
-        keeps: fractions of the visual tokens to keep, each in (0, 1].
-        batch_sizes: questions at a time.
-        images: pictures' sizes in pixels, each as HEIGHTxWIDTH.
-        text: tokens of the prompt besides the picture.
-        new_tokens: tokens of an answer, the first among them.
-        repetitions: rounds; each runs every condition once, one after the other.
-        warmup: rounds before those that count.
-        schedule_layer: layer at whose entrance a schedule drops.
-        device, dtype: ``auto`` takes a GPU where there is one, and its 16-bit floats.
-        attn: attention of transformers, such as "sdpa" or "flash_attention_2".
-        threads: of the CPU; 0 leaves them as they are.
-        seed: of weights, pictures and random selection.
-        out: folder of the results.
-        name: file name of the results, without ending.
+    Each field says what it means and what it may hold.
+
+    Raises:
+        TokenselError: a value of another type or out of range; one line with field, value and what to give.
     """
 
-    model: str
-    random_weights: bool = False
-    selector: str | None = None
-    selector_layers: int = 3
-    methods: tuple[str, ...] = ("selector",)
-    keeps: tuple[float, ...] = (0.5, 0.3, 0.1)
-    batch_sizes: tuple[int, ...] = (1,)
-    images: tuple[str, ...] = ("480x640",)
-    text: int = 60
-    new_tokens: int = 9
-    repetitions: int = FEWEST
-    warmup: int = 1
-    schedule_layer: int = 2
-    device: str = "auto"
-    dtype: str = "auto"
-    attn: str = "sdpa"
-    threads: int = 0
-    seed: int = 0
-    out: str = "_build/results"
-    name: str = "cost"
+    # or a row of tokensel.profiling.shapes.SHAPES
+    model: Annotated[
+        str,
+        Option(
+            "LLaVA-NeXT: folder or Hub id; or llava-next-0.5b, llava-next-7b: true size, random weights.",
+            MODEL,
+        ),
+    ]
+    # always so for a row of the table: how long a model takes depends on its shapes and not on its weights
+    random_weights: Annotated[
+        bool,
+        Option("Take only the configuration of the model; speed does not depend on its weights.", MODEL),
+    ] = False
+    selector: Annotated[
+        str | None, Option("Trained selector: folder or Hub id; by default random weights.", MODEL)
+    ] = None
+    # fewer make it slim
+    selector_layers: Annotated[
+        int, Option("Transformer layers of a selector with random weights.", MODEL, least=1)
+    ] = 3
+    methods: Annotated[
+        tuple[str, ...],
+        Option(
+            "Comma-separated, compared with the stock model: selector, random, uniform, norm, cls, "
+            "diversity, downsample, none, fastv, vtw.",
+            RUNNING,
+        ),
+    ] = ("selector",)
+    keeps: Annotated[
+        tuple[float, ...],
+        Option(
+            "Fractions of the visual tokens to keep, comma-separated.",
+            RUNNING,
+            above=0,
+            most=1,
+            example="0.3",
+        ),
+    ] = (0.5, 0.3, 0.1)
+    batch_sizes: Annotated[
+        tuple[int, ...], Option("Questions at a time, comma-separated.", DATA, least=1)
+    ] = (1,)
+    images: Annotated[
+        tuple[str, ...], Option("Sizes of images in pixels, as HEIGHTxWIDTH, comma-separated.", DATA)
+    ] = ("480x640",)
+    text: Annotated[int, Option("Tokens of the prompt besides the image.", DATA, least=1)] = 60
+    # so that there is a further token besides the first
+    new_tokens: Annotated[int, Option("Tokens of an answer, at least 2.", DATA, least=2)] = 9
+    # each runs every condition once, one after the other
+    repetitions: Annotated[int, Option("Rounds of all conditions, at least 10.", RUNNING, least=FEWEST)] = (
+        FEWEST
+    )
+    warmup: Annotated[int, Option("Rounds before those that count.", RUNNING, least=0)] = 1
+    schedule_layer: Annotated[
+        int, Option("Layer before which fastv or vtw drops tokens.", RUNNING, least=1)
+    ] = 2
+    device: Annotated[str, Option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", MODEL)] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option("auto: float32 on a CPU, 16 bits on a GPU.", MODEL),
+    ] = "auto"
+    attn: Annotated[str, Option("Attention of transformers: sdpa, flash_attention_2 ...", MODEL)] = "sdpa"
+    threads: Annotated[int, Option("Threads of the CPU; 0 leaves them as they are.", RUNNING, least=0)] = 0
+    seed: Annotated[
+        int, Option("Seed of weights, images and random selection.", RUNNING, least=0, most=SEED_MOST)
+    ] = 0
+    out: Annotated[str, Option("Folder of the results.", TABLES)] = "_build/results"
+    name: Annotated[str, Option("File name of the results, without ending.", TABLES)] = "cost"
 
     def __post_init__(self) -> None:
-        from tokensel.methods import check_method
+        check_fields(self)
+        cores = os.cpu_count() or 1
+        if self.threads > cores:
+            raise TokenselError(f"threads is {self.threads}: give at most {cores}, the cores of this machine")
+        for image in self.images:
+            image_size(image)
+        from tokensel.methods import check_method  # after what needs no heavy import
 
         for method in self.methods:
             if method == "native" or check_method(method).schedule == "dyrate":
                 raise TokenselError(
                     f"method '{method}' is not measured: it needs more than shapes; leave it out"
                 )
-        for keep in self.keeps:
-            check_keep(keep)
-        for image in self.images:
-            image_size(image)
-        if self.dtype not in DTYPES:
-            raise TokenselError(f"dtype is {self.dtype!r}: choose from {', '.join(DTYPES)}")
-        if self.repetitions < FEWEST:
-            raise TokenselError(
-                f"repetitions is {self.repetitions}: give at least {FEWEST}, fewer say too little"
-            )
-        if self.new_tokens < 2:
-            raise TokenselError(
-                f"new_tokens is {self.new_tokens}: give at least 2, so that there is a further token"
-            )
-        for name, least in {
-            "selector_layers": 1,
-            "text": 1,
-            "schedule_layer": 1,
-            "warmup": 0,
-            "threads": 0,
-        }.items():
-            if getattr(self, name) < least:
-                raise TokenselError(f"{name} is {getattr(self, name)}: give at least {least}")
-        for size in self.batch_sizes:
-            if size < 1:
-                raise TokenselError(f"batch size is {size}: give at least 1")
 
 
 def image_size(text: str) -> tuple[int, int]:
     """Height and width out of ``480x640``.
 
     Raises:
-        TokenselError: the text says no such thing.
+        TokenselError: the text is not of this form.
     """
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):

@@ -1,73 +1,116 @@
-"""Every choice of a training, with its reason where the paper leaves it open."""
+"""Every choice of a training, with its reason where the paper leaves it open. Imports no heavy package."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal, no_type_check
 
-from tokensel.utils.errors import TokenselError, check_names
+from tokensel.utils.errors import check_names
+from tokensel.utils.options import SEED_MOST, Option, check_fields
+
+# headings under which the command line lists the options
+DATA, MODEL, OBJECTIVE, OPTIMISATION, RUNNING = "Data", "Model", "Objective", "Optimisation", "Running"
 
 
+@no_type_check  # check_fields does it, with a message for users
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a selector and its reconstructor are trained; see the comment beside each field.
+    """How a selector and its reconstructor are trained; each field says what it means and what it may hold.
 
     Raises:
-        TokenselError: a value out of its range; one line with the field, the value and what to give.
+        TokenselError: a value of another type or out of range; one line with field, value and what to give.
     """
 
-    # --- data ---------------------------------------------------------------------------------------------
-    images: str = ""  # a folder, a parquet file or hub dataset, name[:config]:split; the paper: 100K of COCO
-    encoder: str = ""  # hub id or folder: a CLIP or SigLIP tower, or a LLaVA checkpoint that holds one
-    out: str = ""  # folder of checkpoint, history, selector and reconstructor; "" writes nothing
-    column: str = "image"  # where a dataset keeps the picture
-    streaming: bool = False  # read a hub dataset row by row, in its own order, without fetching it first
-    limit: int | None = None  # only the first so many pictures
-    tiles: str = "whole"  # or "anyres". Sec. 4.5 speaks of images, not tiles: each is squashed to one tile
-    cache: str = ""  # folder for the features, to encode each picture once; "" encodes on the fly
+    # the paper: 100K images of COCO
+    images: Annotated[str, Option("Folder, parquet file, or Hub dataset as name[:config]:split.", DATA)] = ""
+    encoder: Annotated[
+        str, Option("Vision tower (CLIP or SigLIP), or LLaVA that holds one: folder or Hub id.", DATA)
+    ] = ""
+    # "" writes nothing
+    out: Annotated[str, Option("Folder for checkpoint, history, selector, reconstructor.", DATA)] = ""
+    column: Annotated[str, Option("Dataset column that holds the image.", DATA)] = "image"
+    streaming: Annotated[
+        bool, Option("Read a Hub dataset row by row, in its own order, without downloading it first.", DATA)
+    ] = False
+    limit: Annotated[int | None, Option("Use only the first images, this many.", DATA, least=1)] = None
+    # Sec. 4.5 of the paper trains on images, not tiles: each is resized to one tile
+    tiles: Annotated[
+        Literal["whole", "anyres"],
+        Option("Resize each image to one tile, or cut it into tiles as LLaVA does.", DATA),
+    ] = "whole"
+    # "" encodes at every step
+    cache: Annotated[str, Option("Folder for features, to encode each image only once.", DATA)] = ""
 
-    # --- model --------------------------------------------------------------------------------------------
-    layers: int = 3  # Secs. 4.1.1 and 4.2, for both models
-    heads: int | None = None  # not in the paper: None is 64 channels a head (32 below width 256), as CLIP has
-    mlp_ratio: float = 4.0  # not in the paper: the usual Transformer
+    # Secs. 4.1.1 and 4.2, for both models
+    layers: Annotated[int, Option("Transformer layers of selector and reconstructor.", MODEL, least=1)] = 3
+    # not in the paper: None is 64 channels a head (32 below width 256), as CLIP has
+    heads: Annotated[int | None, Option("Attention heads; by default 64 channels each.", MODEL, least=1)] = (
+        None
+    )
+    # not in the paper: the usual Transformer
+    mlp_ratio: Annotated[float, Option("Width of the MLP divided by the model width.", MODEL, above=0)] = 4.0
 
-    # --- objective ----------------------------------------------------------------------------------------
-    p: float = 0.3  # Eq. (3); the p of training is not in the paper. 0 switches the hinge off
-    tau_start: float = 1.0  # temperature is not in the paper: from 1 to 0.5 as in Jang et al. 2017. In trials
-    tau_end: float = 0.5  # on 32-channel features, ends of 0.1 and starts of 0.5 or 2 did no better or worse
+    # the p of training is not in the paper; 0 switches the hinge off
+    p: Annotated[
+        float,
+        Option(
+            "Fraction of tokens up to which keeping costs nothing, Eq. (3).",
+            OBJECTIVE,
+            least=0,
+            most=1,
+            example="0.3",
+        ),
+    ] = 0.3
+    # not in the paper: from 1 to 0.5 as in Jang et al. 2017. In trials on 32-channel features, ends of 0.1
+    # and starts of 0.5 or 2 did no better or worse
+    tau_start: Annotated[
+        float, Option("Gumbel-Softmax temperature at the first step.", OBJECTIVE, above=0)
+    ] = 1.0
+    tau_end: Annotated[float, Option("Gumbel-Softmax temperature at the last step.", OBJECTIVE, above=0)] = (
+        0.5
+    )
 
-    # --- optimisation (none of it in the paper) -----------------------------------------------------------
-    steps: int = 10_000  # with 64 images a step: six times through 100K images
-    batch_size: int = 64  # of all processes together, so that their number changes nothing
-    lr: float = 3e-4  # what the paper's group used for a later feature reconstructor
-    warmup: float = 0.05  # share of the steps over which lr rises, from the same work; then a cosine to 0
-    weight_decay: float = 0.01  # AdamW's default
-    max_grad_norm: float = 1.0  # the l2 norm has a kink at 0 and the hinge at p: single steps can be steep
-    statistics_tiles: int = 512  # the first of the run: mean, spread and scale of the features, once
+    # none of the optimisation is in the paper; 10,000 steps of 64 images are six times through 100K images
+    steps: Annotated[int, Option("Optimiser steps.", OPTIMISATION, least=1)] = 10_000
+    # of all processes together, so that their number changes nothing
+    batch_size: Annotated[int, Option("Tiles a step, of all processes together.", OPTIMISATION, least=1)] = 64
+    # what the paper's group used for a later feature reconstructor; the warm-up is from the same work
+    lr: Annotated[float, Option("Peak learning rate.", OPTIMISATION, above=0)] = 3e-4
+    # after it the learning rate follows a cosine to 0
+    warmup: Annotated[
+        float,
+        Option(
+            "Fraction of the steps over which the learning rate rises.",
+            OPTIMISATION,
+            least=0,
+            most=1,
+            example="0.05",
+        ),
+    ] = 0.05
+    # AdamW's default
+    weight_decay: Annotated[float, Option("Weight decay of AdamW.", OPTIMISATION, least=0)] = 0.01
+    # the l2 norm has a kink at 0 and the hinge at p: single steps can be steep
+    max_grad_norm: Annotated[
+        float, Option("Clip gradients whose norm is larger than this.", OPTIMISATION, above=0)
+    ] = 1.0
+    # the first of the run
+    statistics_tiles: Annotated[
+        int,
+        Option("Tiles from which mean and standard deviation are measured, once.", OPTIMISATION, least=1),
+    ] = 512
 
-    # --- running ------------------------------------------------------------------------------------------
-    seed: int = 0
-    save_every: int = 500  # steps between checkpoints
-    log_every: int = 10  # steps between updates of the progress bar and of history.jsonl
-    workers: int = 2  # threads that decode and resize pictures
-    precision: str = "auto"  # "bf16" on GPUs that have it, else "fp32"
-    device: str = "auto"  # or "cpu"
-    progress: bool = True
+    seed: Annotated[int, Option("Seed of weights, order and noise.", RUNNING, least=0, most=SEED_MOST)] = 0
+    save_every: Annotated[int, Option("Steps between checkpoints.", RUNNING, least=1)] = 500
+    log_every: Annotated[int, Option("Steps between lines of history.jsonl.", RUNNING, least=1)] = 10
+    workers: Annotated[int, Option("Threads that decode and resize images.", RUNNING, least=0)] = 2
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], Option("auto: bf16 where the GPU has it, else fp32.", RUNNING)
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu"], Option("auto: a GPU if there is one.", RUNNING)] = "auto"
+    progress: Annotated[bool, Option("Show a progress bar on stderr.", RUNNING)] = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (("tiles", ("whole", "anyres")), ("precision", ("auto", "fp32", "bf16")),
-                              ("device", ("auto", "cpu"))):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise TokenselError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(allowed)}")
-        for name in ("layers", "steps", "batch_size", "statistics_tiles", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise TokenselError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
-        for name in ("tau_start", "tau_end", "lr", "mlp_ratio", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise TokenselError(f"{name} is {getattr(self, name)}: give a number above 0")
-        for name in ("p", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise TokenselError(
-                    f"{name} is {getattr(self, name)}: give a fraction between 0 and 1, such as 0.3"
-                )
+        check_fields(self)
 
     @property
     def shape(self) -> tuple[int, int | None, float]:
@@ -79,7 +122,7 @@ class TrainConfig:
         """Make a configuration from names and values.
 
         Raises:
-            TokenselError: a name that is no field (the nearest one is told), or a value out of range.
+            TokenselError: a name that is no field (the line names the nearest one), or a value out of range.
         """
         check_names(values, [field.name for field in fields(cls)])
         return cls(**values)
@@ -92,3 +135,87 @@ class TrainConfig:
 FREE = frozenset(
     {"out", "save_every", "log_every", "workers", "device", "progress", "images", "encoder", "cache"}
 )
+
+
+@no_type_check  # check_fields does it, with a message for users
+@dataclass(frozen=True)
+class DyRateConfig:
+    """How DyRate's rate predictor is trained. None of the numbers is in its abstract (arXiv 2501.14204).
+
+    Raises:
+        TokenselError: a value of another type or out of range; one line with field, value and what to give.
+    """
+
+    model: Annotated[str, Option("LLaVA-NeXT, which is not changed: folder or Hub id.", DATA)]
+    suite: Annotated[str, Option("Module with a table BENCHMARKS, by its dotted name.", DATA)]
+    # "" writes nothing
+    out: Annotated[str, Option("Folder for checkpoint, history and predictor.", DATA)] = ""
+    benchmarks: Annotated[
+        tuple[str, ...], Option("Benchmarks of the suite, comma-separated; all by default.", DATA)
+    ] = ()
+    split: Annotated[str, Option("Split of every benchmark.", DATA)] = "train"
+    n: Annotated[int, Option("Questions a benchmark, the first of the split.", DATA, least=1)] = 200
+    # as in FastV
+    layer: Annotated[int, Option("First layer at which tokens are dropped.", MODEL, least=1)] = 2
+    # k of the paper
+    rates: Annotated[
+        int, Option("Number of rates to choose from, at least 2.", MODEL, least=2, example="10")
+    ] = 10
+    # what keeping everything rather than nothing may cost, in nats a token
+    weight: Annotated[
+        float,
+        Option(
+            "Weight of the visual tokens kept against the cross entropy.", OBJECTIVE, least=0, example="0.1"
+        ),
+    ] = 1.0
+    # as for the selector
+    tau_start: Annotated[
+        float, Option("Gumbel-Softmax temperature at the first step.", OBJECTIVE, above=0)
+    ] = 1.0
+    tau_end: Annotated[float, Option("Gumbel-Softmax temperature at the last step.", OBJECTIVE, above=0)] = (
+        0.5
+    )
+    steps: Annotated[int, Option("Optimiser steps.", OPTIMISATION, least=1)] = 100
+    batch_size: Annotated[int, Option("Questions a step.", OPTIMISATION, least=1)] = 8
+    # high, for a linear layer on fractions between 0 and 1
+    lr: Annotated[float, Option("Peak learning rate.", OPTIMISATION, above=0)] = 0.1
+    # after it the learning rate follows a cosine to 0
+    warmup: Annotated[
+        float,
+        Option(
+            "Fraction of the steps over which the learning rate rises.",
+            OPTIMISATION,
+            least=0,
+            most=1,
+            example="0.05",
+        ),
+    ] = 0.05
+    weight_decay: Annotated[float, Option("Weight decay of AdamW.", OPTIMISATION, least=0)] = 0.0
+    max_grad_norm: Annotated[
+        float, Option("Clip gradients whose norm is larger than this.", OPTIMISATION, above=0)
+    ] = 1.0
+    seed: Annotated[
+        int, Option("Seed of the questions drawn and of the Gumbel noise.", RUNNING, least=0, most=SEED_MOST)
+    ] = 0
+    save_every: Annotated[int, Option("Steps between checkpoints.", RUNNING, least=1)] = 25
+    device: Annotated[str, Option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", RUNNING)] = "auto"
+    progress: Annotated[bool, Option("Show a progress bar on stderr.", RUNNING)] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DyRateConfig":
+        """Make a configuration from names and values.
+
+        Raises:
+            TokenselError: a name that is no field (the line names the nearest one), or a value out of range.
+        """
+        check_names(values, [field.name for field in fields(cls)])
+        return cls(**values)
+
+    def result(self) -> dict[str, Any]:
+        """The choices that decide the result, as JSON gives them back; the model is known by its digest."""
+        return json.loads(
+            json.dumps({name: value for name, value in asdict(self).items() if name != "model"})
+        )

@@ -34,8 +34,9 @@ from tokensel.schedules.attention import last_rows, type_mass
 from tokensel.schedules.decoder import decoder_of
 from tokensel.schedules.dyrate import RateConfig, RatePredictor
 from tokensel.training.checkpoint import History, Progress, load_checkpoint, save_checkpoint, sweep
+from tokensel.training.config import DyRateConfig
 from tokensel.training.optim import adamw, learning_rate, seeded, temperature
-from tokensel.utils.errors import TokenselError, check_layers, check_names
+from tokensel.utils.errors import TokenselError, check_layers
 from tokensel.utils.files import write_json
 from tokensel.utils.progress import progress_bar
 from tokensel.utils.provenance import checkpoint_digest
@@ -46,65 +47,6 @@ from tokensel.vlm.reduce import reduce
 
 _GONE = 1e-6  # weight of a dropped token in the softmax
 _BACK = 0.01  # slope there, as a share of the slope that the logarithm of the weight has; see attention_mask
-
-
-@dataclass(frozen=True)
-class DyRateConfig:
-    """How a rate predictor is trained. None of the numbers is in the abstract of the paper.
-
-    Raises:
-        TokenselError: a value out of its range; one line with the field, the value and what to give.
-    """
-
-    model: str  # LLaVA-NeXT: folder or hub id
-    suite: str  # module with a table BENCHMARKS, whose questions are answered
-    out: str = ""  # folder of checkpoint, history and predictor; "" writes nothing
-    benchmarks: tuple[str, ...] = ()  # names from the suite; empty means all
-    split: str = "train"
-    n: int = 200  # questions a benchmark
-    layer: int = 2  # the first layer that is shortened, as in FastV
-    rates: int = 10  # k
-    weight: float = 1.0  # what keeping everything rather than nothing may cost, in nats a token
-    steps: int = 100
-    batch_size: int = 8
-    lr: float = 0.1  # a linear layer on shares between 0 and 1
-    warmup: float = 0.05  # share of the steps over which lr rises; then a cosine to 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    tau_start: float = 1.0  # temperature of the Gumbel-Softmax, as for the selector
-    tau_end: float = 0.5
-    seed: int = 0
-    save_every: int = 25  # steps between checkpoints
-    device: str = "auto"
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("n", "layer", "steps", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise TokenselError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
-        if self.rates < 2:
-            raise TokenselError(f"rates is {self.rates}: give at least 2 to pick from, such as 10")
-        if not self.weight >= 0:
-            raise TokenselError(f"weight is {self.weight}: give 0 or more, such as 0.1")
-        for name in ("lr", "tau_start", "tau_end", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise TokenselError(f"{name} is {getattr(self, name)}: give a number above 0")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "DyRateConfig":
-        """A configuration from names and values.
-
-        Raises:
-            TokenselError: a name that is no option, or a value out of range.
-        """
-        check_names(values, [field.name for field in fields(cls)])
-        return cls(**values)
-
-    def result(self) -> dict[str, Any]:
-        """The choices that decide the result, as JSON gives them back; the model is known by its digest."""
-        return json.loads(
-            json.dumps({name: value for name, value in asdict(self).items() if name != "model"})
-        )
 
 
 def soft_masks(

@@ -1,33 +1,68 @@
-"""The one exception of the project, a line that names the value and the fix; and the checks that several rooms need."""
+"""The errors of the project, each a line that names the value and the fix; and checks used everywhere."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from numbers import Real
 
 
 class TokenselError(ValueError):
-    """Bad input or a missing resource, told in one clear line.
+    """Bad input or a missing resource, reported in one clear line.
 
-    The command line prints the line and exits with status 1; library users may
-    catch it as a ``ValueError``.
+    The command line prints the line and exits with status 1; library users may catch it as a ``ValueError``.
+    The subclasses are for callers who would decide differently.
     """
+
+
+class HubError(TokenselError):
+    """Could not be downloaded from the Hugging Face Hub and is not in its cache: try again online."""
+
+
+class DiskError(TokenselError):
+    """A file could not be written: the disk is full or the folder is not writable. Choose another folder."""
+
+
+class CheckpointError(TokenselError):
+    """A saved file is cut short, damaged, or holds something else: restore it or make it again."""
+
+
+class MissingPackageError(TokenselError):
+    """An optional dependency is not installed; the line has the command that installs it."""
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Import inside this what ``pip install "tokensel[extra]"`` brings.
+
+    Raises:
+        MissingPackageError: a package of the extra is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"{error.name} is not installed: run `pip install 'tokensel[{extra}]'`"
+        ) from None
 
 
 def check_keep(keep: float) -> float:
     """Return ``keep`` if it is a fraction in (0, 1], else raise.
 
     Raises:
-        TokenselError: ``keep`` is NaN, 0, negative or above 1.
+        TokenselError: ``keep`` is no number, NaN, 0, negative or above 1.
     """
-    if not 0.0 < keep <= 1.0:  # NaN fails every comparison and lands here too
-        raise TokenselError(f"keep is {keep}: give a fraction in (0, 1], such as 0.3")
+    # NaN fails every comparison and lands here too; True is a number only to Python
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0.0 < keep <= 1.0:
+        shown = repr(keep) if isinstance(keep, str) else keep
+        raise TokenselError(f"keep is {shown}: give a fraction in (0, 1], such as 0.3")
     return float(keep)
 
 
 def check_names(names: Iterable[str], known: Collection[str]) -> None:
-    """Refuse what is no option.
+    """Raise on unknown options.
 
     Raises:
-        TokenselError: one of ``names`` is not among ``known``; the nearest that is, is told.
+        TokenselError: one of ``names`` is not among ``known``; the line names the nearest that is.
     """
     for name in names:
         if name not in known:
