@@ -193,10 +193,9 @@ def test_chapters_take_about_as_long_as_they_say():
 @pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("chapters")])
 def test_every_figure_has_its_numbers_one_click_away(name, visit):
     page = visit(name)
-    figures = page.locator(".cell_output :is(img, .explorer)").count()
+    # the still figure of an explorer shows one of the explorer's steps: one link serves both
+    figures = page.locator(".cell_output :is(img:not(.explorer img), .explorer)").count()
     links = page.locator(".cell_output p.numbers a")
-    # with JavaScript an explorer has replaced its still figure
-    assert page.locator(".cell_output .explorer img").count() == 0
     assert links.count() == figures
     for number in range(figures):
         file = Path(unquote(urlsplit(links.nth(number).evaluate("link => link.href")).path))
