@@ -38,7 +38,8 @@ def claims_table(rows: Sequence[tuple[str, ...]], **setting: object) -> Markdown
     if not setting:
         return Markdown(table)
     items = "; ".join(f"{name}: {_cell(str(value))}" for name, value in setting.items())
-    return Markdown(f"{table}\n\nMeasured with {items}. Brackets hold 95 % intervals.")
+    brackets = " Brackets hold 95 % intervals." if "[" in table else ""
+    return Markdown(f"{table}\n\nMeasured with {items}.{brackets}")
 
 
 def interval(mean: float, low: float, high: float, unit: str = "", digits: int = 1) -> str:
