@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
+from skimage.data import astronaut
+from typer.main import get_command
 
+from tokensel import cli
 from tokensel.book.site import readme
 from tokensel.figures.curves import COLUMNS
 from tokensel.utils.errors import TokenselError
@@ -18,15 +22,25 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORDED = ROOT / "data" / "results" / "sweep.csv"
 
 
-def test_the_lines_give_a_shorter_prompt_and_an_answer(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_lines_give_a_shorter_prompt_and_an_answer(monkeypatch, tmp_path):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    Image.fromarray(astronaut()).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 1
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    assert len(blocks) == 1 and "tokensel.book" not in blocks[0]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         exec(compile(blocks[0], "README.md", "exec"), {})
-    found = re.fullmatch(r"(\d+) of (\d+) visual tokens: (.+)\n", said.getvalue())
+    found = re.fullmatch(r"(\d+) of (\d+) visual tokens: (.+)\n", output.getvalue())
     assert found and int(found[1]) == round(0.3 * int(found[2]))
+
+
+def test_the_commands_have_options_that_exist():
+    commands = re.findall(r"^python -m tokensel (\w+) ((?:.*\\\n)*.*)$", TEXT, re.MULTILINE)
+    assert [name for name, _ in commands] == ["train", "evaluate", "cost"]
+    for name, line in commands:
+        options = {option for each in get_command(cli.app).commands[name].params for option in each.opts}
+        assert set(re.findall(r"--[\w-]+", line)) <= options, name
 
 
 def test_the_paths_it_names_are_there():
@@ -100,12 +114,12 @@ def test_table_has_a_row_a_group_and_replaces_the_old_one(tmp_path):
 
 def test_what_cannot_be_written_is_refused(tmp_path):
     page = tmp_path / "README.md"
-    with pytest.raises(TokenselError, match="none.csv: no such file"):
+    with pytest.raises(TokenselError, match=r"none\.csv: no such file"):
         readme.write(page, tmp_path / "none.csv")
     with pytest.raises(TokenselError, match="no results for random, 30 % on reading"):
         readme.results_table(long_table().query("not (method == 'random' and keep == 0.3)"))
     long_table().to_csv(tmp_path / "sweep.csv", index=False)
-    with pytest.raises(TokenselError, match="sweep.provenance.json: no such file"):
+    with pytest.raises(TokenselError, match=r"sweep\.provenance\.json: no such file"):
         readme.write(page, tmp_path / "sweep.csv")
     (tmp_path / "sweep.provenance.json").write_text("{}")
     page.write_text("no marks", encoding="utf-8")

@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets.arrow_writer import ArrowWriter
-from filelock import FileLock
 from huggingface_hub import HfApi
 
-from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.errors import TokenselError, needs, reason
 from tokensel.utils.files import write_atomic
 from tokensel.utils.provenance import digest
+
+with needs("eval"):
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+    from filelock import FileLock
 
 TEST = "test"  # the split that is scored, whatever its own name
 _ROWS = 16  # rows held back while writing: pages of documents have a megabyte and more

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import datasets
 from PIL.Image import Image
 from PIL.Image import open as open_image
 
@@ -14,7 +13,10 @@ from tokensel.benchmarks.metrics import METRICS
 from tokensel.benchmarks.records import Record
 from tokensel.benchmarks.table import COLUMNS, Benchmark
 from tokensel.data.images import UNREADABLE, as_image
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import TokenselError, needs
+
+with needs("eval"):
+    import datasets
 
 Pictures = Image | list[Image] | None
 

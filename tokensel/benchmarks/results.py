@@ -11,7 +11,6 @@ import numpy as np
 from tokensel.benchmarks.conditions import Condition, split_keep
 from tokensel.benchmarks.statistics import bootstrap
 from tokensel.benchmarks.table import Benchmark
-from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import write_text
 
 TABLE = (

@@ -1,8 +1,12 @@
 """How sure a score is: bootstrap over questions, all columns at once, and means over benchmarks."""
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float, Shaped
+
+from tokensel.utils.errors import needs
+
+with needs("eval"):
+    import pandas as pd
 
 RESAMPLES = 10_000
 LEVEL = 0.95

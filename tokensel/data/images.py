@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.errors import TokenselError, needs, reason
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 # what Pillow raises on files that are cut short, damaged, no images at all, or absurdly large
@@ -207,7 +207,8 @@ def open_images(
         if not len(rows):
             raise TokenselError(f"{name}: no images in it; give a folder or a dataset that has some")
         return ImageSource(name, rows, min(len(rows), limit or len(rows)))
-    import datasets  # only here: importing it takes longer than all else, and folders do without
+    with needs("train"):
+        import datasets  # only here: importing it takes longer than all else, and folders do without
 
     if isinstance(rows, datasets.DatasetDict):
         raise TokenselError(f"{name}: has the splits {list(rows)}; name one, as in {name}:{list(rows)[0]}")
@@ -232,7 +233,8 @@ def _find(name: str, streaming: bool) -> Any:
     path = Path(name)
     if path.is_dir():
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
-            from datasets import load_from_disk
+            with needs("train"):
+                from datasets import load_from_disk
 
             return load_from_disk(name)
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -256,7 +258,8 @@ def _find(name: str, streaming: bool) -> Any:
 
 
 def _load(*names: str | None, **options: Any) -> Any:
-    from datasets import load_dataset
+    with needs("train"):
+        from datasets import load_dataset
 
     try:
         return load_dataset(*names, **options)

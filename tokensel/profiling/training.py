@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -25,9 +24,12 @@ from tokensel.training.autoencoder import Autoencoder
 from tokensel.training.config import TrainConfig
 from tokensel.training.optim import adamw, seeded, use_bf16
 from tokensel.training.train import train_step
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import TokenselError, needs
 from tokensel.utils.files import write_json
 from tokensel.utils.provenance import command_line, environment
+
+with needs("train"):
+    from accelerate import Accelerator
 
 PAPER_IMAGES = 100_000  # of COCO, Sec. 4.5
 ROUND = ("multiply", "encode", "train")

@@ -11,11 +11,10 @@ All steps of an answer are trained at once. What the predictor reads comes from 
 not depend on one another, and the masks of all steps follow from one pass through these layers.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from tokensel.schedules.dyrate import RateConfig, RatePredictor
 from tokensel.training.checkpoint import History, Progress, load_checkpoint, save_checkpoint, sweep
 from tokensel.training.config import DyRateConfig
 from tokensel.training.optim import adamw, learning_rate, seeded, temperature
-from tokensel.utils.errors import TokenselError, check_layers
+from tokensel.utils.errors import check_layers
 from tokensel.utils.files import write_json
 from tokensel.utils.progress import progress_bar
 from tokensel.utils.provenance import checkpoint_digest

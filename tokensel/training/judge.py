@@ -7,7 +7,6 @@ of its own: one that was trained on other masks would judge their likeness to it
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +17,10 @@ from tokensel.model.objective import distance
 from tokensel.training.autoencoder import MaskedAutoencoder, Statistics
 from tokensel.training.config import TrainConfig
 from tokensel.training.optim import adamw, autocast, descend, seeded
+from tokensel.utils.errors import needs
+
+with needs("train"):
+    from accelerate import Accelerator
 
 Scorer = Callable[[Features], Tensor]
 

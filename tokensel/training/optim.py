@@ -6,13 +6,15 @@ from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tokensel.training.config import TrainConfig
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import TokenselError, needs
 from tokensel.utils.seeds import derived_seed
+
+with needs("train"):
+    from accelerate import Accelerator
 
 Made = TypeVar("Made")
 

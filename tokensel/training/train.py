@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -39,9 +37,13 @@ from tokensel.training.optim import (
     temperature,
     use_bf16,
 )  # fmt: skip
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import TokenselError, needs
 from tokensel.utils.files import write_json
 from tokensel.utils.seeds import generator
+
+with needs("train"):
+    from accelerate import Accelerator
+    from accelerate.utils import gather_object
 
 __all__ = [
     "MaskedAutoencoder",

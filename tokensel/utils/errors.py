@@ -40,8 +40,9 @@ def needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
         raise MissingPackageError(
-            f"{error.name} is not installed: run `pip install 'tokensel[{extra}]'`"
+            f"{package} is not installed: run `pip install 'tokensel[{extra}]'`"
         ) from None
 
 
