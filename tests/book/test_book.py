@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from tokensel.book.site import build as site
-from tokensel.book.site import chapter, claims, library_page, numbers, offline, run, status
+from tokensel.book.site import chapter, claims, library_page, numbers, offline, parameters, run, status
 from tokensel.utils.errors import TokenselError
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_chapter_is_committed_as_it_should_be(path):
     for node in ast.parse(tagged[0].source).body:  # a long list goes on below its first line
         line = lines[node.lineno - 1]
         assert isinstance(node, ast.AnnAssign) and "  # " in line, f"untyped or uncommented parameter: {line}"
-    assert {"model"} <= set(chapter.assigned_names(tagged[0].source))
+    assert {"model"} <= set(parameters.declared(tagged[0].source).keys())
     assert f'open_chapter("{path.stem}")' in "\n".join(cell.source for cell in code)
     prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
     for part in (
@@ -235,23 +235,6 @@ def test_unknown_names_are_refused_before_anything_runs(clone):
     with pytest.raises(TokenselError, match="no chapter '07': there are 01_good, 02_bad"):
         run.run_chapters(clone, ["07"], {})
     assert not (clone / "_build").exists()
-
-
-def test_parameters_are_read_as_python_or_text():
-    assert run.parse_parameters(["keep=0.3", "model=a/b=c", "keeps=[0.1, 0.5]", "name="]) == {
-        "keep": 0.3, "model": "a/b=c", "keeps": [0.1, 0.5], "name": "",
-    }  # fmt: skip
-    with pytest.raises(TokenselError, match="NAME=VALUE"):
-        run.parse_parameters(["keep"])
-
-
-def test_a_chapter_itself_refuses_what_papermill_lets_pass():
-    cells = ["", "keep: float = 0.3\nmodel = 'm'", "# Parameters\nkep = 0.5\n", "open_chapter('01_good')"]
-    known, given = chapter.given_parameters(cells)
-    assert known == ["keep", "model"] and given == ["kep"]
-    with pytest.raises(TokenselError, match="did you mean 'keep'"):
-        chapter.refuse_unknown("01_good", known, given)
-    assert chapter.given_parameters(cells[:2]) == ([], [])
 
 
 def test_root_is_found_from_below_and_missed_elsewhere(clone, tmp_path_factory):

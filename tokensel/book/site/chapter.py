@@ -1,7 +1,5 @@
-"""What every chapter needs in its first cell: the project's root, a place for its results, and checked parameters."""
+"""What every chapter needs in its first cell: the project's root, a place for results, checked parameters."""
 
-import ast
-import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokensel.book.site import parameters
 from tokensel.utils.errors import TokenselError
 
 
@@ -21,7 +20,7 @@ class Chapter:
         root: the project's root, also the working directory from here on.
         results: where the chapter's table belongs, ``_build/results/<name>.csv``.
         figures: folder for pictures that pages outside the chapter show, ``_build/figures``.
-        progress: whether somebody watches, so that long work shows its progress; not where the book runs the chapter.
+        progress: whether progress bars are wanted; not where the book runs the chapter.
     """
 
     name: str
@@ -76,67 +75,55 @@ def find_root(start: str | Path = ".") -> Path:
         if (folder / "_toc.yml").is_file() and (folder / "chapters").is_dir():
             return folder
     raise TokenselError(
-        f"{start}: no _toc.yml with chapters/ here or above; run this inside a clone of the book"
+        f"{start}: no _toc.yml with chapters/ here or above; run this inside a clone of the book, "
+        "or give papermill --cwd CLONE"
     )
 
 
-def open_chapter(name: str) -> Chapter:
-    """Go to the project's root, so that ``data/...`` works wherever the kernel was started, and set the plot style.
+_started_in: Path | None = None  # where the kernel stood before its first chapter moved it to the root
 
-    Also refuses parameters that the chapter does not know: papermill on its own only prints a remark about
-    them and goes on with the defaults.
+
+def open_chapter(name: str) -> Chapter:
+    """Prepare a kernel for a chapter: parameters checked, working directory, plot style, numbers of the figures.
+
+    The kernel moves to the root of the clone that it was started in, else of the clone that the package was
+    installed from, so that ``data/...`` is found from everywhere. Paths that papermill injected are seen from where
+    the kernel was started. papermill on its own only prints a remark about an unknown parameter, accepts every type,
+    and goes on.
 
     Args:
         name: the chapter's file name without its ending.
 
     Raises:
-        TokenselError: outside a clone of the book, or a parameter was injected that the chapter does not have.
+        TokenselError: no clone, or an injected parameter that the chapter does not have or of another type.
     """
-    refuse_unknown(name, *given_parameters(_cells_of_kernel()))
-    root = find_root()
+    global _started_in
+    shell = _shell()
+    known, given = parameters.given_in(list(shell.user_ns.get("In", [])) if shell else [])
+    parameters.check(name, known, given)
+    _started_in = _started_in or Path.cwd()
+    root = _root_of_kernel(_started_in)
+    if shell:
+        shell.user_ns.update(parameters.from_here(known, given, _started_in, root))
     os.chdir(root)
     _quiet_libraries()
     from tokensel.book.site import numbers
     from tokensel.figures import style
 
     style.use()
-    if shell := _shell():
+    if shell:
         numbers.record_figures(shell)
     return Chapter(name, root)
 
 
-def refuse_unknown(chapter: str, known: list[str], given: list[str]) -> None:
-    """Raise if a name in ``given`` is not in ``known``.
-
-    Raises:
-        TokenselError: with the nearest name the chapter does know.
-    """
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(known) or 'none'}"
-            raise TokenselError(f"{chapter} has no parameter '{name}': {hint}")
-
-
-def assigned_names(code: str) -> list[str]:
-    """Names that the top level of ``code`` assigns, in order: what a parameters cell defines."""
-    names = []
-    for node in ast.parse(code).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
-
-
-def given_parameters(cells: list[str]) -> tuple[list[str], list[str]]:
-    """The parameters a notebook knows and those it was given, from the cells that its kernel has run so far.
-
-    papermill puts its cell right behind the one it overrides and starts it with the comment ``# Parameters``.
-    Without such a cell nothing was given.
-    """
-    for before, cell in zip(cells, cells[1:]):
-        if cell.startswith("# Parameters\n"):
-            return assigned_names(before), assigned_names(cell)
-    return [], []
+def _root_of_kernel(here: Path) -> Path:
+    try:
+        return find_root(here)
+    except TokenselError as error:
+        try:
+            return find_root(Path(__file__).parent)
+        except TokenselError:
+            raise error from None
 
 
 def _shell() -> Any:
@@ -146,11 +133,6 @@ def _shell() -> Any:
     except ImportError:
         return None
     return get_ipython()
-
-
-def _cells_of_kernel() -> list[str]:
-    shell = _shell()
-    return list(shell.user_ns.get("In", [])) if shell else []
 
 
 def _quiet_libraries() -> None:

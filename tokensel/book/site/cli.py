@@ -46,9 +46,10 @@ def run_command(
     """Execute chapters that are not up to date; the results lie in _build/chapters and _build/results."""
     from tokensel.book.site import run
     from tokensel.book.site.chapter import find_root
+    from tokensel.book.site.parameters import parse_parameters
 
-    given = run.parse_parameters(parameter or [])
-    run.run_chapters(find_root(), chapters or [], given, force=force, jobs=jobs or run.default_jobs())
+    given, jobs = parse_parameters(parameter or []), jobs or run.default_jobs()
+    run.run_chapters(find_root(), chapters or [], given, force=force, jobs=jobs, here=Path.cwd())
 
 
 @app.command("build")
@@ -57,10 +58,11 @@ def build_command(parameter: Parameters = None, force: Force = False, jobs: Jobs
     from tokensel.book.site import build as site
     from tokensel.book.site import run
     from tokensel.book.site.chapter import find_root
+    from tokensel.book.site.parameters import parse_parameters
 
     root = find_root()
-    given = run.parse_parameters(parameter or [])
-    run.run_chapters(root, [], given, force=force, jobs=jobs or run.default_jobs())
+    given, jobs = parse_parameters(parameter or []), jobs or run.default_jobs()
+    run.run_chapters(root, [], given, force=force, jobs=jobs, here=Path.cwd())
     index: Path = site.build(root)
     typer.echo(f"the book: {index}")
 

@@ -1,7 +1,5 @@
 """Run chapters headless with papermill: some at a time, with progress, and only those whose inputs changed."""
 
-import ast
-import hashlib
 import json
 import multiprocessing
 import os
@@ -10,7 +8,6 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,7 +23,9 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from tokensel.book.site.chapter import refuse_unknown, unwatched
+from tokensel.book.site.chapter import unwatched
+from tokensel.book.site.inputs import digest
+from tokensel.book.site.parameters import check, declared, from_here, parameters_cell
 from tokensel.utils import files
 from tokensel.utils.errors import TokenselError
 
@@ -56,40 +55,9 @@ def select_chapters(root: Path, names: list[str]) -> list[Path]:
     return chosen or every
 
 
-def parse_parameters(pairs: list[str]) -> dict[str, Any]:
-    """``["keep=0.3", "model=some/folder"]`` as a dictionary; what is no Python literal stays text.
-
-    Raises:
-        TokenselError: a pair without ``=``.
-    """
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise TokenselError(f"parameter '{pair}': write NAME=VALUE, such as keep=0.3")
-        try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name] = text
-    return values
-
-
 def parameters_of(path: Path) -> dict[str, dict[str, str]]:
     """The parameters of a chapter by name: inferred type, default and help, as papermill reads them."""
     return papermill.inspect_notebook(str(path))
-
-
-def digest(root: Path, path: Path, parameters: dict[str, Any]) -> str:
-    """A hash over all that decides a chapter's outputs: its code, the package, the lock, ``data/``, the parameters.
-
-    Prose is left out: a mended sentence needs no new run.
-    """
-    total = hashlib.sha256()
-    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    total.update(json.dumps([code, parameters], sort_keys=True, default=str).encode())
-    for file in _inputs(root):
-        total.update(str(file.relative_to(root)).encode() + b"\0" + _file_hash(file))
-    return total.hexdigest()
 
 
 def is_current(root: Path, path: Path, parameters: dict[str, Any]) -> bool:
@@ -113,26 +81,43 @@ def stamp(root: Path, path: Path) -> dict[str, Any]:
 
 
 def run_chapters(
-    root: Path, names: list[str], parameters: dict[str, Any], *, force: bool = False, jobs: int = 1
+    root: Path,
+    names: list[str],
+    parameters: dict[str, Any],
+    *,
+    force: bool = False,
+    jobs: int = 1,
+    here: Path | None = None,
 ) -> None:
     """Run the chapters that are not up to date, ``jobs`` at a time.
 
-    Small matrices do not keep several cores busy, several chapters do. Each gets an equal share of the cores; a chapter that
-    measures time has all of them, after the others, with nothing beside it.
+    Small matrices do not keep several cores busy, several chapters do. Each gets an equal share of the cores; a
+    chapter that measures time has all of them, after the others, with nothing else running.
+
+    Args:
+        root: of the clone.
+        names: of the chapters, see :func:`select_chapters`.
+        parameters: given to all of them.
+        force: run those that are up to date, too.
+        jobs: chapters at a time.
+        here: where the user stands, from which paths among the parameters are seen; the root if left out.
 
     Raises:
-        TokenselError: an unknown chapter or parameter (before anything runs), or a failed cell.
+        TokenselError: an unknown chapter, a parameter that is unknown or of another type (before anything runs), or
+            a failed cell.
     """
-    paths = select_chapters(root, names)
+    paths, given = select_chapters(root, names), {}
     for path in paths:
-        refuse_unknown(path.stem, list(parameters_of(path)), list(parameters))
+        known = declared(parameters_cell(path))
+        check(path.stem, known, parameters)
+        given[path] = from_here(known, parameters, here or root, root)
     together, alone = [], []
     for number, path in enumerate(paths, 1):
         label = f"[{number}/{len(paths)}] {path.stem}"
-        if not force and is_current(root, path, parameters):
+        if not force and is_current(root, path, given[path]):
             print(f"{label}: up to date", flush=True)
         else:
-            (alone if measures_time(path) else together).append((root, path, parameters, label))
+            (alone if measures_time(path) else together).append((root, path, given[path], label))
     jobs = min(jobs, len(together))
     if jobs > 1:
         # the longest first, so that none of them is left over in the end with nothing beside it
@@ -256,21 +241,3 @@ def cores() -> int:
 
 def _first_line(text: str) -> str:
     return next((line for line in text.splitlines() if line.strip()), "")
-
-
-def _inputs(root: Path) -> Iterable[Path]:
-    yield root / "requirements.lock"
-    for folder, pattern in (("tokensel", "*.py"), ("data", "*")):
-        yield from sorted(file for file in (root / folder).rglob(pattern) if file.is_file())
-
-
-_HASHES: dict[tuple[str, int, int], bytes] = {}
-
-
-def _file_hash(file: Path) -> bytes:
-    # the same checkpoint is asked for once a chapter: read it once a run
-    info = os.stat(file)
-    key = (str(file), info.st_mtime_ns, info.st_size)
-    if key not in _HASHES:
-        _HASHES[key] = hashlib.sha256(file.read_bytes()).digest()
-    return _HASHES[key]
