@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 from jaxtyping import Int
-from PIL.Image import Image
 from torch import Tensor
 
 from tokensel.schedules import SCHEDULES
@@ -19,7 +18,7 @@ from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.choose import Choices
 from tokensel.vlm.downsample import downsample
 from tokensel.vlm.encode import Encoded, encode
-from tokensel.vlm.load import Vlm
+from tokensel.vlm.model import Vlm, images_of_row
 from tokensel.vlm.native import native
 from tokensel.vlm.reduce import Reduced, reduce
 
@@ -56,14 +55,14 @@ class Batch(EncodedBatch):
     def __init__(
         self,
         vlm: Vlm,
-        images: Sequence[Image | Sequence[Image] | None],
+        images: Sequence[Any],
         questions: Sequence[str],
         keys: Int[Tensor, "rows"] | Sequence[int] | None = None,
     ):
         """
         Args:
             vlm: the model to ask.
-            images: for each question an image, several, or ``None``.
+            images: for each question an image, a list of several, or ``None``; see :meth:`Vlm.inputs`.
             questions: the users' turns; the chat template is put around them here.
             keys: a stable number for each row, the seed of its random selection; made from the pixels by default.
 
@@ -81,8 +80,10 @@ class Batch(EncodedBatch):
         if not with_images:
             prompts = [self.vlm.prompt(question, False) for question in self.questions]
             return encode(self.vlm.model, self.vlm.inputs(None, prompts))
-        counts = [0 if row is None else 1 if isinstance(row, Image) else len(row) for row in self.images]
-        prompts = [self.vlm.prompt(q, n) for q, n in zip(self.questions, counts, strict=True)]
+        prompts = [
+            self.vlm.prompt(question, len(images_of_row(row)))
+            for question, row in zip(self.questions, self.images)
+        ]
         return encode(self.vlm.model, self.vlm.inputs(self.images, prompts), self.keys)
 
 

@@ -56,7 +56,7 @@ def test_it_is_evaluated_with_every_seed_and_the_selector(noisy, config):
     )
     rows = list(csv.DictReader(done.table.read_text().splitlines()))
     assert [row["method"] for row in rows] == ["noisy", "noisy", "norm"] and done.computed == 9
-    with pytest.raises(TokenselError, match="give the folder or hub id of a trained one"):
+    with pytest.raises(TokenselError, match="give the folder or Hub id of a trained selector"):
         replace(config, methods=("noisy",), selector=None)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from tokensel.benchmarks.conditions import Condition
 from tokensel.benchmarks.config import KEEPS, SHORT_KEEPS, EvalConfig
 from tokensel.benchmarks.shards import local_device
-from tokensel.data.features import feature_width
 from tokensel.methods import check_method
 from tokensel.model.selector import TokenSelector
 from tokensel.schedules import DyRate, RatePredictor, Schedule, Vtw, make_schedule
@@ -83,14 +82,9 @@ class Asker:
             check_layers(schedule.name, schedule.layers(), shape.num_hidden_layers)
             if isinstance(schedule, DyRate):
                 schedule.predictor.check_heads(shape.num_attention_heads)
-        if not any(row.uses_selector for row in rows):
-            return
-        width = feature_width(model.vision_config, model.vision_feature_layer)
-        if (mine := self.selector.config.width) != width:
-            raise TokenselError(
-                f"{self.config.selector}: this selector was trained for features of width {mine}, "
-                f"the vision tower of {self.config.model} has {width}; give the selector that belongs to it"
-            )
+        for condition in self.config.conditions():
+            if (check := getattr(self.scorer(condition), "check_model", None)) is not None:
+                check(model)
 
     @cached_property
     def model_digest(self) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -93,17 +93,19 @@ class VisionEncoder:
         dtype: torch.dtype = torch.float32,
         feature_layer: int | list[int] | None = None,
         drop_cls: bool | None = None,
+        **hub: Any,
     ) -> "VisionEncoder":
         """Load from a hub id or folder: a vision tower, a CLIP or SigLIP model, or a LLaVA checkpoint.
 
         From a LLaVA checkpoint only the files that hold the vision tower are fetched and read; its feature
-        layer, CLS choice and image processor come with it.
+        layer, CLS choice and image processor come with it. ``hub`` are options of
+        :func:`~tokensel.utils.loading.hub_options`, such as ``token`` and ``revision``; they reach every download.
 
         Raises:
             TokenselError: nothing there (or the hub out of reach), no vision tower in it, damaged weights.
         """
         name = str(name)
-        options = hub_options(name)
+        options = hub_options(name, **hub)
         try:
             config = AutoConfig.from_pretrained(name, **options)
             if hasattr(config, "vision_feature_layer"):
@@ -239,12 +241,12 @@ class VisionEncoder:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _file(name: str, file: str, options: dict[str, bool]) -> str | None:
+def _file(name: str, file: str, options: dict[str, Any]) -> str | None:
     """The path of one file of a model, fetched if need be; ``None`` if the model has no such file."""
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
 
 
-def _processor(name: str, options: dict[str, bool]) -> object | None:
+def _processor(name: str, options: dict[str, Any]) -> object | None:
     """The image processor beside the model, or None: then the pixel statistics of its family serve."""
     files = ("preprocessor_config.json", "processor_config.json")
     if not any(_file(name, file, options) for file in files):
@@ -253,7 +255,7 @@ def _processor(name: str, options: dict[str, bool]) -> object | None:
 
 
 def _tower_of_llava(
-    name: str, config: object, dtype: torch.dtype, options: dict[str, bool]
+    name: str, config: object, dtype: torch.dtype, options: dict[str, Any]
 ) -> PreTrainedModel:
     """Build the vision tower as LLaVA does, from the shards that hold it (7B models have 15 GB of others)."""
     index = _file(name, "model.safetensors.index.json", options)

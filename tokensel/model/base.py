@@ -3,7 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any, TypeVar, no_type_check
 
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
@@ -11,7 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tokensel.utils.errors import TokenselError, reason
 from tokensel.utils.files import no_space, write_text
-from tokensel.utils.loading import hub_options, quiet
+from tokensel.utils.loading import hub_options, quiet, split_hub_options
+
+Loaded = TypeVar("Loaded", bound="CoreModel")
 
 
 @no_type_check  # transformers makes it a dataclass that takes any keyword; a checked signature would not
@@ -102,8 +104,13 @@ class CoreModel(PreTrainedModel):
             )
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **kwargs: Any) -> "CoreModel":
+    def from_pretrained(cls: type[Loaded], name: str | os.PathLike, *args: Any, **kwargs: Any) -> Loaded:
         """Load from a folder or a hub id, in evaluation mode.
+
+        Args:
+            name: folder or hub id.
+            args, kwargs: of transformers' ``from_pretrained``; ``token``, ``revision``, ``cache_dir`` and
+                ``local_files_only`` reach every request, the first included.
 
         Raises:
             TokenselError: no such folder or hub model (or the hub is out of reach), another kind of model,
@@ -111,7 +118,8 @@ class CoreModel(PreTrainedModel):
         """
         wanted = cls.config_class.model_type
         report = kwargs.pop("output_loading_info", False)
-        options = hub_options(name)
+        hub, kwargs = split_hub_options(kwargs)
+        options = hub_options(name, **hub)
         try:
             found = cls.config_class.get_config_dict(name, **options)[0].get("model_type")
             if found != wanted:

@@ -37,6 +37,8 @@ class Scorer(Protocol):
         scope: "tile" when each row it is given is one tile of the encoder; "image" when each row must be
             all the visual tokens of one image, padded where ``Features.valid`` is False.
         adaptive: whether a score above zero means "keep", so that no budget is needed.
+
+    A scorer that fits only some models may also have ``check_model(config)``, which raises ``TokenselError`` for others.
     """
 
     name: str

@@ -1,13 +1,18 @@
 """The trained selector of the paper behind the scorers' signature."""
 
 import os
+import warnings
+from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import PurePath
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from tokensel.data.features import Features
+from tokensel.data.features import Features, feature_width
 from tokensel.model.selector import TokenSelector
 from tokensel.utils.errors import TokenselError
 
@@ -55,6 +60,37 @@ class SelectorScorer:
             )
         return self._fit(tokens).scores(tokens, features.valid).float()
 
+    def check_model(self, config: PretrainedConfig) -> None:
+        """Check that the selector was trained on the features that a model's projector reads.
+
+        Args:
+            config: of the vision-language model.
+
+        Raises:
+            TokenselError: width, feature layer or the rule about the CLS token differ.
+        """
+        own, vision = self.selector.config, config.vision_config
+        count = vision.num_hidden_layers + 1
+        name = self.selector.name_or_path or "the selector"
+        pairs = {
+            "width": (own.width, feature_width(vision, config.vision_feature_layer)),
+            "feature layer": (_layers(own.feature_layer, count), _layers(config.vision_feature_layer, count)),
+            "drop_cls": (own.drop_cls, config.vision_feature_select_strategy == "default"),
+        }
+        for what, (trained, given) in pairs.items():
+            if trained not in (None, given):
+                raise TokenselError(
+                    f"{name} was trained for features of {what} {trained}, these have {given}: give the selector that "
+                    f"belongs to {config.name_or_path or 'this model'}"
+                )
+        # folders are moved and copied: the last part of their path is what a model is known by
+        encoder, model = PurePath(own.encoder).name, PurePath(config.name_or_path or "").name
+        if encoder and model and encoder != model:
+            warnings.warn(
+                f"{name} was trained on the vision tower of {own.encoder}, and is used with {config.name_or_path}",
+                stacklevel=2,
+            )
+
     def _fit(self, tokens: Float[Tensor, "tiles tokens channels"]) -> TokenSelector:
         """The selector on the features' device and in their precision: single precision beside a model in half would cost
         several times the time. The statistics of the features stay in single precision."""
@@ -63,7 +99,16 @@ class SelectorScorer:
             if key == (self.selector.device, self.selector.dtype):
                 self._fitted[key] = self.selector
             else:
-                self._fitted[key] = deepcopy(self.selector).to(tokens.device)
-                for weight in self._fitted[key].parameters():
+                fitted: Any = deepcopy(self.selector)
+                fitted.to(tokens.device)
+                for weight in fitted.parameters():  # not .to(dtype), which would round the statistics as well
                     weight.data = weight.data.to(tokens.dtype)
+                self._fitted[key] = fitted
         return self._fitted[key]
+
+
+def _layers(layers: int | Sequence[int] | None, count: int) -> tuple[int, ...] | None:
+    """Feature layers counted from the front, so that -2 of 24 layers equals 23."""
+    if layers is None:
+        return None
+    return tuple(layer % count for layer in ([layers] if isinstance(layers, int) else layers))

@@ -1,14 +1,16 @@
 """Loading from a folder or the Hugging Face Hub: which options to pass, and quietly."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers.utils import logging
 
-from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.errors import HubError, reason
 
 
 @contextmanager
@@ -25,24 +27,52 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def hub_options(name: str | os.PathLike) -> dict[str, bool]:
-    """Options for loading ``name``: none for a folder or a hub model, the cache alone where the hub is away.
+def hub_options(
+    name: str | os.PathLike,
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Options for every ``from_pretrained`` of one model: those given, and the cache alone where the Hub is away.
 
-    One question to the hub decides. Left to itself, loading would try each file for half a minute.
+    One request to the Hub decides. Left to itself, loading would try each file for half a minute.
+
+    Args:
+        name: folder or hub id.
+        token: for private or gated models; by default the one that ``hf auth login`` stored.
+        revision: branch, tag or commit.
+        local_files_only: use the cache and ask the Hub nothing.
+        cache_dir: where downloads are kept, in place of the default cache.
 
     Raises:
-        TokenselError: no folder, not in the cache, and not on the hub or the hub out of reach.
+        HubError: no folder, not in the cache, and not on the Hub or the Hub out of reach.
     """
-    if Path(name).is_dir():
-        return {}
+    given = {"token": token, "revision": revision, "cache_dir": cache_dir}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if local_files_only:
+        options["local_files_only"] = True
+    if Path(name).is_dir() or local_files_only:
+        return options
     try:
-        HfApi().model_info(str(name), timeout=10)
-        return {}
+        HfApi().model_info(str(name), timeout=10, token=token, revision=revision)
+        return options
     except Exception as error:  # the client's connection errors have other classes in each of its versions
         if not isinstance(error, ValueError):  # a name that no hub model can have is in no cache either
-            if isinstance(try_to_load_from_cache(str(name), "config.json"), str):
-                return {"local_files_only": True}
-        raise TokenselError(
-            f"'{name}': no such folder, not in the cache, nor to be had from the hub ({reason(error)}); "
-            f"give a local folder or a hub id, or run `hf download {name}` while online"
+            cached = try_to_load_from_cache(
+                str(name), "config.json", revision=revision, cache_dir=Path(cache_dir) if cache_dir else None
+            )
+            if isinstance(cached, str):
+                return options | {"local_files_only": True}
+        raise HubError(
+            f"'{name}': no such folder, not in the cache, and could not be downloaded from the Hub "
+            f"({reason(error)}); give a local folder or a hub id, or run `hf download {name}` while online"
         ) from None
+
+
+def split_hub_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of :func:`hub_options`, and all others."""
+    names = inspect.signature(hub_options).parameters
+    hub = {key: value for key, value in options.items() if key in names and key != "name"}
+    return hub, {key: value for key, value in options.items() if key not in hub}

@@ -44,16 +44,16 @@ class Choices:
         Raises:
             TokenselError: an unknown choice, or a value that is not one of its options.
         """
-        if isinstance(values, cls):
+        if isinstance(values, Choices):
             return values
-        values = dict(values or {})
+        given: dict[str, Any] = dict(values or {})
         options = {field.name: get_args(field.type) for field in fields(cls)}
-        for name, value in values.items():
+        for name, value in given.items():
             if name not in options:
                 raise TokenselError(f"'{name}' is no choice: the choices are {', '.join(options)}")
             if value not in options[name]:
                 raise TokenselError(f"{name} is '{value}': choose one of {', '.join(options[name])}")
-        return cls(**values)
+        return cls(**given)
 
 
 def _quota(
@@ -69,6 +69,14 @@ def _quota(
     upto = cells.cumsum(0) - before_image
     share = torch.floor(torch.stack([upto, upto - cells]) * ratio[image] + 0.5)
     return (share[0] - share[1]).long()
+
+
+def _only_thumbnail(
+    thumbnail: Bool[Tensor, "cells"], image: Int[Tensor, "cells"], images: int
+) -> Bool[Tensor, "cells"]:
+    """True for cells of images that have none but their thumbnail: of very thin images, unpadding leaves no row."""
+    others = torch.bincount(image[~thumbnail], minlength=images)
+    return others[image] == 0
 
 
 def choose_cells(
@@ -116,7 +124,7 @@ def choose_cells(
     if choices.thumbnail == "compete":
         chosen = best(torch.ones_like(thumbnail), amount)
     elif choices.thumbnail == "drop":
-        chosen = best(~thumbnail, amount)
+        chosen = best(~thumbnail | _only_thumbnail(thumbnail, image, images), amount)
     else:
         ahead = thumbnail if choices.thumbnail == "keep" else ~thumbnail
         first = torch.minimum(amount, torch.bincount(image[ahead], minlength=images))
@@ -133,7 +141,12 @@ def adaptive_cells(
     kept = (scores > 0) & layout.cell
     if choices.thumbnail == "keep":
         return kept | layout.thumbnail
-    return kept & ~layout.thumbnail if choices.thumbnail == "drop" else kept
+    if choices.thumbnail == "drop":
+        cell = layout.cell
+        alone = torch.zeros_like(cell)
+        alone[cell] = _only_thumbnail(layout.thumbnail[cell], layout.image[cell], len(layout.tiles))
+        return kept & (~layout.thumbnail | alone)
+    return kept
 
 
 def add_newlines(layout: Layout, kept: Bool[Tensor, "packed"], newline: str) -> Bool[Tensor, "packed"]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from tokensel.data.tower import run_tower
+from tokensel.utils.devices import device_of
 from tokensel.utils.errors import check_keep
 from tokensel.vlm.choose import Choices
 from tokensel.vlm.encode import Encoded
@@ -47,13 +48,14 @@ def _pack_coarse(
     newline = torch.tensor([-1])
     if tiles == 1:
         return torch.cat([base, newline]), torch.cat([base_place, newline + 1 + side * side])
+    assert encoded.image_sizes is not None  # there are images, so there are sizes
     size = encoded.image_sizes[image].tolist()
     high, wide = get_anyres_image_grid_shape(
         size, config.image_grid_pinpoints, config.vision_config.image_size
     )
     cells = torch.arange(rows * cols, tiles * rows * cols).view(high, wide, rows, cols)
     cells = cells.transpose(1, 2).reshape(1, high * rows, wide * cols)
-    # The model's rule for cutting off the letterbox, told the image's shape in cells that may not be square.
+    # The model's rule for cutting off the letterbox, given the image's shape in cells that may not be square.
     cells = unpad_image(cells, (size[0] * rows, size[1] * cols))[0]
     across = (int(mine.sum()) - side * side) // max(ends, 1) - 1  # columns of the full map
     # rounding may leave the coarse map one row or column of letterbox more than the full one
@@ -85,13 +87,13 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
         TokenselError: ``keep`` outside (0, 1], or an unknown choice.
     """
     options, keep = Choices.of(choices), check_keep(keep)
-    core, config, layout = encoded.model.base_model, encoded.model.config, encoded.layout
+    core, config, layout = encoded.core, encoded.model.config, encoded.layout
     patch, side = (
         config.vision_config.patch_size,
         config.vision_config.image_size // config.vision_config.patch_size,
     )
     grid = coarse_grid(keep, side)
-    if grid == (side, side) or not layout.tiles:
+    if grid == (side, side) or encoded.pixel_values is None:
         tokens = encoded.features.tokens
     else:
         pixels = _shrink(encoded.pixel_values, grid[0] * patch, grid[1] * patch)
@@ -112,7 +114,7 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
     cells = layout.cell & kept
     if sources:
         source = torch.cat(sources)
-        projected = core.multi_modal_projector(tokens).flatten(0, 1)
+        projected = core.multi_modal_projector(tokens.to(device_of(core.multi_modal_projector))).flatten(0, 1)
         source = source.to(projected.device)
         visual = torch.where(
             (source < 0)[:, None], core.image_newline.to(projected), projected[source.clamp(min=0)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -14,6 +15,7 @@ from tokensel.data.features import Features, feature_width
 from tokensel.data.tower import run_tower
 from tokensel.scorers import Scorer
 from tokensel.scorers.random import mix
+from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.layout import Layout, empty_layout, read_layout, real_tiles, tile_counts
 
@@ -99,7 +101,11 @@ class Encoded:
         Raises:
             TokenselError: the scorer cannot read these features.
         """
+        if not callable(scorer):
+            raise TokenselError(f"scorer is {scorer!r}: pass a scorer, such as make_scorer({str(scorer)!r})")
         if scorer not in self._scores:
+            if (check := getattr(scorer, "check_model", None)) is not None:
+                check(self.model.config)
             self._scores[scorer] = self._score(scorer)
         return self._scores[scorer]
 
@@ -149,6 +155,40 @@ class Encoded:
         return rows, slot, grouped
 
 
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ``TokenselError`` if the model is none whose visual tokens can be traced to tiles."""
+    if not hasattr(model.base_model, "pack_image_features"):
+        raise TokenselError(
+            f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT or LLaVA-OneVision"
+        )
+    config = model.config
+    has_cls = config.vision_config.model_type.startswith("clip")
+    if has_cls and config.vision_feature_select_strategy != "default":
+        raise TokenselError(
+            f"{type(model).__name__} with vision_feature_select_strategy "
+            f"'{config.vision_feature_select_strategy}' packs no tiles, as the CLS token fits into no grid: "
+            "give 'default' in its configuration"
+        )
+
+
+def _tensor(inputs: Mapping[str, Any], name: str) -> Tensor | None:
+    """One of the processor's outputs as a tensor, whether or not it was asked for tensors."""
+    value = inputs.get(name)
+    if value is None or isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError):  # rows of several lengths, or something else that is no array
+        raise TokenselError(
+            f"{name} is no tensor: call the processor with padding=True and return_tensors='pt'"
+        ) from None
+
+
+def _host(inputs: Mapping[str, Any], name: str) -> Tensor | None:
+    value = _tensor(inputs, name)
+    return None if value is None else value.cpu()
+
+
 def _row_of_image(layout: Layout, places: Int[Tensor, "packed 2"]) -> Int[Tensor, "images"]:
     """The row in which each image's first placeholder stands."""
     images = torch.arange(len(layout.tiles))
@@ -190,37 +230,40 @@ def encode(
     Args:
         model: a LLaVA-NeXT, or a model that packs tiles as it does.
         inputs: what its processor returns: ``input_ids``, ``attention_mask`` and, where there are images,
-            ``pixel_values`` and ``image_sizes``; on the model's device.
+            ``pixel_values`` and ``image_sizes``; tensors, arrays or lists, on any device.
         keys: a stable number for each row, the seed of its random selection; by default one is made from the
             pixels, so that an image is treated alike in every batch.
 
     Raises:
-        TokenselError: the model packs no tiles, the placeholders do not match the images, or keys and rows
-            differ in number.
+        TokenselError: the model packs no tiles, the inputs hold a video or are incomplete, the placeholders do not
+            match the images, or keys and rows differ in number.
     """
-    core, config = model.base_model, model.config
-    if not hasattr(core, "pack_image_features"):
+    check_model(model)
+    core: Any = model.base_model
+    config = model.config
+    if inputs.get("pixel_values_videos") is not None:
         raise TokenselError(
-            f"{type(model).__name__} packs no image tiles: give a LLaVA-NeXT or LLaVA-OneVision"
+            "videos cannot be reduced: give their frames as images, or the inputs to model.generate as they are"
         )
     # read on the host, and before the device is given anything to do: one short wait in place of many later
-    ids, mask, sizes = (
-        None if inputs.get(name) is None else inputs[name].cpu()
-        for name in ("input_ids", "attention_mask", "image_sizes")
-    )
+    ids, mask, sizes = (_host(inputs, name) for name in ("input_ids", "attention_mask", "image_sizes"))
+    if ids is None or ids.dim() != 2 or not ids.numel():
+        raise TokenselError("input_ids with at least one row are missing: pass what the processor returns")
     mask = torch.ones_like(ids).bool() if mask is None else mask.bool()
     if keys is not None:
         if len(keys) != len(ids):
             raise TokenselError(f"{len(keys)} keys for {len(ids)} rows: give one for each row")
         keys = torch.as_tensor(keys, dtype=torch.long).cpu()
     places = ((ids == config.image_token_id) & mask).nonzero()
-    pixels = inputs.get("pixel_values")
+    pixels = _tensor(inputs, "pixel_values")
     tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     if pixels is None or len(pixels) == 0:
         layout, pixels, sizes = empty_layout(tokens), None, None
+    elif sizes is None:
+        raise TokenselError("pixel_values without image_sizes: pass all that the processor returns")
     else:
         counts = tile_counts(model, {**inputs, "image_sizes": sizes})
-        pixels = real_tiles(pixels, counts)
+        pixels = real_tiles(pixels, counts).to(device_of(core.vision_tower))
         layout = read_layout(core, counts, tokens, sizes)
     if len(places) != len(layout.source):
         raise TokenselError(

@@ -74,10 +74,11 @@ class Layout:
 
 def tile_counts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]:
     """Tiles of each image of a processed batch, thumbnail included, by the model's own rule."""
+    core: Any = model.base_model
     config, sizes = model.config, inputs["image_sizes"]
     # LLaVA-OneVision leaves the images of a row with several of them uncut; LLaVA-NeXT cuts every image
     groups = inputs.get("batch_num_images")
-    whole = "batch_num_images" in inspect.signature(model.base_model.get_image_features).parameters
+    whole = "batch_num_images" in inspect.signature(core.get_image_features).parameters
     uncut = (
         [n > 1 for n in map(int, groups) for _ in range(n)]
         if whole and groups is not None

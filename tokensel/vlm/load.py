@@ -1,131 +1,20 @@
-"""A LLaVA with its processor: load it, ask it."""
+"""Load a LLaVA with its processor from a folder or the Hugging Face Hub."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BatchFeature,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from tokensel.schedules.schedule import Schedule
-from tokensel.scorers import Scorer
-from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.devices import check_device, check_dtype
+from tokensel.utils.errors import CheckpointError, MissingPackageError, TokenselError, reason
 from tokensel.utils.loading import hub_options
-from tokensel.vlm.generate import GenerationOutput, generate
+from tokensel.vlm.encode import check_model
+from tokensel.vlm.model import Vlm
 from tokensel.vlm.native import LlavaOnevisionProcessor, switch_off
-from tokensel.vlm.reduce import Reduced, reduce_inputs
 
-
-@dataclass
-class Vlm:
-    """A vision-language model of transformers and what turns pictures and questions into its inputs.
-
-    Attributes:
-        model, processor, name: the model, its processor, and the folder or hub id they came from.
-        native: how the model would compress on its own, now switched off (see :mod:`tokensel.vlm.native`); or ``None``.
-
-    >>> vlm = load_vlm("llava-hf/llava-v1.6-mistral-7b-hf")
-    >>> selector = make_scorer("selector", selector="folder or hub id")
-    >>> vlm.answer(image, "What is the total?", scorer=selector, keep=0.3)
-    """
-
-    model: PreTrainedModel
-    processor: ProcessorMixin
-    name: str
-    native: str | None = None
-
-    def prompt(self, question: str, image: bool | int = True) -> str:
-        """The user's turn in the model's own chat template, with ``image`` pictures before the question.
-
-        Raises:
-            TokenselError: the processor has no chat template.
-        """
-        if not (self.processor.chat_template or self.processor.tokenizer.chat_template):
-            raise TokenselError(
-                f"{self.name} has no chat template: write the prompts yourself and pass them to inputs()"
-            )
-        content = [{"type": "image"}] * int(image) + [{"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
-    def inputs(
-        self, images: Sequence[Image | Sequence[Image] | None] | None, prompts: Sequence[str]
-    ) -> BatchFeature:
-        """Process a batch, padded on the left, on the model's device.
-
-        Args:
-            images: for each prompt a picture, several, or ``None``; ``None`` for a batch without any.
-            prompts: as :meth:`prompt` makes them, with a placeholder for every picture.
-
-        Raises:
-            TokenselError: images and prompts differ in number.
-        """
-        rows = [None] * len(prompts) if images is None else list(images)
-        if len(rows) != len(prompts):
-            raise TokenselError(
-                f"{len(rows)} rows of images for {len(prompts)} prompts: give as many as prompts"
-            )
-        several = [[] if row is None else [row] if isinstance(row, Image) else row for row in rows]
-        # by row: LLaVA-OneVision leaves the images of a row with several of them uncut
-        nested = [[image.convert("RGB") for image in row] for row in several if len(row)]
-        tokenizer = self.processor.tokenizer
-        # templates may begin with the token that the tokenizer would put there again
-        begun = tokenizer.bos_token is not None and all(
-            prompt.startswith(tokenizer.bos_token) for prompt in prompts
-        )
-        batch = self.processor(
-            images=nested or None,
-            text=list(prompts),
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not begun,
-            return_tensors="pt",
-        )
-        return batch.to(self.model.device, self.model.dtype)
-
-    def generate_output(
-        self, reduced: Reduced, max_new_tokens: int = 64, schedule: Schedule | None = None, **options: Any
-    ) -> GenerationOutput:
-        """Texts, tokens, lengths and what the schedule did; see :func:`tokensel.vlm.generate.generate`."""
-        return generate(self.model, self.processor.tokenizer, reduced, max_new_tokens, schedule, **options)
-
-    def generate(
-        self, reduced: Reduced, max_new_tokens: int = 64, schedule: Schedule | None = None, **options: Any
-    ) -> list[str]:
-        """The texts of :meth:`generate_output`: new text alone, without the prompt."""
-        return self.generate_output(reduced, max_new_tokens, schedule, **options).texts
-
-    def answer(
-        self,
-        image: Image | None,
-        question: str,
-        scorer: Scorer | None = None,
-        keep: float | None = 1.0,
-        max_new_tokens: int = 64,
-        **choices: Any,
-    ) -> str:
-        """Answer one question about one picture, with only the visual tokens that ``scorer`` puts first.
-
-        Args:
-            image: the picture, or ``None`` to ask blindly.
-            question: the question; the chat template is put around it.
-            scorer: ranks the tokens, see :func:`~tokensel.scorers.make_scorer`; ``None`` keeps all.
-            keep: fraction of the visual tokens to keep, or ``None`` for as many as the selector would keep.
-            max_new_tokens: where to stop at the latest.
-            choices: see :class:`~tokensel.vlm.choose.Choices`.
-        """
-        inputs = self.inputs([image], [self.prompt(question, image is not None)])
-        return self.generate(reduce_inputs(self.model, inputs, scorer, keep, **choices), max_new_tokens)[0]
+__all__ = ["Vlm", "load_vlm"]
 
 
 def load_vlm(
@@ -133,48 +22,87 @@ def load_vlm(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     attn: str | None = None,
+    *,
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> Vlm:
-    """Load a LLaVA-NeXT or LLaVA-OneVision and its processor from a local folder or the Hugging Face hub.
+    """Load a LLaVA-NeXT or LLaVA-OneVision and its processor from a local folder or the Hugging Face Hub.
 
     OneVision's interpolation of visual tokens is switched off (Sec. 5.2 of the paper), see :mod:`tokensel.vlm.native`.
 
     Args:
         name: folder or hub id, such as ``llava-hf/llava-v1.6-mistral-7b-hf``.
-        device: a GPU if there is one, else the CPU.
+        device: a GPU if there is one, else the CPU; not together with ``device_map``.
         dtype: by default that of the checkpoint on a GPU and float32 on a CPU.
         attn: attention implementation of transformers, such as "sdpa" or "eager".
+        device_map: spread the model over several devices, "auto" or a map as accelerate takes it.
+        quantization_config: load quantised weights, such as a ``BitsAndBytesConfig``.
+        token, revision, local_files_only: for the Hub, see :func:`~tokensel.utils.loading.hub_options`.
 
     Raises:
-        TokenselError: nothing there under this name (or the hub is out of reach), weights cut short or
-            missing, or a model that packs no image tiles.
+        TokenselError: nothing there under this name (or the Hub is out of reach), weights cut short or
+            missing, a model that packs no image tiles, an unknown device or dtype, or a missing package.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    options = hub_options(name)
+    if device is not None and device_map is not None:
+        raise TokenselError(f"device is {device!r} and device_map {device_map!r}: give one of them")
+    place = check_device(device)
+    dtype = check_dtype(dtype) or (torch.float32 if place.type == "cpu" else "auto")
+    hub = hub_options(name, token=token, revision=revision, local_files_only=local_files_only)
+    given = {"device_map": device_map, "quantization_config": quantization_config}
     try:
-        config = AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **hub)
         if not hasattr(config, "image_grid_pinpoints"):
             raise TokenselError(
                 f"{name} is a {config.model_type}, which cuts no image tiles: give a LLaVA-NeXT "
                 "or LLaVA-OneVision"
             )
         kind = LlavaOnevisionProcessor if config.model_type == "llava_onevision" else AutoProcessor
-        processor = kind.from_pretrained(name, **options)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, attn_implementation=attn, output_loading_info=True, **options
+        processor: Any = kind.from_pretrained(name, **hub)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=attn,
+            output_loading_info=True,
+            **{key: value for key, value in given.items() if value is not None},
+            **hub,
         )
+        model, report = loaded
+        if report["missing_keys"]:
+            raise CheckpointError(
+                f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again"
+            )
+        check_model(model)
+        if device_map is None and getattr(model, "hf_quantizer", None) is None:
+            model = model.to(place)
     except TokenselError:
         raise
     except (SafetensorError, EOFError) as error:
-        raise TokenselError(
+        raise CheckpointError(
             f"{name}: its weights are cut short or damaged ({error}); fetch or save it again"
+        ) from None
+    except torch.OutOfMemoryError as error:
+        raise TokenselError(
+            f"{name} does not fit on {place} ({reason(error)}); give device_map='auto'"
+        ) from None
+    except ImportError as error:  # of a quantiser or an attention implementation
+        raise MissingPackageError(
+            f"{name}: loading it this way needs a package that is not installed ({reason(error)})"
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise TokenselError(
             f"{name} holds no LLaVA with its processor ({reason(error)}); give a folder or hub id that does"
         ) from None
-    if report["missing_keys"]:
-        raise TokenselError(
-            f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again"
-        )
-    return Vlm(model.to(device).eval(), processor, str(name), switch_off(model, processor))
+    _complete_tokenizer(model, processor.tokenizer)
+    return Vlm(model.eval(), processor, str(name), switch_off(model, processor))
+
+
+def _complete_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Let the end token pad where a tokenizer has no padding token: padding is masked, any token will do."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    generation: Any = model.generation_config
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id

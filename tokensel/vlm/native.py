@@ -10,12 +10,15 @@ shrinks. In tokens it counts twice: a ratio of 1.7 leaves a third of the map's t
 model sees, not as many; ``keep`` 1/1.7² would be the like of it. :func:`count_tokens` says how many tokens there are either way.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import LlavaOnevisionProcessor as StockProcessor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
+from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encode import Encoded
 from tokensel.vlm.layout import mark_cells, pack, tile_counts
@@ -34,9 +37,19 @@ class LlavaOnevisionProcessor(StockProcessor):
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
 
+    @property
+    def video_token_id(self) -> int | None:
+        """``None`` where the tokenizer has no such token: its id would be that of unknown words, each a video then."""
+        known = self.video_token in self.tokenizer.get_vocab()
+        return self._video_token_id if known else None
 
-def switch_off(model: PreTrainedModel, processor: ProcessorMixin) -> str | None:
-    """Let model and processor interpolate no more; returns how they did, or ``None`` for a model that never does."""
+    @video_token_id.setter
+    def video_token_id(self, value: int | None) -> None:
+        self._video_token_id = value
+
+
+def switch_off(model: PreTrainedModel, processor: Any) -> str | None:
+    """Switch the interpolation off in model and processor; returns how they did it, ``None`` if the model never does."""
     native = getattr(model.config, "vision_aspect_ratio", None)
     if native is not None:
         model.config.vision_aspect_ratio = processor.vision_aspect_ratio = OFF
@@ -59,13 +72,15 @@ def native(encoded: Encoded, ratio: str | None) -> Reduced:
             f"method native: a {encoded.model.config.model_type} has no compression of its own; leave it out, or give a "
             "LLaVA-OneVision"
         )
-    core, layout = encoded.model.base_model, encoded.layout
+    core, layout, sizes = encoded.core, encoded.layout, encoded.image_sizes
     kept, cells = torch.zeros_like(layout.cell), torch.zeros_like(layout.cell)
     visual = core.image_newline.new_zeros(0, core.image_newline.shape[0])
-    if layout.tiles:
-        projected = core.multi_modal_projector(encoded.features.tokens).split(layout.tiles)
-        visual = torch.cat(pack(core, projected, encoded.image_sizes, core.image_newline, ratio))
-        marks = mark_cells(core, layout.tiles, layout.tokens, encoded.image_sizes, ratio)
+    if sizes is not None:
+        tokens = encoded.features.tokens.to(device_of(core.multi_modal_projector))
+        projected = core.multi_modal_projector(tokens)
+        newline = core.image_newline.to(projected)
+        visual = torch.cat(pack(core, projected.split(layout.tiles), sizes, newline, ratio))
+        marks = mark_cells(core, layout.tiles, layout.tokens, sizes, ratio)
         lengths = torch.tensor([len(mark) for mark in marks], device=kept.device)
         first = torch.searchsorted(layout.image, torch.arange(len(marks), device=kept.device))
         # interpolated tokens come from no single place: they fill their image's placeholders from the front
@@ -95,7 +110,7 @@ def count_tokens(
     sizes: Int[Tensor, "1 2"] = torch.tensor([[height, width]])
     counts = tile_counts(model, {"image_sizes": sizes})
     vision = model.config.vision_config
-    mark: Bool[Tensor, packed] = mark_cells(
+    mark: Bool[Tensor, "packed"] = mark_cells(
         model.base_model, counts, (vision.image_size // vision.patch_size) ** 2, sizes, ratio
     )[0]
     return counts[0], int(mark.sum()), int((~mark).sum())

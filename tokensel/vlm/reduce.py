@@ -1,4 +1,4 @@
-"""The seam with LLaVA: drop visual tokens from embeddings, mask and positions; the stock model generates.
+"""The integration with LLaVA: drop visual tokens from embeddings, mask and positions; the stock model generates.
 
 Nothing of the model is replaced. :func:`reduce_inputs` takes what the processor made and returns what
 ``model.generate(**...)`` takes: embeddings of the prompt in which only the chosen visual tokens are left.
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokensel.scorers import Scorer
+from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
 from tokensel.vlm.encode import Encoded, encode
@@ -94,7 +95,8 @@ def assemble(
     mask = stay.gather(1, order)
     ids = encoded.input_ids.gather(1, order).masked_fill(~mask, _pad_id(encoded))
     slots = (ids == encoded.model.config.image_token_id) & mask
-    embeds = encoded.model.get_input_embeddings()(ids.to(encoded.model.device))  # new: it may be written into
+    embedding: Any = encoded.model.get_input_embeddings()
+    embeds = embedding(ids.to(device_of(embedding)))  # a new tensor, so it may be written into
     device = embeds.device
     embeds[tuple(index.to(device) for index in slots.nonzero(as_tuple=True))] = visual.to(
         device, embeds.dtype
@@ -117,24 +119,27 @@ def _pad_id(encoded: Encoded) -> int:
     padding = encoded.input_ids[~encoded.attention_mask]
     if len(padding):
         return int(padding[0])
-    return encoded.model.generation_config.pad_token_id or 0
+    generation: Any = encoded.model.generation_config
+    return generation.pad_token_id or 0
 
 
 def _visual(encoded: Encoded, kept: Bool[Tensor, "packed"]) -> Float[Tensor, "kept width"]:
     """Project the kept cells, and put the model's newline embedding where a newline is kept."""
-    core, layout = encoded.model.base_model, encoded.layout
+    core, layout = encoded.core, encoded.layout
     source = layout.source[kept]
     cell = source != NEWLINE
     if len(source) == 0:
         return core.image_newline.new_zeros(0, core.image_newline.shape[0])
-    tokens = encoded.features.tokens
+    tokens = encoded.features.tokens.to(device_of(core.multi_modal_projector))
     chosen = source[cell].to(tokens.device)
     if bool((kept | ~layout.cell).all()):
         # Everything stays: project whole tiles, as the model does, so that not even rounding differs.
         projected = core.multi_modal_projector(tokens).flatten(0, 1)[chosen]
     else:
         projected = core.multi_modal_projector(tokens.flatten(0, 1)[chosen])
-    visual = core.image_newline.to(projected).repeat(len(source), 1)
+    visual = core.image_newline.to(projected).repeat(
+        len(source), 1
+    )  # newlines everywhere, then cells over them
     return visual.index_copy_(0, cell.nonzero()[:, 0].to(projected.device), projected)
 
 
