@@ -114,7 +114,7 @@ class EvalConfig:
     thumbnail: Annotated[
         Literal["compete", "keep", "last", "drop"],
         Option("Tokens of the thumbnail tile compete, come first, come last, or are dropped.", BEFORE),
-    ] = "last"
+    ] = "compete"
     newline: Annotated[
         Literal["keep", "drop", "row"],
         Option("Newline tokens: keep all, drop all, or keep those of rows with a kept token.", BEFORE),

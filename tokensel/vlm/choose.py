@@ -16,9 +16,10 @@ from tokensel.vlm.layout import Layout
 class Choices:
     """What the paper leaves open about dropping tokens inside LLaVA.
 
-    The defaults are those that a measurement chose, for all scorers alike and on questions that no other result is
-    counted on: ``data/results/choices.csv``. It is a measurement on the small model, whose thumbnail shows no letter;
-    for another model repeat it.
+    The default of ``thumbnail`` is the literal reading of the paper: one competition among all visual tokens. The
+    book's chapters pass ``thumbnail="last"``, which a measurement on the book's small model chose, alike for all
+    scorers and on questions that no other result is counted on (``data/results/choices.csv``). The thumbnail of
+    that model shows no letter; that of a real LLaVA does, so repeat the measurement before you pass it there.
 
     Attributes:
         budget: "image": one contest among all visual cells of an image; "tile": every tile keeps the same
@@ -33,7 +34,7 @@ class Choices:
     """
 
     budget: Literal["image", "tile"] = "image"
-    thumbnail: Literal["compete", "keep", "last", "drop"] = "last"
+    thumbnail: Literal["compete", "keep", "last", "drop"] = "compete"
     newline: Literal["keep", "drop", "row"] = "keep"
     positions: Literal["compact", "original"] = "original"
 

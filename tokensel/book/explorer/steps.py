@@ -91,7 +91,9 @@ class Exploration:
         """
         if method not in self.scorers:
             raise TokenselError(f"method '{method}' is unknown here: choose one of {', '.join(self.scorers)}")
-        reduced, valid = reduce(self.encoded, self.scorers[method], keep), self.encoded.layout.valid
+        # the book's choice for its small models, see tokensel.vlm.Choices
+        reduced = reduce(self.encoded, self.scorers[method], keep, thumbnail="last")
+        valid = self.encoded.layout.valid
         assert reduced.kept is not None, "a scorer drops whole cells"
         errors = self.errors(reduced.kept)
         steps = self._answers(reduced)
