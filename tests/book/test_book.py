@@ -103,6 +103,8 @@ def test_chapter_is_committed_as_it_should_be(path):
     for node in ast.parse(tagged[0].source).body:  # a long list goes on below its first line
         line = lines[node.lineno - 1]
         assert isinstance(node, ast.AnnAssign) and "  # " in line, f"untyped or uncommented parameter: {line}"
+    wide = [line for cell in code for line in cell.source.splitlines() if len(line) > 88]
+    assert not wide, "lines that scroll sideways"
     assert {"model"} <= set(parameters.declared(tagged[0].source).keys())
     assert f'open_chapter("{path.stem}")' in "\n".join(cell.source for cell in code)
     prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
