@@ -140,6 +140,7 @@ def test_the_library_imports_only_what_it_declares():
     known = {re.match(r"[\w-]+", line)[0] for line in declared}
     provider = {"PIL": "pillow", "skimage": "scikit-image", "IPython": "ipykernel"}
     provider |= {"tokenizers": "transformers", "traitlets": "ipywidgets", "yaml": "pyyaml"}
+    provider |= {"cycler": "matplotlib"}
     for path in (ROOT / "tokensel").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
