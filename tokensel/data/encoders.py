@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from tokensel.data.features import Features, feature_width
 from tokensel.data.tower import run_tower
-from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.errors import CheckpointError, TokenselError, reason
 from tokensel.utils.loading import hub_options, quiet
 
 Tiles = Literal["whole", "anyres"]
@@ -127,7 +127,7 @@ class VisionEncoder:
         except TokenselError:
             raise
         except (SafetensorError, EOFError) as error:
-            raise TokenselError(
+            raise CheckpointError(
                 f"{name}: its weights are cut short or damaged ({error}); fetch it again"
             ) from None
         except (OSError, ValueError, RuntimeError) as error:

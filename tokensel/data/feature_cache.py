@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tokensel.data.encoders import Tiles, VisionEncoder
 from tokensel.data.features import Features
 from tokensel.data.images import ImageSource
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import CheckpointError, TokenselError
 from tokensel.utils.files import save_tensors, write_json
 
 IMAGES_A_SHARD = 256
@@ -43,7 +43,7 @@ class FeatureCache:
             try:
                 self.shards.append(safe_open(folder / shard["file"], framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise TokenselError(
+                raise CheckpointError(
                     f"{folder / shard['file']}: cut short or gone ({error}); delete the cache {folder}"
                 ) from None
             self.ends.append((self.ends[-1] if self.ends else 0) + shard["tiles"])
@@ -148,7 +148,7 @@ def _header(path: Path) -> dict[str, str] | None:
         with safe_open(path, framework="pt") as shard:
             return dict(shard.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise TokenselError(f"{path}: cut short ({error}); delete it and it will be written again") from None
+        raise CheckpointError(f"{path}: cut short ({error}); delete it and it will be written again") from None
 
 
 def _same(path: Path, found: str | None, wanted: str) -> None:

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.errors import CheckpointError, TokenselError, reason
 from tokensel.utils.files import no_space, write_text
 from tokensel.utils.loading import hub_options, quiet, split_hub_options
 
@@ -131,7 +131,7 @@ class CoreModel(PreTrainedModel):
                     name, *args, output_loading_info=True, **(options | kwargs)
                 )
         except (SafetensorError, EOFError) as error:
-            raise TokenselError(
+            raise CheckpointError(
                 f"{name}: its weights are cut short or damaged ({error}); fetch or save it again"
             ) from None
         except TokenselError:
@@ -141,7 +141,7 @@ class CoreModel(PreTrainedModel):
                 f"{name}: cannot load a {cls.__name__} ({reason(error)}); give a hub id or a local folder"
             ) from None
         if info["missing_keys"]:
-            raise TokenselError(
+            raise CheckpointError(
                 f"{name}: lacks the weights {sorted(info['missing_keys'])[:3]}; save it again"
             )
         return (model, info) if report else model

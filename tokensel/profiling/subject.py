@@ -16,6 +16,7 @@ from tokensel.profiling.config import CostConfig, image_size
 from tokensel.profiling.shapes import SHAPES
 from tokensel.schedules import SCHEDULES, Schedule, make_schedule, pruned
 from tokensel.scorers import Scorer, make_scorer
+from tokensel.utils.devices import check_device
 from tokensel.utils.errors import TokenselError, reason
 from tokensel.utils.loading import hub_options
 from tokensel.vlm import Choices, Encoded, Reduced, encode, load_vlm
@@ -58,9 +59,7 @@ def build_model(config: CostConfig) -> PreTrainedModel:
     Raises:
         TokenselError: nothing there under this name, or a model that packs no image tiles.
     """
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
+    device = check_device(config.device)
     if not (config.random_weights or config.model in SHAPES):
         dtype = None if config.dtype == "auto" else config.dtype
         return load_vlm(config.model, device, dtype, config.attn).model
@@ -69,7 +68,12 @@ def build_model(config: CostConfig) -> PreTrainedModel:
     shape = SHAPES[config.model]() if config.model in SHAPES else _configuration(config.model)
     with torch.random.fork_rng(devices=[]), device:
         torch.manual_seed(config.seed)
-        model = AutoModelForImageTextToText.from_config(shape, dtype=dtype, attn_implementation=config.attn)
+        try:
+            model = AutoModelForImageTextToText.from_config(
+                shape, dtype=dtype, attn_implementation=config.attn
+            )
+        except (ImportError, ValueError) as error:  # of an attention whose package is missing, or unknown
+            raise TokenselError(f"attn is {config.attn!r} ({reason(error)}); give sdpa or eager") from None
     return model.eval()
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import CheckpointError, DiskError
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> Path:
@@ -21,11 +21,16 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> Path:
     A reader sees the old file or the new one, never half of one, also after SIGKILL.
 
     Raises:
-        TokenselError: no space left on the device; what was there before stays.
+        DiskError: no space left on the device, or nothing can be written there; what was there before stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        if _is_full(error):
+            raise no_space(error, path) from None
+        raise DiskError(f"{path}: cannot write here ({error.strerror}); give another folder") from None
     os.close(handle)
     try:
         write(Path(name))
@@ -59,24 +64,22 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     """Read a safetensors file: its tensors and its header.
 
     Raises:
-        TokenselError: the file is missing, cut short or not safetensors.
+        CheckpointError: the file is missing, cut short or not safetensors.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except FileNotFoundError:
-        raise TokenselError(f"{path}: no such checkpoint") from None
+        raise CheckpointError(f"{path}: no such checkpoint") from None
     except (SafetensorError, OSError) as error:
-        raise TokenselError(
+        raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); delete it or restore it"
         ) from None
 
 
-def no_space(error: BaseException, path: str | Path) -> TokenselError:
+def no_space(error: BaseException, path: str | Path) -> DiskError:
     """The line to show when the disk is full."""
-    return TokenselError(
-        f"{path}: no space left on the device; free some, or choose another folder ({error})"
-    )
+    return DiskError(f"{path}: no space left on the device; free some, or choose another folder ({error})")
 
 
 def _is_full(error: BaseException) -> bool:

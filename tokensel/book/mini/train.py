@@ -21,6 +21,7 @@ from tokensel.book.mini.model import KINDS, build_mini_model, build_processor
 from tokensel.book.mini.recipe import Recipe
 from tokensel.book.mini.step_batches import StepBatches
 from tokensel.utils import files
+from tokensel.utils.devices import check_device
 
 _FLUSH = 20  # steps between two looks at what the device has counted; each look waits for it
 
@@ -55,7 +56,7 @@ def train_mini(
     Returns:
         The folder of the finished model.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(check_device(device))
     on_cpu = device == "cpu"
     settings = {
         "device": device,
