@@ -163,7 +163,7 @@ def _cells(ax: Axes) -> list[pd.DataFrame]:
 def _name(artist: Artist | ErrorbarContainer, colour: str, names: dict[str, str]) -> str:
     """The label of a series, or the word of its colour beside it."""
     label = str(artist.get_label())
-    return names.get(style.ink(colour), "") if not label or label.startswith("_") else label
+    return names.get(style.text_colour(colour), "") if not label or label.startswith("_") else label
 
 
 def _hex(colour: Any) -> str:
