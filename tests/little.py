@@ -1,4 +1,4 @@
-"""Small things to train on: pictures, a tower, features, a configuration."""
+"""Small things to train on: images, a tower, features, a configuration."""
 
 from pathlib import Path
 
@@ -21,14 +21,14 @@ VISION = dict(
 )
 
 
-def pictures(count=3):
+def sample_images(count=3):
     return [noise_image(30 + 7 * i, 50 - 5 * i, seed=i) for i in range(count)]
 
 
-def save_pictures(path: Path, count=4) -> Path:
+def save_images(path: Path, count=4) -> Path:
     (path / "deep").mkdir(parents=True)
-    for i, picture in enumerate(pictures(count)):
-        picture.save(path / ("deep" if i % 2 else ".") / f"{i}.jpg")
+    for i, image in enumerate(sample_images(count)):
+        image.save(path / ("deep" if i % 2 else ".") / f"{i}.jpg")
     return path
 
 
@@ -38,7 +38,7 @@ def cut(path: Path) -> None:
 
 
 def dataset(count=5):
-    return Dataset.from_dict({"image": pictures(count), "question": ["?"] * count}).cast_column(
+    return Dataset.from_dict({"image": sample_images(count), "question": ["?"] * count}).cast_column(
         "image", ImageFeature()
     )
 
@@ -51,7 +51,7 @@ def clip_tower(path, seed=0):
     return tower
 
 
-def small(**options):
+def small_config(**options):
     return TrainConfig(
         **(dict(steps=6, batch_size=4, layers=1, statistics_tiles=8, progress=False) | options)
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import suite_tiny
 from datasets import Dataset, Image
-from little import clip_tower, cut, save_pictures
+from little import clip_tower, cut, save_images
 from tiny import WIDTH
 
 from tokensel import cli
@@ -121,7 +121,7 @@ def test_missing_hub_model_while_offline(models, tmp_path, refused):
     name = "nobody/no-such-model"
     assert name in refused(*evaluation(models, tmp_path, "--model", name))
     assert name in refused(*evaluation(models, tmp_path, "--selector", name))
-    pictures = save_pictures(tmp_path / "pictures")
+    pictures = save_images(tmp_path / "pictures")
     assert name in refused(*training(pictures, name, tmp_path / "out"))
 
 
@@ -133,7 +133,7 @@ def test_a_folder_without_images(models, tmp_path, refused):
 
 
 def test_a_truncated_jpeg_among_good_ones_is_skipped_named_and_counted(tokensel, monkeypatch, tmp_path):
-    pictures = save_pictures(tmp_path / "pictures", 6)
+    pictures = save_images(tmp_path / "pictures", 6)
     cut(pictures / "2.jpg")
     clip_tower(tmp_path / "tower")
     status, out, told = tokensel(*training(pictures, tmp_path / "tower", tmp_path / "out", "--steps", 6))
@@ -173,7 +173,7 @@ def test_a_checkpoint_cut_short(which, models, tmp_path, refused):
 
 
 def test_a_training_checkpoint_cut_short(models, tmp_path, tokensel, refused):
-    pictures = save_pictures(tmp_path / "pictures")
+    pictures = save_images(tmp_path / "pictures")
     command = training(pictures, models / "tiny-llava", tmp_path / "out")
     assert tokensel(*command)[0] == 0
     checkpoint = next(path for path in (tmp_path / "out").glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Vision encoders: the very features a LLaVA model uses; where pictures come from; features on disk."""
+"""Vision encoders: the very features a LLaVA model uses; where images come from; features on disk."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
-from little import VISION, clip_tower, cut, dataset, pictures, save_pictures
+from little import VISION, clip_tower, cut, dataset, sample_images, save_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import TILE, tiny_llava
@@ -22,7 +22,7 @@ from transformers import (
 
 from tokensel.data.encoders import VisionEncoder
 from tokensel.data.feature_cache import FeatureCache, build_cache
-from tokensel.data.images import open_images
+from tokensel.data.image_sources import open_images
 from tokensel.utils.errors import TokenselError
 
 
@@ -46,13 +46,15 @@ def encoder(folder):
 
 def test_features_are_those_the_language_model_sees(llava, encoder):
     model, processor = llava
-    inputs = processor(images=pictures(2), text=["<image>", "<image>"], return_tensors="pt", padding=True)
+    inputs = processor(
+        images=sample_images(2), text=["<image>", "<image>"], return_tensors="pt", padding=True
+    )
     seen = []
     hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
     hook.remove()
-    pixels = encoder.preprocess(pictures(2), tiles="anyres")
+    pixels = encoder.preprocess(sample_images(2), tiles="anyres")
     assert len(pixels) == len(seen[0]) > 4
     assert torch.equal(encoder.features(pixels).tokens, seen[0])
     assert (encoder.width, encoder.tokens, encoder.grid, encoder.size) == (32, 36, (6, 6), TILE)
@@ -60,13 +62,16 @@ def test_features_are_those_the_language_model_sees(llava, encoder):
 
 def test_a_whole_image_is_squashed_as_the_thumbnail_is(llava, encoder):
     stock = torch.cat(
-        [llava[1].image_processor(images=[p], return_tensors="pt")["pixel_values"][0, :1] for p in pictures()]
+        [
+            llava[1].image_processor(images=[p], return_tensors="pt")["pixel_values"][0, :1]
+            for p in sample_images()
+        ]
     )
-    assert torch.equal(encoder.preprocess(pictures()), stock)
+    assert torch.equal(encoder.preprocess(sample_images()), stock)
 
 
 def test_cls_attention_is_that_of_the_layer_below_the_features(encoder):
-    pixels = encoder.preprocess(pictures(2))
+    pixels = encoder.preprocess(sample_images(2))
     features = encoder.features(pixels, cls_attention=True)
     encoder.tower.set_attn_implementation("eager")
     with torch.no_grad():
@@ -80,7 +85,7 @@ def test_a_model_in_memory_shares_its_tower(llava, encoder):
     shared = VisionEncoder.from_vlm(*llava)
     assert shared.tower is llava[0].model.vision_tower
     assert shared.fingerprint() == encoder.fingerprint()
-    assert torch.equal(shared.encode(pictures()).tokens, encoder.encode(pictures()).tokens)
+    assert torch.equal(shared.encode(sample_images()).tokens, encoder.encode(sample_images()).tokens)
 
 
 def test_the_tower_is_read_from_the_shards_that_hold_it(llava, encoder, tmp_path):
@@ -97,8 +102,8 @@ def test_the_tower_is_read_from_the_shards_that_hold_it(llava, encoder, tmp_path
 
 def test_encoding_does_not_depend_on_the_batch(encoder):
     one, many = (
-        encoder.encode(pictures(), batch_size=1),
-        encoder.encode(pictures(), tiles="whole", batch_size=8),
+        encoder.encode(sample_images(), batch_size=1),
+        encoder.encode(sample_images(), tiles="whole", batch_size=8),
     )
     torch.testing.assert_close(one.tokens, many.tokens, atol=1e-5, rtol=1e-5)
     assert many.keys.tolist() == [0, 1, 2] and not many.tokens.requires_grad
@@ -120,23 +125,23 @@ def test_towers_alone_and_inside_clip_and_siglip(tmp_path):
         VisionEncoder.from_pretrained(tmp_path / "clip"),
     )
     assert alone.feature_layer == -2 and alone.drop_cls and alone.fingerprint() == inside.fingerprint()
-    pixels = alone.preprocess(pictures())
+    pixels = alone.preprocess(sample_images())
     with torch.no_grad():
         expected = tower.eval()(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert torch.equal(alone.features(pixels).tokens, expected)
     last = VisionEncoder.from_pretrained(tmp_path / "tower", feature_layer=-1)
     assert last.fingerprint() != alone.fingerprint()
     with pytest.raises(TokenselError, match="cuts no anyres tiles"):
-        alone.preprocess(pictures(), tiles="anyres")
+        alone.preprocess(sample_images(), tiles="anyres")
 
     torch.manual_seed(0)
     siglip = SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False))
     siglip.save_pretrained(tmp_path / "siglip")
     encoder = VisionEncoder.from_pretrained(tmp_path / "siglip")
     assert (encoder.feature_layer, encoder.drop_cls, encoder.tokens) == (-1, False, 16)
-    assert encoder.features(encoder.preprocess(pictures())).tokens.shape == (3, 16, 16)
+    assert encoder.features(encoder.preprocess(sample_images())).tokens.shape == (3, 16, 16)
     with pytest.raises(TokenselError, match="no CLS token"):
-        encoder.features(encoder.preprocess(pictures()), cls_attention=True)
+        encoder.features(encoder.preprocess(sample_images()), cls_attention=True)
 
 
 def test_what_is_no_encoder_says_so_in_one_line(folder, tmp_path):
@@ -158,12 +163,12 @@ def test_what_is_no_encoder_says_so_in_one_line(folder, tmp_path):
     refused(tmp_path / "hollow", "its vision tower lacks")
 
 
-# --- where pictures come from -----------------------------------------------------------------------------
+# --- where images come from -----------------------------------------------------------------------------
 
 
 def test_a_folder_is_searched_to_the_bottom_and_a_cut_file_is_named(tmp_path):
-    save_pictures(tmp_path / "p")
-    (tmp_path / "p" / "notes.txt").write_text("no picture")
+    save_images(tmp_path / "p")
+    (tmp_path / "p" / "notes.txt").write_text("no image")
     source = open_images(tmp_path / "p")
     assert source.length == 4
     cut(tmp_path / "p" / "2.jpg")
@@ -173,17 +178,17 @@ def test_a_folder_is_searched_to_the_bottom_and_a_cut_file_is_named(tmp_path):
     assert open_images(tmp_path / "p", limit=2).length == 2
 
 
-def test_datasets_in_memory_on_disk_and_as_parquet_give_the_same_pictures(tmp_path):
+def test_datasets_in_memory_on_disk_and_as_parquet_give_the_same_images(tmp_path):
     rows = dataset()
     rows.save_to_disk(tmp_path / "disk")
     rows.to_parquet(tmp_path / "rows.parquet")
-    expected = [np.asarray(picture) for picture in pictures(5)]
+    expected = [np.asarray(image) for image in sample_images(5)]
     for source in (
         open_images(rows),
         open_images(tmp_path / "disk"),
         open_images(tmp_path / "rows.parquet"),
         open_images(tmp_path / "rows.parquet", streaming=True),
-        open_images(pictures(5)),
+        open_images(sample_images(5)),
     ):
         opened = [np.asarray(source.open(*row)) for row in source.stream()]
         assert len(opened) == 5 and all(map(np.array_equal, opened, expected)), source.name
@@ -191,11 +196,11 @@ def test_datasets_in_memory_on_disk_and_as_parquet_give_the_same_pictures(tmp_pa
         assert len(later) == 2 and np.array_equal(later[0], expected[3])
 
 
-def test_pictures_come_upright_and_in_rgb(tmp_path):
-    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
-    exif = picture.getexif()
+def test_images_come_upright_and_in_rgb(tmp_path):
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
+    exif = image.getexif()
     exif[0x0112] = 6  # the camera was held sideways
-    picture.save(tmp_path / "side.png", exif=exif)
+    image.save(tmp_path / "side.png", exif=exif)
     source = open_images(tmp_path)
     opened = source.open(*source.row(0))
     assert opened.mode == "RGB" and opened.size == (4, 6)
@@ -210,7 +215,7 @@ def test_pictures_come_upright_and_in_rgb(tmp_path):
         ("a:b:c:d", "name:config:split"),
     ],
 )
-def test_no_pictures_is_a_clear_error(name, words, tmp_path):
+def test_no_images_is_a_clear_error(name, words, tmp_path):
     (tmp_path / "empty" / "below").mkdir(parents=True)
     with pytest.raises(TokenselError, match=words) as caught:
         open_images(name.format(tmp_path))
@@ -220,7 +225,7 @@ def test_no_pictures_is_a_clear_error(name, words, tmp_path):
 def test_wrong_columns_splits_and_limits_are_refused():
     with pytest.raises(TokenselError, match="no column 'picture' among"):
         open_images(dataset(), column="picture")
-    with pytest.raises(TokenselError, match="has the splits .*name one"):
+    with pytest.raises(TokenselError, match=r"has the splits .*name one"):
         open_images(DatasetDict({"train": dataset()}))
     with pytest.raises(TokenselError, match="no images in it"):
         open_images([])
@@ -233,7 +238,7 @@ def test_wrong_columns_splits_and_limits_are_refused():
 
 def test_the_cache_holds_every_tile_and_goes_on_where_it_was_stopped(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr("tokensel.data.feature_cache.IMAGES_A_SHARD", 2)
-    save_pictures(tmp_path / "p", 5)
+    save_images(tmp_path / "p", 5)
     cut(tmp_path / "p" / "4.jpg")
     source = open_images(tmp_path / "p")
     calls = []
@@ -259,7 +264,7 @@ def test_the_cache_holds_every_tile_and_goes_on_where_it_was_stopped(encoder, tm
 
 
 def test_a_cache_of_another_encoder_or_cut_short_is_refused(encoder, tmp_path):
-    save_pictures(tmp_path / "p")
+    save_images(tmp_path / "p")
     clip_tower(tmp_path / "tower")
     source = open_images(tmp_path / "p")
     build_cache(tmp_path / "c", source, encoder, progress=False)

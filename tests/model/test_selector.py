@@ -277,7 +277,7 @@ def test_what_cannot_be_loaded_says_why_in_one_line(tmp_path):
     refused(tmp_path / "whole", "lacks the weights")
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -9,7 +9,7 @@ from tiny import noise_image, tiny_selector, tiny_vlm
 
 from tokensel import scorers
 from tokensel.benchmarks.runner import evaluate
-from tokensel.data.tower import cls_row
+from tokensel.data.tower import cls_attention_row
 from tokensel.methods import Batch, check_method, methods, prepare
 from tokensel.scorers import SCORERS, Scorer, make_scorer, scorer_options
 from tokensel.scorers.random import RandomScorer
@@ -70,7 +70,9 @@ def test_options_are_those_of_the_constructors(noisy):
 
 def test_cls_attention_is_computed_for_those_who_read_it(monkeypatch):
     computed = []
-    monkeypatch.setattr("tokensel.data.tower.cls_row", lambda *args: computed.append(1) or cls_row(*args))
+    monkeypatch.setattr(
+        "tokensel.data.tower.cls_attention_row", lambda *args: computed.append(1) or cls_attention_row(*args)
+    )
     batch = Batch(tiny_vlm(), [noise_image(40, 48)], ["what?"])
     for name in ("norm", "random", "uniform", "diversity"):
         prepare(batch, name, 0.3)

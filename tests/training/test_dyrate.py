@@ -17,7 +17,7 @@ from reference import dyrate, generated, prompt, vlm_of
 from tokensel.schedules import RatePredictor
 from tokensel.schedules.attention import TYPES
 from tokensel.training import dyrate as dyrate_training
-from tokensel.training.dyrate import DyRateConfig, RateLesson, attention_mask, train_dyrate
+from tokensel.training.dyrate import DyRateConfig, MaskedForward, attention_mask, train_dyrate
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.forced import IGNORED, answer_mass, force
 
@@ -25,9 +25,18 @@ from tokensel.vlm.forced import IGNORED, answer_mass, force
 @pytest.fixture
 def config(model, tmp_path) -> DyRateConfig:
     return DyRateConfig(
-        model=str(model), out=str(tmp_path / "out"), suite="suite_tiny", benchmarks=("page", "list"), n=6, layer=1,
-        rates=4, steps=8, batch_size=3, save_every=2, progress=False,
-    )  # fmt: skip
+        model=str(model),
+        out=str(tmp_path / "out"),
+        suite="suite_tiny",
+        benchmarks=("page", "list"),
+        n=6,
+        layer=1,
+        rates=4,
+        steps=8,
+        batch_size=3,
+        save_every=2,
+        progress=False,
+    )
 
 
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
@@ -37,7 +46,7 @@ def test_one_pass_over_a_known_answer_equals_writing_it_while_tokens_leave(text)
     out, pruning = generated(vlm, reduced, schedule)
     forced = force(vlm.model, reduced, out.sequences, torch.full((3,), out.sequences.shape[1]))
     with torch.no_grad():
-        logits, kept = RateLesson(vlm.model, schedule.predictor).read(forced)
+        logits, kept = MaskedForward(vlm.model, schedule.predictor).logits(forced)
     assert torch.allclose(logits, torch.stack(out.logits, 1), atol=1e-4)
     left = torch.stack(pruning.left)[:, 2].T / reduced.visual.sum(1, keepdim=True)
     assert torch.allclose(kept, left) and len(kept.unique()) > 5
@@ -49,11 +58,11 @@ def test_shorter_answers_end_earlier_and_change_nothing_else():
         prompt(vlm, [0, 1]),
         torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0)),
     )
-    lesson = RateLesson(vlm.model, schedule.predictor)
+    forward = MaskedForward(vlm.model, schedule.predictor)
     with torch.no_grad():
-        whole, _ = lesson.read(force(vlm.model, reduced, tokens, torch.tensor([7, 7])))
+        whole, _ = forward.logits(force(vlm.model, reduced, tokens, torch.tensor([7, 7])))
         forced = force(vlm.model, reduced, tokens, torch.tensor([7, 4]))
-        short, _ = lesson.read(forced)
+        short, _ = forward.logits(forced)
     assert (forced.labels[1] == IGNORED).tolist() == [False] * 4 + [True] * 3
     assert torch.allclose(short[0], whole[0], atol=1e-5) and torch.allclose(
         short[1, :4], whole[1, :4], atol=1e-5
@@ -126,14 +135,14 @@ def test_a_heavy_weight_on_compute_drops_tokens_and_none_keeps_them(config):
 
 def test_an_interrupted_training_ends_where_an_undisturbed_one_does(config, tmp_path, monkeypatch):
     whole, history = train_dyrate(config)
-    draw, other = dyrate_training._draw, replace(config, out=str(tmp_path / "other"))
+    draw, other = dyrate_training._draw_questions, replace(config, out=str(tmp_path / "other"))
 
     def stop(vlm, data, config, step):
         if step == 5:
             raise KeyboardInterrupt
         return draw(vlm, data, config, step)
 
-    monkeypatch.setattr(dyrate_training, "_draw", stop)
+    monkeypatch.setattr(dyrate_training, "_draw_questions", stop)
     with pytest.raises(KeyboardInterrupt):
         train_dyrate(other)
     monkeypatch.undo()
@@ -143,7 +152,7 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(config, tmp_
     assert json.loads((tmp_path / "other" / "history.jsonl").read_text().splitlines()[-1]) == history[-1]
     loaded = RatePredictor.from_pretrained(tmp_path / "other" / "dyrate")
     assert torch.equal(loaded.linear.weight, whole.linear.weight) and loaded.config.steps == 8
-    with pytest.raises(TokenselError, match="was trained with weight 1.0, not 0.2"):
+    with pytest.raises(TokenselError, match=r"was trained with weight 1\.0, not 0.2"):
         train_dyrate(replace(other, weight=0.2))
     with pytest.raises(TokenselError, match="was trained on"):
         train_dyrate(_with_other_model(other, tmp_path))
@@ -162,8 +171,10 @@ def _with_other_model(config: DyRateConfig, folder: Path) -> DyRateConfig:
 def test_sigkill_then_the_same_command_again(config, tmp_path):
     whole, _ = train_dyrate(config)
     out = tmp_path / "killed"
-    options = {"model": config.model, "out": out, "suite": "suite_tiny", "benchmarks": "page,list", "n": 6, "layer": 1,
-               "rates": 4, "steps": 8, "batch-size": 3, "save-every": 2}  # fmt: skip
+    options = {
+        "model": config.model, "out": out, "suite": "suite_tiny", "benchmarks": "page,list", "n": 6,
+        "layer": 1, "rates": 4, "steps": 8, "batch-size": 3, "save-every": 2,
+    }  # fmt: skip
     command = [
         sys.executable,
         "-m",

@@ -10,15 +10,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from little import clip_tower, cut, dataset, pictures, random_features, same, save_pictures, small, weights
+from little import (
+    clip_tower,
+    cut,
+    dataset,
+    random_features,
+    same,
+    sample_images,
+    save_images,
+    small_config,
+    weights,
+)
 from safetensors.torch import load_file
 from tiny import tiny_llava
 
 from tokensel.budget import top_fraction
 from tokensel.data.encoders import VisionEncoder
 from tokensel.data.features import Features
-from tokensel.data.images import open_images
-from tokensel.data.loader import ImageFeed, ahead, rows_of_step
+from tokensel.data.image_sources import open_images
+from tokensel.data.loader import ImageFeatureLoader, loaded_ahead, rows_of_step
 from tokensel.model.gumbel import gumbel_noise
 from tokensel.model.objective import objective
 from tokensel.model.selector import TokenSelector
@@ -26,12 +36,14 @@ from tokensel.scorers import make_scorer
 from tokensel.training.autoencoder import Autoencoder, MaskedAutoencoder, Statistics
 from tokensel.training.config import TrainConfig
 from tokensel.training.judge import policy_scores, reconstruction_error, train_reconstructor
-from tokensel.training.optim import learning_rate, seeded, slice_of, temperature
+from tokensel.training.optim import learning_rate, seeded, temperature
+from tokensel.training.processes import Processes
 from tokensel.training.train import train
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.seeds import derived_seed, generator
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +102,16 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(length, batch, s
 @given(st.integers(1, 4), st.integers(1, 5))
 def test_slices_of_all_processes_make_the_batch(processes, size):
     parts = [
-        list(range(processes * size))[slice_of(processes * size, i, processes)] for i in range(processes)
+        list(range(processes * size))[Processes(CPU, i, processes).local_rows(processes * size)]
+        for i in range(processes)
     ]
-    assert sum(parts, []) == list(range(processes * size)) and {len(part) for part in parts} == {size}
+    assert [row for part in parts for row in part] == list(range(processes * size))
+    assert {len(part) for part in parts} == {size}
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(TokenselError, match="batch_size is 5: give a multiple of the 2 processes"):
-        slice_of(5, 0, 2)
+        Processes(CPU, 0, 2).local_rows(5)
 
 
 def test_seeds_hang_on_every_part():
@@ -106,23 +120,23 @@ def test_seeds_hang_on_every_part():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_pictures_come_the_same_by_slices_and_from_any_step(streaming, encoder, tmp_path):
+def test_images_come_the_same_by_slices_and_from_any_step(streaming, encoder, tmp_path):
     dataset(5).to_parquet(tmp_path / "rows.parquet")
 
-    def walk(start, count, mine, restored=None):
-        feed = ImageFeed(open_images(tmp_path / "rows.parquet", streaming=streaming), encoder)
+    def walk(start, count, local_rows, restored=None):
+        loader = ImageFeatureLoader(open_images(tmp_path / "rows.parquet", streaming=streaming), encoder)
         if restored:
-            feed.restore(restored)
-        batches = feed.batches(start, 4, mine, seed=1)
-        found = list(islice(batches, count))
+            loader.restore(restored)
+        batches = loader.batches(start, 4, local_rows, seed=1)
+        received = list(islice(batches, count))
         batches.close()
-        return found, feed.state()
+        return received, loader.state()
 
     whole, state = walk(0, 5, slice(0, 4))
-    for mine in (slice(0, 2), slice(2, 4)):
-        for batch, part in zip(whole, walk(0, 5, mine)[0], strict=True):
-            torch.testing.assert_close(part.tokens, batch.tokens[mine], atol=1e-5, rtol=1e-5)
-            assert torch.equal(part.keys, batch.keys[mine])
+    for local_rows in (slice(0, 2), slice(2, 4)):
+        for batch, part in zip(whole, walk(0, 5, local_rows)[0], strict=True):
+            torch.testing.assert_close(part.tokens, batch.tokens[local_rows], atol=1e-5, rtol=1e-5)
+            assert torch.equal(part.keys, batch.keys[local_rows])
     later, _ = walk(3, 2, slice(0, 4), state)
     assert torch.equal(torch.stack([b.tokens for b in later]), torch.stack([b.tokens for b in whole[3:]]))
     assert state["stream_length"] == (5 if streaming else None)
@@ -131,81 +145,81 @@ def test_pictures_come_the_same_by_slices_and_from_any_step(streaming, encoder, 
 def test_what_the_thread_raises_is_raised_by_the_reader():
     def work():
         yield 1
-        raise TokenselError("told by the thread")
+        raise TokenselError("raised by the thread")
 
-    items = ahead(work)
+    items = loaded_ahead(work())
     assert next(items) == 1
-    with pytest.raises(TokenselError, match="told by the thread"):
+    with pytest.raises(TokenselError, match="raised by the thread"):
         next(items)
 
 
-def test_statistics_are_mean_spread_and_typical_distance():
+def test_statistics_are_mean_std_and_typical_distance():
     features = random_features(tiles=30)
     features.valid = torch.ones(30, 9, dtype=torch.bool)
     features.valid[0] = False
     features.tokens[0] = torch.nan
-    found = Statistics.of([features[:10], features[10:]])
+    statistics = Statistics.of([features[:10], features[10:]])
     tokens = features.tokens[1:]
-    torch.testing.assert_close(found.center, tokens.mean((0, 1)))
-    torch.testing.assert_close(found.spread, tokens.std((0, 1), correction=0))
+    torch.testing.assert_close(statistics.mean, tokens.mean((0, 1)))
+    torch.testing.assert_close(statistics.std, tokens.std((0, 1), correction=0))
     typical = (tokens - tokens.mean((0, 1))).flatten(1).norm(dim=1).square().mean().sqrt()
-    assert found.scale == pytest.approx(typical.item(), rel=1e-5)
+    assert statistics.scale == pytest.approx(typical.item(), rel=1e-5)
 
 
 # --- training ---------------------------------------------------------------------------------------------
 
 
 def test_a_cut_jpeg_is_skipped_named_and_counted(encoder, tmp_path, capsys):
-    folder = save_pictures(tmp_path / "p", 6)
+    folder = save_images(tmp_path / "p", 6)
     cut(folder / "2.jpg")
-    trained = train(small(out=str(tmp_path / "out")), images=folder, encoder=encoder)
+    trained = train(small_config(out=str(tmp_path / "out")), images=folder, encoder=encoder)
     assert trained.skipped == [str(folder / "2.jpg")]
-    told = capsys.readouterr().err
-    assert f"skipped {folder / '2.jpg'}: cannot be read" in told and "skipped 1 of the images" in told
+    reported = capsys.readouterr().err
+    assert f"skipped {folder / '2.jpg'}: cannot be read" in reported and "skipped 1 of the images" in reported
     assert all(value.isfinite().all() for value in weights(trained).values())
     card = (tmp_path / "out" / "selector" / "README.md").read_text()
     assert str(folder) in card and encoder.name in card
     for image in folder.rglob("*.jpg"):
         cut(image)
-    with pytest.raises(TokenselError, match="none of the first pictures can be read"):
-        train(small(), images=folder, encoder=encoder)
+    with pytest.raises(TokenselError, match="none of the first images can be read"):
+        train(small_config(), images=folder, encoder=encoder)
 
 
-def test_an_unreadable_picture_counts_for_nothing(encoder, tmp_path):
-    """The step of a batch with a picture missing is that of the batch without it."""
-    folder = save_pictures(tmp_path / "p", 4)
+def test_an_unreadable_image_counts_for_nothing(encoder, tmp_path):
+    """The step of a batch with an image missing is that of the batch without it."""
+    folder = save_images(tmp_path / "p", 4)
     cut(folder / "2.jpg")
-    config = small(steps=1, batch_size=4, statistics_tiles=4, tau_start=1.0, tau_end=1.0)
-    features = ImageFeed(open_images(folder), encoder).batches(0, 4, slice(0, 4), config.seed)
+    config = small_config(steps=1, batch_size=4, statistics_tiles=4, tau_start=1.0, tau_end=1.0)
+    features = ImageFeatureLoader(open_images(folder), encoder).batches(0, 4, slice(0, 4), config.seed)
     batch = next(features)
     features.close()
     real = batch.valid.any(1)
     assert real.sum() == 3
-    found = train(config, images=folder, encoder=encoder).history[0]
+    record = train(config, images=folder, encoder=encoder).history[0]
     statistics = Statistics.of([batch])
     model = seeded(lambda: Autoencoder(encoder.width, *config.shape), config.seed)
-    model.standardise(statistics.center, statistics.spread)
+    model.standardise(statistics.mean, statistics.std)
     noise = gumbel_noise(4, batch.tokens.shape[1], 2, generator=generator(config.seed, "noise", 0))
     restored, mask = model(batch.tokens[real], None, 1.0, noise[real])
     loss = objective(restored, batch.tokens[real], mask, config.p, statistics.scale)
-    assert found["loss"] == pytest.approx(loss.loss.item(), rel=1e-5)
-    assert found["l_pr"] == pytest.approx(loss.l_pr.item(), rel=1e-5)
+    assert record["loss"] == pytest.approx(loss.loss.item(), rel=1e-5)
+    assert record["l_pr"] == pytest.approx(loss.l_pr.item(), rel=1e-5)
 
 
 def test_an_empty_folder_and_missing_arguments_are_clear_errors(encoder, tmp_path):
     with pytest.raises(TokenselError, match="a folder without images"):
-        train(small(images=str(tmp_path)), encoder=encoder)
+        train(small_config(images=str(tmp_path)), encoder=encoder)
     with pytest.raises(TokenselError, match="images is empty"):
-        train(small(), encoder=encoder)
+        train(small_config(), encoder=encoder)
     with pytest.raises(TokenselError, match="encoder is empty"):
-        train(small(images=str(tmp_path)))
+        train(small_config(images=str(tmp_path)))
     with pytest.raises(TokenselError, match="give a local folder"):
-        train(small(images=str(save_pictures(tmp_path / "p")), encoder="nobody/none"))
+        train(small_config(images=str(save_images(tmp_path / "p")), encoder="nobody/none"))
 
 
 def test_cached_features_train_like_the_same_features_in_memory(encoder, tmp_path):
-    folder = save_pictures(tmp_path / "p")
-    config = small(cache=str(tmp_path / "cache"), images=str(folder))
+    folder = save_images(tmp_path / "p")
+    config = small_config(cache=str(tmp_path / "cache"), images=str(folder))
     first = train(config, encoder=encoder)
     encoder.features, kept = None, encoder.features  # the second time nothing is encoded
     try:
@@ -216,21 +230,21 @@ def test_cached_features_train_like_the_same_features_in_memory(encoder, tmp_pat
     features = encoder.encode([source.open(*row) for row in source.stream()])
     assert same(weights(first), weights(again))
     assert again.selector.config.encoder == encoder.name and again.selector.config.feature_layer == -2
-    assert same(weights(first), weights(train(small(), features=features)))
+    assert same(weights(first), weights(train(small_config(), features=features)))
 
 
-def test_the_tiles_of_anyres_pictures_are_all_met(tmp_path):
+def test_the_tiles_of_anyres_images_are_all_met(tmp_path):
     encoder = VisionEncoder.from_vlm(*tiny_llava())
-    feed = ImageFeed(open_images(pictures(1)), encoder, "anyres")
-    batches = feed.batches(0, 16, slice(0, 16), seed=0)
+    loader = ImageFeatureLoader(open_images(sample_images(1)), encoder, "anyres")
+    batches = loader.batches(0, 16, slice(0, 16), seed=0)
     seen = next(batches).tokens.unique(dim=0)
     batches.close()
-    assert len(seen) == len(encoder.preprocess(pictures(1), "anyres")) > 2
+    assert len(seen) == len(encoder.preprocess(sample_images(1), "anyres")) > 2
 
 
 def test_bfloat16_stays_close_to_float32():
-    one = train(small(precision="fp32", steps=3), features=random_features()).history
-    two = train(small(precision="bf16", steps=3), features=random_features()).history
+    one = train(small_config(precision="fp32", steps=3), features=random_features()).history
+    two = train(small_config(precision="bf16", steps=3), features=random_features()).history
     assert one[-1]["l_rec"] == pytest.approx(two[-1]["l_rec"], abs=0.05)
     assert one[-1]["l_rec"] != two[-1]["l_rec"]
 
@@ -322,12 +336,12 @@ def test_a_judge_can_start_from_another_and_leaves_it_alone():
 
 def test_the_selector_is_a_policy_and_is_not_trained():
     features = random_features()
-    trained = train(small(), features=features)
+    trained = train(small_config(), features=features)
     policy = make_scorer("selector", selector=trained.selector)
     before = {name: value.clone() for name, value in trained.selector.state_dict().items()}
     masks = kept(features, policy, 0.3)
     assert masks.sum(1).unique().tolist() == [3]
-    judge = train_reconstructor(features, masks, small())
+    judge = train_reconstructor(features, masks, small_config())
     assert same(before, trained.selector.state_dict())
     joint = MaskedAutoencoder.of(trained.selector, trained.reconstructor)
     for model in (judge, joint):
@@ -344,7 +358,7 @@ def test_padding_is_not_judged():
     features.valid[:, 6:] = False
     policy = make_scorer("norm")
     masks = kept(features, policy, 0.5)
-    judge = train_reconstructor(features, masks, small())
+    judge = train_reconstructor(features, masks, small_config())
     error = reconstruction_error(judge, features, masks)
     changed = Features(
         features.tokens.masked_fill(~features.valid[..., None], 99.0), features.valid, keys=features.keys

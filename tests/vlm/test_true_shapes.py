@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from little import save_pictures
+from little import save_images
 from tiny import tiny_config, tiny_processor
 from transformers import CLIPVisionConfig, LlavaNextForConditionalGeneration
 
@@ -49,7 +49,7 @@ def test_train_then_evaluate(checkpoint, tmp_path, monkeypatch, capsys):
         assert not exit_info.value.code, capsys.readouterr().err
 
     small = ("--steps", 1, "--batch-size", 1, "--statistics-tiles", 1, "--layers", 1, "--no-progress")
-    pictures = save_pictures(tmp_path / "pictures", 2)
+    pictures = save_images(tmp_path / "pictures", 2)
     tokensel("train", "--images", pictures, "--encoder", checkpoint, "--out", tmp_path / "run", *small)
     tokensel(
         "evaluate", "--model", checkpoint, "--selector", tmp_path / "run" / "selector",

@@ -1,17 +1,17 @@
-"""Frozen vision encoders: pictures in, the features that the language model would see out."""
+"""Frozen vision encoders: from images to the features that the language model would read."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionModel,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from tokensel.data.features import Features, feature_width
+from tokensel.data.images import as_image
 from tokensel.data.tower import run_tower
 from tokensel.utils.errors import CheckpointError, TokenselError, reason
 from tokensel.utils.loading import hub_options, quiet
@@ -44,7 +45,7 @@ TOWERS = {
 
 
 class VisionEncoder:
-    """A frozen CLIP or SigLIP vision tower with the preparation of its pictures.
+    """A frozen CLIP or SigLIP vision tower with its image preprocessing.
 
     Attributes:
         tower: the stock transformers model, in evaluation mode, without gradients.
@@ -60,7 +61,7 @@ class VisionEncoder:
     def __init__(
         self,
         tower: PreTrainedModel,
-        processor: object = None,
+        processor: Any = None,
         feature_layer: int | list[int] | None = None,
         drop_cls: bool | None = None,
         name: str = "",
@@ -82,6 +83,8 @@ class VisionEncoder:
         self.grid = (side, side)
         self.has_cls = cls
         self.tokens = side * side + (cls and not self.drop_cls)
+        resample = getattr(processor, "resample", None)
+        self.resample = Image.Resampling.BICUBIC if resample is None else resample
         if processor is not None:
             self.mean, self.std = tuple(processor.image_mean), tuple(processor.image_std)
 
@@ -99,7 +102,8 @@ class VisionEncoder:
 
         From a LLaVA checkpoint only the files that hold the vision tower are fetched and read; its feature
         layer, CLS choice and image processor come with it. ``hub`` are options of
-        :func:`~tokensel.utils.loading.hub_options`, such as ``token`` and ``revision``; they reach every download.
+        :func:`~tokensel.utils.loading.hub_options`, such as ``token`` and ``revision``; they are used for
+        every download.
 
         Raises:
             TokenselError: nothing there (or the hub out of reach), no vision tower in it, damaged weights.
@@ -134,52 +138,54 @@ class VisionEncoder:
             raise TokenselError(
                 f"{name}: no vision tower can be loaded ({reason(error)}); give a local folder of one"
             ) from None
-        return cls(tower.to(device), processor, feature_layer, drop_cls, name)
+        cast(nn.Module, tower).to(device)
+        return cls(tower, processor, feature_layer, drop_cls, name)
 
     @classmethod
-    def from_vlm(cls, model: PreTrainedModel, processor: object, name: str = "") -> "VisionEncoder":
+    def from_vlm(cls, model: PreTrainedModel, processor: Any, name: str = "") -> "VisionEncoder":
         """The tower of a LLaVA model already in memory, shared and not copied."""
         config = model.config
-        images = getattr(processor, "image_processor", processor)
+        image_processor = getattr(processor, "image_processor", processor)
         drop_cls = config.vision_feature_select_strategy == "default"
-        return cls(
-            model.model.vision_tower,
-            images,
-            config.vision_feature_layer,
-            drop_cls,
-            name or config.name_or_path,
-        )
+        name = name or str(config.name_or_path or "")
+        return cls(model.model.vision_tower, image_processor, config.vision_feature_layer, drop_cls, name)
 
     @property
     def device(self) -> torch.device:
         return self.tower.device
 
     def to(self, device: torch.device | str) -> "VisionEncoder":
-        self.tower.to(device)
+        cast(nn.Module, self.tower).to(device)  # transformers hides the arguments of its own method
         return self
 
     def preprocess(
-        self, images: Sequence[Image.Image], tiles: Tiles = "whole"
+        self, images: Sequence[Any], tiles: Tiles = "whole"
     ) -> Float[Tensor, "tiles 3 height width"]:
         """Pixels of the tiles, normalised, on the CPU.
 
-        ``"whole"`` squashes each image to one tile, as the thumbnail of LLaVA-NeXT is made; ``"anyres"``
-        follows it with the high-resolution tiles that the checkpoint's own image processor cuts.
+        ``"whole"`` resizes each image to one square tile, as the thumbnail of LLaVA-NeXT is made;
+        ``"anyres"`` adds the high-resolution tiles that the checkpoint's own image processor cuts.
+
+        Args:
+            images: at least one, each whatever :func:`tokensel.data.images.as_image` takes.
+            tiles: ``"whole"`` or ``"anyres"``.
 
         Raises:
-            TokenselError: ``"anyres"`` with an encoder that is not from a LLaVA-NeXT or OneVision checkpoint.
+            TokenselError: no images or one that cannot be read, or ``"anyres"`` with an encoder that is not
+                from a LLaVA-NeXT or OneVision checkpoint.
         """
+        if not len(images):
+            raise TokenselError("images is empty: give at least one image")
+        opened = [as_image(image) for image in images]
         if tiles == "whole":
-            return torch.stack([self._squash(image) for image in images])
+            return torch.stack([self._whole_tile(image) for image in opened])
         if not hasattr(self.processor, "image_grid_pinpoints"):
             raise TokenselError(
                 f"{self.name}: cuts no anyres tiles; give a LLaVA-NeXT checkpoint, or whole tiles"
             )
-        cut = [
-            self.processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"][0]
-            for image in images
-        ]
-        return torch.cat(cut)
+        # one image at a time: images have different numbers of tiles, and a batch would be padded
+        parts = [self.processor(images=[image], return_tensors="pt")["pixel_values"][0] for image in opened]
+        return torch.cat(parts)
 
     def features(
         self, pixel_values: Float[Tensor, "tiles 3 height width"], cls_attention: bool = False
@@ -204,12 +210,18 @@ class VisionEncoder:
 
     def encode(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Any],
         tiles: Tiles = "whole",
         batch_size: int = 32,
         cls_attention: bool = False,
     ) -> Features:
-        """Features of all tiles of ``images``, in float32 on the CPU; keys count the tiles from 0."""
+        """Features of all tiles of ``images``, in float32 on the CPU; keys count the tiles from 0.
+
+        Raises:
+            TokenselError: as for :meth:`preprocess` and :meth:`features`.
+        """
+        if not len(images):
+            raise TokenselError("images is empty: give at least one image")
         parts = []
         for start in range(0, len(images), batch_size):
             pixels = self.preprocess(images[start : start + batch_size], tiles)
@@ -218,46 +230,44 @@ class VisionEncoder:
                 for chunk in pixels.split(batch_size)
             ]
         tokens = torch.cat([part.tokens for part in parts])
-        attention = torch.cat([part.cls_attention for part in parts]) if cls_attention else None
+        rows = [part.cls_attention for part in parts if part.cls_attention is not None]
+        attention = torch.cat(rows) if cls_attention else None
         return Features(tokens, cls_attention=attention, keys=torch.arange(len(tokens)))
 
     def fingerprint(self) -> str:
-        """A name for these very features: 16 hex digits over weights, feature layer and pixel preparation."""
+        """16 hex digits over weights, feature layer and preprocessing: equal if the features are."""
         digest = hashlib.blake2b(digest_size=8)
-        digest.update(
-            json.dumps([self.feature_layer, self.drop_cls, self.size, self.mean, self.std]).encode()
-        )
+        pinpoints = getattr(self.processor, "image_grid_pinpoints", None)  # sizes that are cut into tiles
+        settings = [self.feature_layer, self.drop_cls, self.size, self.mean, self.std]
+        settings += [int(self.resample), pinpoints]
+        digest.update(json.dumps(settings).encode())
         for _, weight in sorted(self.tower.state_dict().items()):
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+            values = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(values.numpy().tobytes())
         return digest.hexdigest()
 
-    def _squash(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
-        resample = getattr(self.processor, "resample", None)
-        resized = image.convert("RGB").resize(
-            (self.size, self.size), Image.BICUBIC if resample is None else resample
-        )
+    def _whole_tile(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        resized = image.resize((self.size, self.size), self.resample)
         pixels = (np.asarray(resized).astype(np.float64) / 255).astype(np.float32)
         pixels = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def _file(name: str, file: str, options: dict[str, Any]) -> str | None:
-    """The path of one file of a model, fetched if need be; ``None`` if the model has no such file."""
+    """The path of one file of a model, downloaded if needed; ``None`` if the model has no such file."""
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
 
 
-def _processor(name: str, options: dict[str, Any]) -> object | None:
-    """The image processor beside the model, or None: then the pixel statistics of its family serve."""
+def _processor(name: str, options: dict[str, Any]) -> Any:
+    """The image processor beside the model; without one the pixel statistics of the family are used."""
     files = ("preprocessor_config.json", "processor_config.json")
     if not any(_file(name, file, options) for file in files):
         return None
     return AutoImageProcessor.from_pretrained(name, **options)
 
 
-def _tower_of_llava(
-    name: str, config: object, dtype: torch.dtype, options: dict[str, Any]
-) -> PreTrainedModel:
-    """Build the vision tower as LLaVA does, from the shards that hold it (7B models have 15 GB of others)."""
+def _tower_of_llava(name: str, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """Build the vision tower as LLaVA does, from the shards that hold it (a 7B model has 15 GB of others)."""
     index = _file(name, "model.safetensors.index.json", options)
     if index is None:
         files = {"model.safetensors"}
@@ -266,13 +276,14 @@ def _tower_of_llava(
         files = {file for key, file in weight_map.items() if "vision_tower." in key}
     tower = AutoModel.from_config(config.vision_config, dtype=dtype)
 
-    def plain(key: str) -> str:  # files of older versions say vision_model. where newer models do not
+    def plain(key: str) -> str:  # older files have a prefix vision_model. that newer models do not
         return key.split("vision_tower.")[-1].removeprefix("vision_model.")
 
     weights = {}
     for file in sorted(files):
         with safe_open(cached_file(name, file, **options), framework="pt") as shard:
-            weights |= {plain(key): shard.get_tensor(key) for key in shard.keys() if "vision_tower." in key}
+            vision_keys = [key for key in shard.keys() if "vision_tower." in key]  # noqa: SIM118 - no mapping
+            weights |= {plain(key): shard.get_tensor(key) for key in vision_keys}
     wanted = {plain(key): key for key in tower.state_dict()}
     if missing := sorted(set(wanted) - set(weights)):
         raise TokenselError(

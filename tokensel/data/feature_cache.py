@@ -1,4 +1,4 @@
-"""Features kept on disk, so that the encoder need see each picture only once."""
+"""Features stored on disk, so that each image is encoded only once."""
 
 import json
 from bisect import bisect_right
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tokensel.data.encoders import Tiles, VisionEncoder
 from tokensel.data.features import Features
-from tokensel.data.images import ImageSource
+from tokensel.data.image_sources import ImageSource
 from tokensel.utils.errors import CheckpointError, TokenselError
 from tokensel.utils.files import save_tensors, write_json
 
@@ -22,22 +22,26 @@ TILES_AN_IMAGE = 1 << 16  # keys count images in steps of this, so that tile t o
 
 
 class FeatureCache:
-    """Rows of features in safetensors shards, read as they are asked for; ``cache[rows]`` gives Features.
+    """Rows of features in safetensors shards, read on demand; ``cache[rows]`` gives Features on the CPU.
 
     Attributes:
         width, tokens: shape of a tile's features.
-        identity: the encoder and pictures they came from.
-        skipped: names of the pictures that could not be read.
+        identity: the encoder and images they came from, see :func:`data_identity`.
+        skipped: names of the images that could not be read.
     """
 
     def __init__(self, folder: str | Path):
+        """
+        Raises:
+            TokenselError: there is no cache in the folder, or a file of it is missing or cut short.
+        """
         folder = Path(folder)
         index = read_index(folder)
         if index is None:
             raise TokenselError(f"{folder}: no feature cache (no index.json); build it first")
         self.identity, self.skipped = index["identity"], index["skipped"]
         self.tokens, self.width = index["tokens"], index["width"]
-        self.ends: list[int] = []  # rows up to the end of each shard
+        self.ends: list[int] = []  # number of rows up to the end of each shard
         self.shards = []
         for shard in index["shards"]:
             try:
@@ -52,17 +56,17 @@ class FeatureCache:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, rows: Tensor) -> Features:
-        places = []
+        positions = []  # shard, and row within the shard
         for row in rows.tolist():
             shard = bisect_right(self.ends, row)
-            places.append((shard, row - (self.ends[shard - 1] if shard else 0)))
-        tokens = [self.shards[shard].get_slice("tokens")[row] for shard, row in places]
-        keys = [self.shards[shard].get_slice("keys")[row : row + 1] for shard, row in places]
+            positions.append((shard, row - (self.ends[shard - 1] if shard else 0)))
+        tokens = [self.shards[shard].get_slice("tokens")[row] for shard, row in positions]
+        keys = [self.shards[shard].get_slice("keys")[row : row + 1] for shard, row in positions]
         return Features(torch.stack(tokens).float(), keys=torch.cat(keys))
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:
-    """The cache's table of contents, or None while there is none."""
+    """The cache's table of contents; ``None`` until the cache is complete."""
     path = Path(folder) / "index.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -75,19 +79,19 @@ def build_cache(
     batch_size: int = 32,
     progress: bool = True,
 ) -> FeatureCache:
-    """Encode every picture once, all its tiles, into ``folder``; a cache that is there is checked and used.
+    """Encode all tiles of every image once, into ``folder``; an existing cache is checked and used.
 
-    Stopped at any moment, the same call goes on with the next shard. Features keep the encoder's dtype.
+    Interrupted at any moment, the same call continues with the next shard. Features keep the encoder's dtype.
 
     Raises:
-        TokenselError: the folder holds features of another encoder or of other pictures, no picture could
-            be read, or the disk is full.
+        TokenselError: the folder holds features of another encoder or of other images, no image could be
+            read, or the disk is full.
     """
     folder = Path(folder)
-    identity = f"{source.name} {source.length} {tiles} {encoder.fingerprint()}"
+    identity = data_identity(source, tiles, encoder)
     index = read_index(folder)
     if index is not None:
-        _same(folder, index["identity"], identity)
+        _check_identity(folder, index["identity"], identity)
         return FeatureCache(folder)
     shards: list[dict[str, Any]] = []
     skipped: list[str] = []
@@ -99,7 +103,7 @@ def build_cache(
             if header is None:
                 first = len(shards) * IMAGES_A_SHARD
                 header = _write_shard(path, content, first, source, encoder, tiles, batch_size, identity)
-            _same(path, header.get("identity"), identity)
+            _check_identity(path, header.get("identity"), identity)
             shards.append({"file": path.name, "tiles": int(header["tiles"])})
             skipped += json.loads(header["skipped"])
             bar.update(len(content))
@@ -120,7 +124,7 @@ def _write_shard(
     batch_size: int,
     identity: str,
 ) -> dict[str, str]:
-    """Encode the pictures of one shard, the first of them picture ``first``; returns the file's header."""
+    """Encode the images of one shard, whose first has the number ``first``; returns the file's header."""
     tokens, keys, skipped = [], [], []
     for start in range(0, len(content), batch_size):
         pixels = []
@@ -135,24 +139,30 @@ def _write_shard(
             tokens += [encoder.features(part).tokens.cpu() for part in torch.cat(pixels).split(batch_size)]
     empty = torch.zeros(0, encoder.tokens, encoder.width)
     header = {"identity": identity, "tiles": str(len(keys)), "skipped": json.dumps(skipped)}
-    together = torch.cat(tokens) if tokens else empty
-    save_tensors(path, {"tokens": together, "keys": torch.tensor(keys, dtype=torch.long)}, header)
+    all_tokens = torch.cat(tokens) if tokens else empty
+    save_tensors(path, {"tokens": all_tokens, "keys": torch.tensor(keys, dtype=torch.long)}, header)
     return header
 
 
 def _header(path: Path) -> dict[str, str] | None:
-    """What a shard says of itself; None where there is none (shards are moved into place when whole)."""
+    """The header of a shard; ``None`` where there is no shard yet: each is moved into place when whole."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as shard:
             return dict(shard.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cut short ({error}); delete it and it will be written again") from None
+        raise CheckpointError(f"{path}: cut short ({error}); delete it to have it written again") from None
 
 
-def _same(path: Path, found: str | None, wanted: str) -> None:
-    if found != wanted:
+def _check_identity(path: Path, stored: str | None, expected: str) -> None:
+    if stored != expected:
         raise TokenselError(
-            f"{path}: holds features of [{found}], not of [{wanted}]; give another cache folder or delete it"
+            f"{path}: holds features of [{stored}], not of [{expected}]; "
+            "give another cache folder or delete it"
         )
+
+
+def data_identity(source: ImageSource, tiles: Tiles, encoder: VisionEncoder) -> str:
+    """Equal for the same images, cut into the same tiles and encoded by the same encoder; one line."""
+    return f"{source.identity()}, {tiles} tiles, encoder {encoder.fingerprint()}"

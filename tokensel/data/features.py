@@ -1,6 +1,7 @@
-"""What passes between the rooms: the features of a batch of tiles, and what is known about them."""
+"""The features of a batch of tiles, and what is known about them."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,17 +11,17 @@ from transformers import PretrainedConfig
 
 @dataclass
 class Features:
-    """Token features of a batch of tiles, as one frozen encoder hands them over.
+    """Token features of a batch of tiles, as one frozen encoder returns them.
 
-    A *tile* is one square picture of the encoder's input size: the whole image squashed, or a part of it.
+    A *tile* is one square image of the encoder's input size: the whole image resized, or a part of it.
 
     Attributes:
-        tokens: the feature tensor F of the paper (Sec. 3.1), one row a tile.
+        tokens: the feature tensor F of the paper (Sec. 3.1), one row per tile.
         valid: True where a token is real; ``None`` when all are. Rows of different length are padded.
         cls_attention: attention that the CLS token pays to each token, averaged over heads; ``None``
-            where it was not asked for or the encoder has no CLS token.
-        keys: a stable identity of each tile. Seeded randomness hangs on it, so that what is drawn for a
-            tile does not depend on the batch it came in.
+            where it was not requested or the encoder has no CLS token.
+        keys: a stable identity of each tile. Seeded randomness depends on it, so that what is drawn for a
+            tile does not depend on the batch that it is in.
     """
 
     tokens: Float[Tensor, "tiles tokens channels"]
@@ -33,17 +34,15 @@ class Features:
 
     def __getitem__(self, rows: slice | Tensor) -> "Features":
         """The tiles named by a slice, an index tensor or a boolean tensor."""
-        return Features(
-            **{f.name: None if (x := getattr(self, f.name)) is None else x[rows] for f in fields(self)}
-        )
+        return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Features":
         """Move every tensor to ``device``; ``dtype`` applies to the floating-point ones only."""
+        return self._map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, dtype if x.is_floating_point() else None)
-
-        return Features(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 def feature_width(vision: PretrainedConfig, layers: int | list[int]) -> int:

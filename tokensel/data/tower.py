@@ -1,7 +1,14 @@
-"""Run a frozen vision tower of transformers: the features of one layer, and what its CLS token attends to."""
+"""Run a frozen vision tower of transformers: the features of one layer, and what its CLS token attends to.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+The tower is shared: with the language model whose tower it is, and between threads. So nothing here changes
+it. Each call runs a *view* of the tower: shallow copies of the few modules on the way to its layers, which
+share every weight and end after the last layer that is read.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType
 
 import torch
 from jaxtyping import Float
@@ -11,20 +18,19 @@ from transformers import PreTrainedModel
 from tokensel.utils.errors import TokenselError
 
 
-def encoder_layers(tower: nn.Module) -> tuple[nn.Module, str]:
-    """Where the Transformer layers of a vision tower are, whose outputs are its ``hidden_states[1:]``.
+def encoder_layers(tower: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The Transformer layers of a vision tower, whose outputs are its ``hidden_states[1:]``.
 
     Returns:
-        The module that holds them in one ``ModuleList``, and the name by which it does.
+        The path of the ``ModuleList`` that holds them inside the tower, and the list.
 
     Raises:
-        TokenselError: they are not to be found as one list.
+        TokenselError: the layers are not in one list.
     """
     count = tower.config.num_hidden_layers
     lists = [
-        (parent, name)
-        for parent in tower.modules()
-        for name, module in parent.named_children()
+        (path, module)
+        for path, module in tower.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if len(lists) != 1:
@@ -34,37 +40,45 @@ def encoder_layers(tower: nn.Module) -> tuple[nn.Module, str]:
     return lists[0]
 
 
-@contextmanager
-def _only(parent: nn.Module, name: str, count: int) -> Iterator[None]:
-    """While this lasts, ``parent`` has only the first ``count`` of its layers: nobody reads what the others make."""
-    layers = getattr(parent, name)
-    setattr(parent, name, layers[:count])
-    try:
-        yield
-    finally:
-        setattr(parent, name, layers)
+def module_view(module: nn.Module, changes: Mapping[str, nn.Module] | None = None) -> nn.Module:
+    """A shallow copy of ``module`` that shares its weights; hooks and submodules can be changed in it alone.
+
+    Args:
+        module: stays as it is.
+        changes: submodules that are others in the copy, by their path such as ``"encoder.layers"``.
+    """
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    view._forward_hooks = module._forward_hooks.copy()
+    # accelerate spreads models over devices by a forward of their own per module, bound to that module
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            vars(view)[name] = MethodType(value.__func__, view)
+        elif isinstance(value, partial) and value.args and value.args[0] is module:
+            vars(view)[name] = partial(value.func, view, *value.args[1:], **value.keywords)
+    below: dict[str, dict[str, nn.Module]] = {}
+    for path, change in (changes or {}).items():
+        name, _, rest = path.partition(".")
+        if rest:
+            below.setdefault(name, {})[rest] = change
+        else:
+            view._modules[name] = change
+    for name, inner in below.items():
+        view._modules[name] = module_view(module.get_submodule(name), inner)
+    return view
 
 
-@contextmanager
-def _listen(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect what each of the named modules puts out while the tower runs."""
-    heard: dict[str, Tensor] = {}
+def _recorded(view: nn.Module, outputs: dict[str, Tensor], name: str) -> nn.Module:
+    """``view`` with a hook that stores what it puts out as ``outputs[name]``."""
 
-    def listener(name: str) -> Callable[..., None]:
-        def listen(_module: nn.Module, _args: tuple, out: Tensor | tuple) -> None:
-            heard[name] = out[0] if isinstance(out, tuple) else out
+    def record(_module: nn.Module, _args: tuple, out: Tensor | tuple) -> None:
+        outputs[name] = out[0] if isinstance(out, tuple) else out
 
-        return listen
-
-    handles = [module.register_forward_hook(listener(name)) for name, module in modules.items()]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
+    view.register_forward_hook(record)
+    return view
 
 
-def cls_row(
+def cls_attention_row(
     query: Float[Tensor, "tiles 1 channels"], keys: Float[Tensor, "tiles all channels"], heads: int
 ) -> Float[Tensor, "tiles patches"]:
     """Attention of token 0 (CLS) to every other token, averaged over the heads.
@@ -72,7 +86,8 @@ def cls_row(
     The row is softmaxed with CLS itself in it, as the tower does, so it sums to less than 1 without it.
     """
     tiles, count, channels = keys.shape
-    # one query: summing products reads the keys once as they lie, where a matrix product would turn them round first
+    # for one query, summing products reads the keys once in their layout; a matrix product would first
+    # transpose them
     products = (query.float() * keys.float()).view(tiles, count, heads, channels // heads)
     weights = (products.sum(-1) * (channels // heads) ** -0.5).softmax(1)  # [tiles, all, heads]
     return weights.mean(-1)[:, 1:]
@@ -88,44 +103,54 @@ def run_tower(
 ) -> tuple[Float[Tensor, "tiles tokens channels"], Callable[[], Float[Tensor, "tiles tokens"]] | None]:
     """Features of the tiles, chosen from the tower's hidden states exactly as LLaVA does before projecting.
 
-    The tower's layers after the last one wanted are not run.
+    The tower's layers after the last one read are not run. The tower itself is not changed, not even while
+    this runs, so several threads may share one.
 
     Args:
         tower: a ``CLIPVisionModel``, ``SiglipVisionModel`` or the like.
-        pixel_values: normalised pixels.
+        pixel_values: normalised pixels, on the tower's device.
         layer: index into ``hidden_states``: 1 for the first layer, -1 for the last, before any final norm.
-            Of a list the layers are concatenated along the channels, and the CLS attention is the last one's.
-        drop_cls: the tower's token 0 is a CLS token: leave it out, and return its attention. Its query and all
-            keys are listened to as the tower computes them, so the tower need not run eager attention.
+            The channels of several layers are concatenated, and the CLS attention is that of the last one.
+        drop_cls: the tower's token 0 is a CLS token: leave it out, and return its attention. It is computed
+            from its query and the keys of the tower's own run, so the tower need not run eager attention.
         interpolate: resample the position embeddings to the size of ``pixel_values``.
 
-    Returns:
-        The features, and a function that computes the CLS attention of the same layer (``None`` where there is no
-        CLS token): most callers do not need it, so it is computed only when it is called.
+    Returns: The features, and a function that computes the CLS attention of the same layer (``None`` where
+        there is no CLS token): most callers do not need it, so it is computed only when it is called.
 
     Raises:
         TokenselError: the tower has no such layer, or is of a kind unknown here.
     """
     wanted = [layer] if isinstance(layer, int) else list(layer)
-    parent, name = encoder_layers(tower)
-    encoder = getattr(parent, name)
+    path, layers = encoder_layers(tower)
     for index in wanted:
-        if index == 0 or not -len(encoder) <= index <= len(encoder):
+        if index == 0 or not -len(layers) <= index <= len(layers):
             raise TokenselError(
-                f"feature layer {index} does not exist: the vision tower has layers 1 to {len(encoder)}, "
-                f"or -1 to -{len(encoder)} from the end"
+                f"feature layer {index} does not exist: the vision tower has layers 1 to {len(layers)}, "
+                f"or -1 to -{len(layers)} from the end"
             )
-    # hidden_states[i] is what layer i - 1 puts out; listening for it spares the memory of all the others
-    modules = {f"layer {i}": encoder[i - 1 if i > 0 else i] for i in wanted}
-    attention = modules[f"layer {wanted[-1]}"].self_attn
-    if drop_cls:
-        modules |= {"queries": attention.q_proj, "keys": attention.k_proj}
+    numbers = [index % (len(layers) + 1) for index in wanted]  # 1 for the first layer
+    outputs: dict[str, Tensor] = {}
+    # hidden_states[i] is the output of layer i - 1 of the list; recording only the layers that are read needs
+    # less memory than asking the tower for all hidden states
+    run = list(layers)[: max(numbers)]
+    for number in set(numbers):
+        changes = {}
+        if drop_cls and number == numbers[-1]:
+            attention = run[number - 1].get_submodule("self_attn")
+            changes = {
+                f"self_attn.{name}": _recorded(module_view(attention.get_submodule(name)), outputs, name)
+                for name in ("q_proj", "k_proj")
+            }
+        run[number - 1] = _recorded(module_view(run[number - 1], changes), outputs, f"layer {number}")
+    view = module_view(tower, {path: nn.ModuleList(run)})
     options = {"interpolate_pos_encoding": True} if interpolate else {}
-    last = max(index % (len(encoder) + 1) for index in wanted)
-    with _listen(modules) as heard, _only(parent, name, last):
-        tower(pixel_values, **options)
-    tokens = torch.cat([heard[f"layer {i}"] for i in wanted], dim=-1)
+    # where the configuration asks for them, transformers would leave hooks on the shared layers
+    view(pixel_values, output_hidden_states=False, output_attentions=False, **options)
+    tokens = torch.cat([outputs[f"layer {number}"] for number in numbers], dim=-1)
     if not drop_cls:
         return tokens, None
-    query, keys = heard["queries"][:, :1].clone(), heard["keys"]  # a copy, so that the other queries are freed
-    return tokens[:, 1:], lambda: cls_row(query, keys, attention.num_heads)
+    heads = tower.config.num_attention_heads
+    # a copy of the one query, so that the memory of the others is freed
+    query, keys = outputs["q_proj"][:, :1].clone(), outputs["k_proj"]
+    return tokens[:, 1:], lambda: cls_attention_row(query, keys, heads)

@@ -1,9 +1,9 @@
-"""What the trained models share as Hugging Face models: configuration, model card, loading with clear errors."""
+"""What the trained models share as Hugging Face models: configuration, model card, clear errors."""
 
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar, no_type_check
+from typing import Any, ClassVar, TypeVar, no_type_check
 
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ class CoreConfig(PretrainedConfig):
         mlp_ratio: inner width of the MLP over ``width``.
         keep: the paper's p of Eq. (3), the proportion below which keeping tokens is free.
         tau_start, tau_end: temperature of the Gumbel-Softmax at the first and the last step.
-        encoder, feature_layer, drop_cls: where the features came from.
+        encoder, feature_layer, drop_cls: which features it was trained on; see ``VisionEncoder``.
         training_data, steps, seed: what it was trained on, and how long.
         scale: the distance that counts as 1 in L_rec, see ``tokensel.model.objective.objective``.
         l_rec, l_pr: the two terms of Eq. (7), averaged over the last tenth of the training.
@@ -51,14 +51,20 @@ class CoreConfig(PretrainedConfig):
     l_pr: float | None = None
 
 
-class CoreModel(PreTrainedModel):
-    """A Hugging Face model that writes its own card and says in one line why it cannot be loaded."""
+# the statistics of the features were called center and spread before version 0.2
+_RENAMED = {r"\.center$": ".mean", r"\.spread$": ".std"}
 
-    config_class = CoreConfig
-    _no_split_modules = ["TransformerLayer"]
-    role = ""
-    usage = ""
-    method = (
+
+class CoreModel(PreTrainedModel):
+    """A Hugging Face model that writes its own card and raises one clear line if it cannot be loaded."""
+
+    config_class: ClassVar[type[PretrainedConfig]] = CoreConfig
+    _no_split_modules: ClassVar[list[str]] = ["TransformerLayer"]
+    # statistics of the features lose too much in half precision, so they keep float32 under every dtype
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [r"\.mean$", r"\.std$"]
+    role: ClassVar[str] = ""
+    usage: ClassVar[str] = ""
+    method: ClassVar[str] = (
         "*When Less is Enough: Adaptive Token Reduction for Efficient Image Representation*, arXiv 2503.16660"
     )
 
@@ -72,11 +78,12 @@ class CoreModel(PreTrainedModel):
         repo_id = kwargs.pop("repo_id", None)
         try:
             with quiet():
-                super().save_pretrained(save_directory, *args, **kwargs)
+                # not under the names of the file that the model was loaded from, which may be those of 0.1
+                super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
             write_text(Path(save_directory) / "README.md", self.model_card())
         except (OSError, SafetensorError) as error:
             if "No space left" in str(error):
-                raise no_space(error, save_directory) from None
+                raise no_space(error, os.fspath(save_directory)) from None
             raise
         if push:
             self.push_to_hub(repo_id or Path(save_directory).name)
@@ -92,7 +99,7 @@ class CoreModel(PreTrainedModel):
     ) -> str:
         """Upload what ``save_pretrained`` writes, the card included; returns the address of the commit.
 
-        The stock method would put a blank card in the place of ours.
+        The stock method would replace our card by a blank one.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -105,30 +112,31 @@ class CoreModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls: type[Loaded], name: str | os.PathLike, *args: Any, **kwargs: Any) -> Loaded:
-        """Load from a folder or a hub id, in evaluation mode.
+        """Load from a folder or a Hub id, in evaluation mode.
 
         Args:
-            name: folder or hub id.
+            name: folder or Hub id.
             args, kwargs: of transformers' ``from_pretrained``; ``token``, ``revision``, ``cache_dir`` and
                 ``local_files_only`` reach every request, the first included.
 
         Raises:
-            TokenselError: no such folder or hub model (or the hub is out of reach), another kind of model,
+            TokenselError: no such folder or Hub model (or no connection to the Hub), another kind of model,
                 a checkpoint cut short, or one that lacks weights.
         """
-        wanted = cls.config_class.model_type
+        expected = cls.config_class.model_type
         report = kwargs.pop("output_loading_info", False)
         hub, kwargs = split_hub_options(kwargs)
         options = hub_options(name, **hub)
         try:
-            found = cls.config_class.get_config_dict(name, **options)[0].get("model_type")
-            if found != wanted:
+            kind = cls.config_class.get_config_dict(name, **options)[0].get("model_type")
+            if kind != expected:
                 raise TokenselError(
-                    f"{name}: its config.json says {found}, not {wanted}; give a {cls.__name__}"
+                    f"{name}: its config.json says {kind}, not {expected}; give a {cls.__name__}"
                 )
+            loading: Any = super().from_pretrained  # its declared type does not know output_loading_info
             with quiet():
-                model, info = super().from_pretrained(
-                    name, *args, output_loading_info=True, **(options | kwargs)
+                loaded = loading(
+                    name, *args, output_loading_info=True, key_mapping=_RENAMED, **options, **kwargs
                 )
         except (SafetensorError, EOFError) as error:
             raise CheckpointError(
@@ -138,22 +146,24 @@ class CoreModel(PreTrainedModel):
             raise
         except (OSError, ValueError, RuntimeError) as error:
             raise TokenselError(
-                f"{name}: cannot load a {cls.__name__} ({reason(error)}); give a hub id or a local folder"
+                f"{name}: cannot load a {cls.__name__} ({reason(error)}); give a Hub id or a local folder"
             ) from None
+        model, info = loaded
         if info["missing_keys"]:
             raise CheckpointError(
                 f"{name}: lacks the weights {sorted(info['missing_keys'])[:3]}; save it again"
             )
-        return (model, info) if report else model
+        return loaded if report else model
 
     def facts(self) -> dict[str, Any]:
         """Rows of the model card; those that are ``None`` or empty are left out."""
         c = self.config
+        layer = c.feature_layer
+        if layer is not None:
+            layer = f"{layer}" + (", without the CLS token" if c.drop_cls else "")
         return {
             "encoder": c.encoder and f"`{c.encoder}`",
-            "feature layer": c.feature_layer
-            if c.feature_layer is None
-            else f"{c.feature_layer}" + (", without the CLS token" if c.drop_cls else ""),
+            "feature layer": layer,
             "width": c.width,
             "p of Eq. (3)": c.keep,
             "training data": c.training_data,
@@ -164,7 +174,7 @@ class CoreModel(PreTrainedModel):
         }
 
     def model_card(self) -> str:
-        """The text of README.md on the hub: what it is, what it was trained on, how well it did."""
+        """The text of README.md on the Hub: what the model is, its training data and its losses."""
         rows = "\n".join(
             f"| {name} | {value} |" for name, value in self.facts().items() if value not in (None, "")
         )

@@ -15,15 +15,21 @@ def gumbel_mask(
     """Straight-through two-way Gumbel-Softmax (Jang et al. 2017): 0 or 1 forward, relaxed backward.
 
     Two logits a token, because a softmax over a single one is always 1.
+
+    Args:
+        logits: drop and keep logit of each token.
+        tau: temperature, above 0; the lower, the steeper the relaxed choice.
+        noise: Gumbel(0, 1) samples; without them the larger logit decides.
     """
     noisy = logits if noise is None else logits + noise
     soft = (noisy / tau).softmax(dim=-1)[..., KEEP]
     hard = (noisy[..., KEEP] > noisy[..., DROP]).to(soft.dtype)
-    return hard + (soft - soft.detach())
+    return hard + (soft - soft.detach())  # the value of hard, the gradient of soft
 
 
 def gumbel_noise(*shape: int, generator: torch.Generator | None = None) -> Float[Tensor, "..."]:
-    """Samples of Gumbel(0, 1), drawn on the CPU so that every device sees the same."""
+    """Samples of Gumbel(0, 1), drawn on the CPU so that they are the same for every device."""
     uniform = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    # -log(-log(u)) of a uniform u; 0 is replaced, as its logarithm is infinite
     tiny = torch.finfo(torch.float64).tiny
     return -(-(uniform.clamp(min=tiny).log())).clamp(min=tiny).log().float()

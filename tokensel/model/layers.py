@@ -1,11 +1,13 @@
-"""The trunk that selector and reconstructor share: standardise, add the places, a few Transformer layers."""
+"""What selector and reconstructor share: standardised features, position codes, a few Transformer layers."""
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokensel.model.positions import codes
+from tokensel.model.positions import position_codes
 from tokensel.utils.errors import TokenselError
 
 
@@ -23,46 +25,68 @@ class TransformerLayer(nn.Module):
         self.mlp_out = nn.Linear(int(width * mlp_ratio), width)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens width"], attend: Bool[Tensor, "batch 1 1 tokens"] | None = None
+        self,
+        x: Float[Tensor, "batch tokens width"],
+        attn_mask: Bool[Tensor, "batch 1 1 tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        """One layer; ``attend`` is False where nobody may look."""
+        """One layer; ``attn_mask`` is True where attention is allowed."""
         batch, tokens, width = x.shape
         qkv = self.queries_keys_values(self.norm_attention(x))
         # [batch, tokens, 3*width] -> three of [batch, heads, tokens, width/heads]
         q, k, v = qkv.view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        heard = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
-        x = x + self.attention_out(heard.transpose(1, 2).reshape(batch, tokens, width))
+        attn_out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        # [batch, heads, tokens, width/heads] -> [batch, tokens, width]
+        x = x + self.attention_out(attn_out.transpose(1, 2).reshape(batch, tokens, width))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
 
 
-class Trunk(nn.Module):
+class Standardised(nn.Module):
+    """Mean and standard deviation of each channel over the training features, as buffers in float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        # .to(dtype), .half() and the like reach this method; statistics of features whose channels differ by
+        # orders of magnitude lose too much in half precision, so they only change their device
+        exact = self.mean, self.std
+        super()._apply(fn, recurse)
+        if self.mean.dtype != exact[0].dtype:
+            self.mean, self.std = (statistic.to(self.mean.device) for statistic in exact)
+        return self
+
+    @torch.no_grad()
+    def standardise(self, mean: Float[Tensor, "width"], std: Float[Tensor, "width"]) -> None:
+        """Fix the statistics; measured on the training features."""
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+
+class Trunk(Standardised):
     """Standardised features plus position codes of learned scale, through Transformer layers and a norm.
 
-    ``center`` and ``spread`` are the mean and the standard deviation of each channel over the training
-    features (the paper is silent on scaling). CLIP's features have a few channels tens of times larger than
-    the rest; unscaled, these would drown the others at the learning rates that suit the layers.
+    The paper is silent on scaling. CLIP's features have a few channels tens of times larger than the rest;
+    unscaled, these would dominate the others at the learning rates that suit the layers.
     """
 
-    center: Tensor
-    spread: Tensor
-
     def __init__(self, width: int, layers: int, heads: int | None = None, mlp_ratio: float = 4.0):
-        super().__init__()
+        super().__init__(width)
         heads = heads or default_heads(width)
         if width % heads:
             raise TokenselError(f"heads is {heads}: give a divisor of the width {width}, or leave it out")
         self.width = width
-        self.register_buffer("center", torch.zeros(width))
-        self.register_buffer("spread", torch.ones(width))
         self.position_scale = nn.Parameter(torch.ones(()))
         self.layers = nn.ModuleList(TransformerLayer(width, heads, mlp_ratio) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    @torch.no_grad()
-    def standardise(self, center: Float[Tensor, "width"], spread: Float[Tensor, "width"]) -> None:
-        """Fix the statistics of the training features; a channel that never varies keeps its scale."""
-        self.center.copy_(center)
-        self.spread.copy_(torch.where(spread > 0, spread, 1.0))
+    def standardise(self, mean: Float[Tensor, "width"], std: Float[Tensor, "width"]) -> None:
+        """Fix the statistics; a channel that never varies keeps its scale, as it cannot be divided by 0."""
+        super().standardise(mean, torch.where(std > 0, std, 1.0))
 
     def forward(
         self,
@@ -81,16 +105,18 @@ class Trunk(nn.Module):
             )
         if valid is not None and valid.all():
             valid = None  # the same computation, bit for bit, as for rows without padding
-        # the statistics are single precision also where the weights are not
-        x = ((features - self.center) / self.spread).to(self.position_scale.dtype)
-        attend = None
+        # the statistics are single precision even where the weights are not
+        x = ((features - self.mean) / self.std).to(self.position_scale.dtype)
+        attn_mask = None
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0.0)  # padding may hold anything, NaN included
-            # a row without any valid token looks at itself, so that its softmax is not over nothing
-            attend = (valid | ~valid.any(dim=1, keepdim=True))[:, None, None]
-        x = x + self.position_scale * codes(x.shape[1], self.width, valid, x.device).to(x.dtype)
+            # every token may attend to the valid tokens of its row; in a row without any, to all tokens, as a
+            # softmax over nothing is NaN. [batch, tokens] -> [batch, 1, 1, tokens]: same for heads and
+            # queries
+            attn_mask = (valid | ~valid.any(dim=1, keepdim=True))[:, None, None]
+        x = x + self.position_scale * position_codes(x.shape[1], self.width, valid, x.device).to(x.dtype)
         for layer in self.layers:
-            x = layer(x, attend)
+            x = layer(x, attn_mask)
         return self.norm(x)
 
 

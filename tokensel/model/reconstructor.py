@@ -1,4 +1,4 @@
-"""The feature reconstructor R of Sec. 4.2: three Transformer layers give back what was dropped (Fig. 3)."""
+"""The feature reconstructor R of Sec. 4.2: three Transformer layers reconstruct what was dropped (Fig. 3)."""
 
 from typing import no_type_check
 
@@ -38,8 +38,8 @@ class TokenReconstructor(CoreModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is getattr(self, "head", None):
-            nn.init.zeros_(module.weight)
+        if isinstance(module, nn.Linear) and module is getattr(self, "head", None):
+            nn.init.zeros_(module.weight)  # an untrained reconstructor returns F^pr
 
     def forward(
         self,
@@ -48,15 +48,15 @@ class TokenReconstructor(CoreModel):
     ) -> Float[Tensor, "batch tokens channels"]:
         """Reconstruct every token, the kept ones included, in the encoder's own units.
 
-        Like the paper's R it sees F^pr alone: it tells a dropped token by its embedding. The layers predict
-        a correction to F^pr, so that passing a kept token on costs nothing.
+        Like the paper's R it reads F^pr alone: it recognises a dropped token by its embedding. The layers
+        predict a correction to F^pr, so that a kept token can be passed on unchanged.
 
         Raises:
             TokenselError: the width of the features does not fit.
         """
         correction = self.head(self.trunk(selected, valid))
-        return selected + self.trunk.spread * correction
+        return selected + self.trunk.std * correction
 
-    def standardise(self, center: Float[Tensor, "width"], spread: Float[Tensor, "width"]) -> None:
+    def standardise(self, mean: Float[Tensor, "width"], std: Float[Tensor, "width"]) -> None:
         """Fix mean and standard deviation of each channel, measured on the training features."""
-        self.trunk.standardise(center, spread)
+        self.trunk.standardise(mean, std)

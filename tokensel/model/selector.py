@@ -6,12 +6,12 @@ from typing import no_type_check
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from tokensel.budget import top_fraction
 from tokensel.model.base import CoreConfig, CoreModel
 from tokensel.model.gumbel import DROP, KEEP, gumbel_mask
-from tokensel.model.layers import Trunk
+from tokensel.model.layers import Standardised, Trunk
 
 
 @no_type_check
@@ -36,37 +36,26 @@ class SelectorOutput(ModelOutput):
     logits: Float[Tensor, "batch tokens 2"] | None = None
 
 
-class MaskedEmbedding(nn.Module):
-    """E_masked of Sec. 4.1.1: the one learnable vector that stands in for every dropped token.
+class MaskedEmbedding(Standardised):
+    """E_masked of Sec. 4.1.1: the one learnable vector that replaces every dropped token.
 
-    Learned in units of the features' spread around their mean, so that one learning rate suits any encoder.
+    It is learned in units of each channel's standard deviation, so that one learning rate suits any encoder.
     """
 
-    center: Tensor
-    spread: Tensor
-
     def __init__(self, width: int):
-        super().__init__()
-        self.register_buffer("center", torch.zeros(width))
-        self.register_buffer("spread", torch.ones(width))
+        super().__init__(width)
         self.vector = nn.Parameter(torch.zeros(width))
 
     def forward(
         self, features: Float[Tensor, "batch tokens channels"], mask: Float[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch tokens channels"]:
         """``features`` where the mask is 1, the embedding where it is 0; gradients reach all three."""
-        embedding = (self.center + self.spread * self.vector).to(features.dtype)
+        embedding = (self.mean + self.std * self.vector).to(features.dtype)
         return torch.lerp(embedding.expand_as(features), features, mask[..., None].to(features.dtype))
-
-    @torch.no_grad()
-    def standardise(self, center: Float[Tensor, "width"], spread: Float[Tensor, "width"]) -> None:
-        """Fix mean and standard deviation of each channel, measured on the training features."""
-        self.center.copy_(center)
-        self.spread.copy_(spread)
 
 
 class TokenSelector(CoreModel):
-    """S_theta: which tokens are worth keeping, those from which the others can be reconstructed.
+    """S_theta: scores each token by how well the others can be reconstructed from it.
 
     >>> selector = TokenSelector.from_pretrained("selector")        # a folder or a hub id
     >>> kept = selector.keep_mask(features, keep=0.3)               # the best 30 % of each row
@@ -105,7 +94,8 @@ class TokenSelector(CoreModel):
             features: the encoder's tokens, in its own units.
             valid: True where a token is real; ``None`` when all are.
             tau: temperature of the Gumbel-Softmax, above 0.
-            noise: Gumbel(0, 1) samples, see :func:`tokensel.model.gumbel.gumbel_noise`; without them the mask is that of inference.
+            noise: Gumbel(0, 1) samples, see :func:`tokensel.model.gumbel.gumbel_noise`; without them the mask
+                is that of inference.
 
         Raises:
             TokenselError: the width of the features does not fit.
@@ -123,7 +113,7 @@ class TokenSelector(CoreModel):
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens 2"]:
         """The drop and the keep logit of every token."""
-        # in single precision, as scores that are rounded would tie
+        # in single precision: rounded scores would tie, and ties make the ranking arbitrary
         tokens = self.trunk(features, valid).float()
         return nn.functional.linear(tokens, self.head.weight.float(), self.head.bias.float())
 
@@ -132,7 +122,7 @@ class TokenSelector(CoreModel):
         features: Float[Tensor, "batch tokens channels"],
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens"]:
-        """Keep logit minus drop logit: the more, the more useful (end of Sec. 4.1.1). -inf on padding."""
+        """Keep logit minus drop logit, the higher the more useful (end of Sec. 4.1.1); -inf on padding."""
         logits = self.logits(features, valid)
         scores = logits[..., KEEP] - logits[..., DROP]
         return scores if valid is None else scores.masked_fill(~valid, -torch.inf)
@@ -151,7 +141,7 @@ class TokenSelector(CoreModel):
         keep: float | None = None,
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Bool[Tensor, "batch tokens"]:
-        """The hard mask, or with ``keep`` the best such fraction of each row's valid tokens.
+        """The hard mask, or with ``keep`` the best-scored such fraction of each row's valid tokens.
 
         Raises:
             TokenselError: ``keep`` outside (0, 1], or features of another width.
@@ -160,7 +150,7 @@ class TokenSelector(CoreModel):
             return self.hard_mask(features, valid)
         return top_fraction(self.scores(features, valid), keep, valid)
 
-    def standardise(self, center: Float[Tensor, "width"], spread: Float[Tensor, "width"]) -> None:
+    def standardise(self, mean: Float[Tensor, "width"], std: Float[Tensor, "width"]) -> None:
         """Fix mean and standard deviation of each channel, measured on the training features."""
-        self.trunk.standardise(center, spread)
-        self.masked.standardise(center, spread)
+        self.trunk.standardise(mean, std)
+        self.masked.standardise(mean, std)

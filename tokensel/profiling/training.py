@@ -23,13 +23,11 @@ from tokensel.profiling.timing import watch_peak
 from tokensel.training.autoencoder import Autoencoder
 from tokensel.training.config import TrainConfig
 from tokensel.training.optim import adamw, seeded, use_bf16
+from tokensel.training.processes import Processes
 from tokensel.training.train import train_step
-from tokensel.utils.errors import TokenselError, needs
+from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import write_json
 from tokensel.utils.provenance import command_line, environment
-
-with needs("train"):
-    from accelerate import Accelerator
 
 PAPER_IMAGES = 100_000  # of COCO, Sec. 4.5
 ROUND = ("multiply", "encode", "train")
@@ -56,8 +54,8 @@ class Workshop:
             layers=config.selector_layers, batch_size=rows, seed=config.seed, precision=precision,
             device="cpu" if device.type == "cpu" else "auto",
         )  # fmt: skip
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
-        dtype = torch.bfloat16 if use_bf16(self.accelerator, self.config) else torch.float32
+        self.processes = Processes(device)
+        dtype = torch.bfloat16 if use_bf16(device, self.config) else torch.float32
         self.llava, vision = model.config, model.config.vision_config
         self.tower = model.base_model.vision_tower.to(dtype)
         noise = torch.Generator().manual_seed(config.seed)
@@ -65,12 +63,9 @@ class Workshop:
         self.pixels = torch.randn(*size, generator=noise).to(device, dtype)
         self.features = Features(self.encode().clone())
         width = self.features.tokens.shape[-1]
-        learner = seeded(lambda: Autoencoder(width, *self.config.shape), config.seed).to(
-            self.accelerator.device
-        )
-        self.selector = learner.selector.config
-        self.optimizer = adamw(learner, self.config)
-        self.learner = self.accelerator.prepare(learner)
+        self.learner = seeded(lambda: Autoencoder(width, *self.config.shape), config.seed).to(device)
+        self.selector = self.learner.selector.config
+        self.optimizer = adamw(self.learner, self.config)
         self.step = 0
         # the largest product of the training itself: all tokens through the first half of an MLP
         self.left = self.features.tokens.flatten(0, 1)
@@ -91,7 +86,7 @@ class Workshop:
 
     def train(self) -> None:
         """The very step of :func:`tokensel.training.train.train`."""
-        train_step(self.accelerator, self.learner, self.optimizer, self.features, self.step, self.config, 1.0)
+        train_step(self.processes, self.learner, self.optimizer, self.features, self.step, self.config, 1.0)
         self.step += 1
 
     def multiply(self) -> None:

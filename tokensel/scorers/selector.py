@@ -20,8 +20,9 @@ from tokensel.utils.errors import TokenselError
 class SelectorScorer:
     """Scores a token by the selector's keep logit minus its drop logit (paper Sec. 4.1.1, last paragraph).
 
-    Each tile is scored as a whole, letterbox included, as in training; the budget then chooses among the
-    tokens that reach the language model. Above zero means that the selector itself would keep the token.
+    Each tile is scored as a whole, letterbox included, as in the training of the shipped selectors, which saw
+    the tiles of ``tiles="anyres"``; the budget then chooses among the tokens that reach the language model.
+    Above zero means that the selector itself would keep the token.
     """
 
     name = "selector"

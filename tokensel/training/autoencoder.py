@@ -1,4 +1,4 @@
-"""The models as they are trained: R(S(F)) together, or R alone for masks from elsewhere; and their units."""
+"""The models as they are trained: R(S(F)) together, or R alone for given masks; and their statistics."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,16 +26,17 @@ class Autoencoder(nn.Module):
         self, features: Tensor, valid: Tensor | None, tau: float, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """F^rec ``[batch, tokens, channels]`` and the mask M ``[batch, tokens]``."""
-        chosen = self.selector(features, valid, tau, noise)
-        return self.reconstructor(chosen.selected, valid), chosen.mask
+        selection = self.selector(features, valid, tau, noise)
+        return self.reconstructor(selection.selected, valid), selection.mask
 
-    def standardise(self, center: Tensor, spread: Tensor) -> None:
-        self.selector.standardise(center, spread)
-        self.reconstructor.standardise(center, spread)
+    def standardise(self, mean: Tensor, std: Tensor) -> None:
+        """Fix mean and standard deviation of each channel in both models."""
+        self.selector.standardise(mean, std)
+        self.reconstructor.standardise(mean, std)
 
 
 class MaskedAutoencoder(nn.Module):
-    """A reconstructor with a masked embedding of its own, for masks that come from elsewhere (Eq. 1)."""
+    """A reconstructor with a masked embedding of its own, for masks of any policy (Eq. 1)."""
 
     def __init__(self, masked: MaskedEmbedding, reconstructor: TokenReconstructor):
         super().__init__()
@@ -65,42 +66,42 @@ class MaskedAutoencoder(nn.Module):
             features = features.masked_fill(~valid[..., None], 0.0)
         return self.reconstructor(self.masked(features, mask.to(features.dtype)), valid)
 
-    def standardise(self, center: Tensor, spread: Tensor) -> None:
-        self.masked.standardise(center, spread)
-        self.reconstructor.standardise(center, spread)
+    def standardise(self, mean: Tensor, std: Tensor) -> None:
+        """Fix mean and standard deviation of each channel in both models."""
+        self.masked.standardise(mean, std)
+        self.reconstructor.standardise(mean, std)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of each channel, and the distance that counts as 1 in L_rec."""
+    """Mean and standard deviation of each channel, on the CPU, and the distance that counts as 1 in L_rec."""
 
-    center: Tensor
-    spread: Tensor
+    mean: Tensor
+    std: Tensor
     scale: float
 
     @classmethod
     def of(cls, batches: Iterable[Features]) -> "Statistics":
-        """Measure over some batches: ``scale`` is the root mean square over the tiles of ||F - mean||_2.
+        """Measure some batches: ``scale`` is the root mean square over the tiles of ||F - mean||_2.
 
         Raises:
-            TokenselError: no tile in them has a valid token (no picture could be read).
+            TokenselError: no tile in them has a valid token (no image could be read).
         """
         total = squares = torch.zeros((), dtype=torch.float64)
         tokens = tiles = 0
         for batch in batches:
-            valid = (
-                batch.tokens.new_ones(batch.tokens.shape[:2], dtype=torch.bool)
-                if batch.valid is None
-                else batch.valid
-            )
-            rows = batch.tokens[valid].double().cpu()
+            valid = batch.valid
+            if valid is None:
+                valid = batch.tokens.new_ones(batch.tokens.shape[:2], dtype=torch.bool)
+            # valid tokens of all tiles as rows [tokens, channels], in double precision on the host
+            rows = batch.tokens[valid].cpu().double()
             total, squares = total + rows.sum(dim=0), squares + rows.square().sum(dim=0)
             tokens, tiles = tokens + len(rows), tiles + int(valid.any(dim=1).sum())
         if not tiles:
             raise TokenselError(
-                "none of the first pictures can be read: give a folder or dataset with whole images"
+                "none of the first images can be read: give a folder or dataset with whole images"
             )
-        center = total / tokens
-        variance = (squares / tokens - center.square()).clamp(min=0)
+        mean = total / tokens
+        variance = (squares / tokens - mean.square()).clamp(min=0)
         scale = float((variance.sum() * tokens / tiles).sqrt()) or 1.0
-        return cls(center.float(), variance.sqrt().float(), scale)
+        return cls(mean.float(), variance.sqrt().float(), scale)

@@ -1,9 +1,10 @@
-"""What a training leaves on disk while it runs: a checkpoint, moved into place whole, and a history."""
+"""What a training writes while it runs: a checkpoint, replaced atomically, and a history."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ FILE = "checkpoint.safetensors"
 
 @dataclass
 class Progress:
-    """How far a training has come: steps done, scale of its distances, its data, the feed's own state."""
+    """How far a training has come: steps done, scale of its distances, its data, the loader's state."""
 
     step: int
     scale: float
     identity: str
-    feed: dict[str, Any]
+    loader: dict[str, Any]
 
 
 def save_checkpoint(
@@ -42,7 +43,7 @@ def save_checkpoint(
         "step": str(progress.step),
         "scale": repr(progress.scale),
         "identity": progress.identity,
-        "feed": json.dumps(progress.feed),
+        "loader": json.dumps(progress.loader),
         "config": json.dumps(config),
     }
     save_tensors(out / FILE, tensors, header)
@@ -51,15 +52,20 @@ def save_checkpoint(
 def load_checkpoint(
     out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str, config: dict[str, Any]
 ) -> Progress | None:
-    """Put the checkpoint of ``out``, if there is one, into model and optimizer, and tell how far it came.
+    """Load the checkpoint of ``out``, if there is one, into model and optimizer; returns its progress.
 
     Raises:
-        TokenselError: the file is cut short, or belongs to a training with other options or other data.
+        TokenselError: the file is cut short, or belongs to a training with other options, on other data, or
+            by another version of tokensel.
     """
     path = out / FILE
     if not path.exists():
         return None
     tensors, header = load_tensors(path)
+    if not {"step", "scale", "identity", "loader", "config"} <= header.keys():
+        raise TokenselError(
+            f"{path}: was written by another version of tokensel; give another out folder or delete it"
+        )
     before = json.loads(header["config"])
     for name, value in config.items():
         if name not in FREE and before.get(name) != value:
@@ -81,13 +87,16 @@ def load_checkpoint(
             "exp_avg": averages[name].to(parameter.device),
             "exp_avg_sq": squares[name].to(parameter.device),
         }
-    return Progress(step, float(header["scale"]), header["identity"], json.loads(header["feed"]))
+    return Progress(step, float(header["scale"]), header["identity"], json.loads(header["loader"]))
 
 
-def sweep(out: Path) -> None:
-    """Remove what a kill in the middle of a write left behind; the files themselves are whole or absent."""
+def remove_partial_files(out: Path) -> None:
+    """Remove what a kill during a write left in ``out``; the files themselves are whole or absent."""
     for part in out.glob(".*.part"):
-        part.unlink()
+        if part.is_dir():
+            rmtree(part, ignore_errors=True)
+        else:
+            part.unlink()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -99,14 +108,16 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class History:
-    """One record a step; appended to ``history.jsonl`` in the out folder, if there is one."""
+    """One record per step; appended to ``history.jsonl`` in the out folder, if there is one."""
 
     def __init__(self, out: Path | None, step: int = 0):
-        """Take over the records of steps up to ``step``; later ones belong to work lost with a kill."""
+        """Read the records of steps up to ``step``; later ones belong to steps that will be done again."""
         self.path = out / "history.jsonl" if out else None
         self.records: list[dict[str, float | int]] = []
         if self.path and self.path.exists():
-            *lines, _cut = self.path.read_text(encoding="utf-8").split("\n")  # an unended line was cut
+            *lines, _cut = self.path.read_text(encoding="utf-8").split(
+                "\n"
+            )  # a line without an end was cut short
             self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
         if self.path:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))

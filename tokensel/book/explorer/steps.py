@@ -154,7 +154,7 @@ class Exploration:
         Returns:
             The distances, on the host.
         """
-        spread = self.judge.reconstructor.trunk.spread
+        spread = self.judge.reconstructor.trunk.std
         # the judge stays where the caller loaded it, which need not be where the model runs
         tokens = self.encoded.features.tokens.to(spread.device).float()
         errors = (self.judge(tokens, kept.to(spread.device)) - tokens).norm(dim=-1) / spread.norm()

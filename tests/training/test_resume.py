@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from little import clip_tower, cut, dataset, random_features, same, save_pictures, small, weights
+from little import clip_tower, cut, dataset, random_features, same, save_images, small_config, weights
 from safetensors.torch import load_file
 
 from tokensel.data.encoders import VisionEncoder
@@ -29,8 +29,8 @@ from tokensel.data.features import Features
 out, kill_at, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 steps, saves = [], []
 
-def descend(accelerator, model, optimizer, loss, step, config, real=tokensel.training.train.descend):
-    real(accelerator, model, optimizer, loss, step, config)
+def optimizer_step(model, optimizer, loss, step, config, real=tokensel.training.train.optimizer_step):
+    real(model, optimizer, loss, step, config)
     steps.append(step)
     if where == "step" and step == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -42,11 +42,12 @@ def save_file(tensors, path, metadata, real=tokensel.utils.files.save_file):
         os.truncate(path, 1000)  # half of the new checkpoint is on the disk
         os.kill(os.getpid(), signal.SIGKILL)
 
-tokensel.training.train.descend, tokensel.utils.files.save_file = descend, save_file
+tokensel.training.train.optimizer_step, tokensel.utils.files.save_file = optimizer_step, save_file
 options = dict(steps=20, batch_size=8, layers=1, statistics_tiles=8, save_every=6, log_every=4)
 tokens = torch.randn(40, 9, 16, generator=torch.Generator().manual_seed(0))
 features = Features(tokens * 3 + 1, keys=torch.arange(40))
-tokensel.training.train.train(tokensel.training.train.TrainConfig(**options, progress=False, out=out), features=features)
+config = tokensel.training.train.TrainConfig(**options, progress=False, out=out)
+tokensel.training.train.train(config, features=features)
 print(steps[0] if steps else None, len(steps))
 """
 
@@ -62,7 +63,8 @@ def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     torch.set_num_threads(1)
     return out, train(
-        small(steps=20, batch_size=8, save_every=6, log_every=4, out=str(out)), features=random_features()
+        small_config(steps=20, batch_size=8, save_every=6, log_every=4, out=str(out)),
+        features=random_features(),
     )
 
 
@@ -92,33 +94,33 @@ def test_a_killed_training_ends_at_the_same_weights(undisturbed, tmp_path):
 def interrupted(monkeypatch, at):
     import tokensel.training.train
 
-    real = tokensel.training.train.descend
+    real = tokensel.training.train.optimizer_step
 
-    def descend(accelerator, model, optimizer, loss, step, config):
-        real(accelerator, model, optimizer, loss, step, config)
+    def optimizer_step(model, optimizer, loss, step, config):
+        real(model, optimizer, loss, step, config)
         if step == at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokensel.training.train, "descend", descend)
+    monkeypatch.setattr(tokensel.training.train, "optimizer_step", optimizer_step)
 
 
 @pytest.mark.parametrize("kind", ["folder", "stream"])
-def test_pictures_go_on_where_they_were(kind, tmp_path, monkeypatch):
+def test_images_continue_where_they_were(kind, tmp_path, monkeypatch):
     clip_tower(tmp_path / "tower")
     encoder = VisionEncoder.from_pretrained(tmp_path / "tower")
     if kind == "folder":
-        images = save_pictures(tmp_path / "p", 7)
+        images = save_images(tmp_path / "p", 7)
         cut(images / "2.jpg")
     else:
         dataset(7).to_parquet(tmp_path / "p.parquet")
         images = tmp_path / "p.parquet"
     options = dict(images=str(images), streaming=kind == "stream", steps=10, save_every=3)
-    whole = train(small(**options), encoder=encoder)
+    whole = train(small_config(**options), encoder=encoder)
     interrupted(monkeypatch, at=7)
     with pytest.raises(KeyboardInterrupt):
-        train(small(**options, out=str(tmp_path / "out")), encoder=encoder)
+        train(small_config(**options, out=str(tmp_path / "out")), encoder=encoder)
     monkeypatch.undo()
-    resumed = train(small(**options, out=str(tmp_path / "out")), encoder=encoder)
+    resumed = train(small_config(**options, out=str(tmp_path / "out")), encoder=encoder)
     assert same(weights(whole), weights(resumed)) and whole.skipped == resumed.skipped
     assert [record["loss"] for record in whole.history] == [record["loss"] for record in resumed.history]
 
@@ -127,24 +129,25 @@ def test_a_finished_training_is_not_done_again(undisturbed, monkeypatch):
     out, trained = undisturbed
     interrupted(monkeypatch, at=0)
     again = train(
-        small(steps=20, batch_size=8, save_every=6, log_every=1, out=str(out)), features=random_features()
+        small_config(steps=20, batch_size=8, save_every=6, log_every=1, out=str(out)),
+        features=random_features(),
     )
     assert same(weights(trained), weights(again)) and again.history == trained.history
 
 
 def test_other_options_or_other_data_are_refused(undisturbed):
     out, _ = undisturbed
-    with pytest.raises(TokenselError, match="was trained with p 0.3, not 0.5; give another out folder"):
-        train(small(steps=20, batch_size=8, p=0.5, out=str(out)), features=random_features())
+    with pytest.raises(TokenselError, match=r"was trained with p 0\.3, not 0\.5; give another out folder"):
+        train(small_config(steps=20, batch_size=8, p=0.5, out=str(out)), features=random_features())
     with pytest.raises(TokenselError, match="give another out folder or delete it"):
-        train(small(steps=20, batch_size=8, out=str(out)), features=random_features(seed=1))
+        train(small_config(steps=20, batch_size=8, out=str(out)), features=random_features(seed=1))
 
 
 def test_a_checkpoint_cut_short_is_one_clear_line(undisturbed, tmp_path):
     content = (undisturbed[0] / "checkpoint.safetensors").read_bytes()
     (tmp_path / "checkpoint.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(TokenselError, match="not a whole safetensors file") as caught:
-        train(small(steps=20, batch_size=8, out=str(tmp_path)), features=random_features())
+        train(small_config(steps=20, batch_size=8, out=str(tmp_path)), features=random_features())
     assert "\n" not in str(caught.value)
 
 
@@ -152,7 +155,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     import errno
 
     options = dict(steps=6, batch_size=8, save_every=2, out=str(tmp_path))
-    whole = train(small(**options | {"out": ""}), features=random_features())
+    whole = train(small_config(**options | {"out": ""}), features=random_features())
     replace, moved = os.replace, []
 
     def full(source, target):
@@ -164,7 +167,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(TokenselError, match="no space left on the device"):
-        train(small(**options), features=random_features())
+        train(small_config(**options), features=random_features())
     monkeypatch.undo()
     assert not list(tmp_path.glob("*.part"))
-    assert same(weights(train(small(**options), features=random_features())), weights(whole))
+    assert same(weights(train(small_config(**options), features=random_features())), weights(whole))
