@@ -1,4 +1,4 @@
-"""The book's machinery: which chapters run, what they are told, what is left when one fails, and clean pages."""
+"""The machinery of the book: which chapters run, with what, what a failure leaves, and clean pages."""
 
 import ast
 import json
@@ -43,7 +43,8 @@ def clone(tmp_path):
     (tmp_path / "tokensel" / "utils" / "errors.py").write_text('"""Core."""\n\nx = 1\n')
     (tmp_path / "requirements.lock").write_text("torch==2.13.0\n")
     (tmp_path / "_toc.yml").write_text(
-        "format: jb-book\nroot: index\nchapters:\n- file: chapters/01_good\n- file: chapters/02_bad\n- file: status\n"
+        "format: jb-book\nroot: index\nchapters:\n"
+        "- file: chapters/01_good\n- file: chapters/02_bad\n- file: status\n"
     )
     good = notebook(
         ("md", "# Good\n\n$x^2$ **run time** about 5 s"),
@@ -83,7 +84,7 @@ def result_of(root: Path, name: str) -> str:
     return cells[-1].outputs[0]["data"]["text/plain"]
 
 
-# --- the chapters of this repository ------------------------------------------------------------------------------
+# --- the chapters of this repository --------------------------------------------------------------------
 
 
 def test_every_notebook_is_in_the_table_of_contents_and_on_the_landing_page():
@@ -109,8 +110,13 @@ def test_chapter_is_committed_as_it_should_be(path):
     assert f'open_chapter("{path.stem}")' in "\n".join(cell.source for cell in code)
     prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
     for part in (
-        "**Why.**", "**What you will learn**", "**run time**", "**In the paper**", "\n## What was shown, and what not", "\n## Exercises",
-    ):  # fmt: skip
+        "**Why.**",
+        "**What you will learn**",
+        "**run time**",
+        "**In the paper**",
+        "\n## What was shown, and what not",
+        "\n## Exercises",
+    ):
         assert part in prose, f"no {part}"
     assert prose.count(":::{admonition} Solution\n:class: dropdown") >= 2, (
         "two exercises with folded solutions"
@@ -134,7 +140,7 @@ def test_every_module_has_its_place_on_the_api_page():
     assert page.count("automodule::") == len(list((ROOT / "tokensel").rglob("*.py"))) - 1  # without __main__
 
 
-# --- running ------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------------
 
 
 def test_run_resume_and_parameters(clone, capsys):
@@ -192,8 +198,10 @@ def test_what_makes_a_chapter_stale(clone):
     before = run.digest(clone, path, {})
     assert run.digest(clone, path, {"keep": 0.5}) != before
     for name, text in (
-        ("tokensel/utils/errors.py", "x = 2\n"), ("requirements.lock", "torch==2.14.0\n"), ("data/weights", "2")
-    ):  # fmt: skip
+        ("tokensel/utils/errors.py", "x = 2\n"),
+        ("requirements.lock", "torch==2.14.0\n"),
+        ("data/weights", "2"),
+    ):
         kept = (clone / name).read_text()
         (clone / name).write_text(text)
         assert run.digest(clone, path, {}) != before, name
@@ -268,7 +276,7 @@ def test_a_table_of_claims_has_a_row_for_each():
         claims.interval(float("nan"), 0.0, 1.0)
 
 
-# --- pages --------------------------------------------------------------------------------------------------------
+# --- pages ----------------------------------------------------------------------------------------------
 
 
 def test_merge_takes_prose_from_the_source_and_outputs_from_the_run(clone):

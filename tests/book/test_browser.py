@@ -1,4 +1,4 @@
-"""The built book in a real browser, without a network: whole pages, no errors, no scrolling sideways, axe content.
+"""The built book in a real browser without a network: complete pages, no errors, no scrolling sideways, axe.
 
 Needs the book (`make book`) and a Chromium; `TOKENSEL_BROWSER=required` turns a missing one into a failure.
 """
@@ -48,7 +48,7 @@ QUIET = (
 )
 AXE = {
     "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"],
-    # docutils marks references by a role that ARIA has since deprecated; axe says so, and misses the list's items
+    # docutils marks references by a role that ARIA has since deprecated; axe reports that and misses items
     "rules": {name: {"enabled": False} for name in ("aria-deprecated-role", "aria-required-children")},
     "resultTypes": ["violations"],
 }
@@ -216,7 +216,7 @@ def test_no_code_and_no_table_scrolls_sideways(name, visit):
     astray = page.evaluate(
         """[...document.querySelectorAll('.bd-article :is(pre, table, .cell_output, .highlight)')]
         .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
-        .map(e => `${e.localName}.${e.className} ${e.scrollWidth} > ${e.clientWidth}: ${e.innerText.slice(0, 60)}`)"""
+        .map(e => `${e.localName} ${e.scrollWidth} > ${e.clientWidth}: ${e.innerText.slice(0, 60)}`)"""
     )
     assert astray == []
 

@@ -43,7 +43,10 @@ def test_parameters_are_read_as_python_or_text():
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ("methods=full,selector", """methods = 'full,selector' is not a list; give -p "methods=['full', 'selector']"""),
+        (
+            "methods=full,selector",
+            """methods = 'full,selector' is not a list; give -p "methods=['full', 'selector']""",
+        ),
         ("keeps=0.3", 'keeps = 0.3 is not a list; give -p "keeps=[0.3]" or, to papermill, -y "keeps: [0.3]"'),
         ("keeps=['0.3']", "'0.3' in keeps is not a number; give "),
         ("keeps=[True]", "True in keeps is not a number; give "),
@@ -150,13 +153,14 @@ shell.run_cell({CELL!r}, store_history=True)
 shell.run_cell("# Parameters\\n" + sys.argv[1], store_history=True)
 from tokensel.book.site import chapter, numbers
 chapter._quiet_libraries = lambda: None
-done = shell.run_cell("from tokensel.book import open_chapter; root = open_chapter('06_x').root", store_history=True)
-print(json.dumps([str(done.error_in_exec), str(shell.user_ns.get("root")), shell.user_ns["model"], os.getcwd()]))
+setup = "from tokensel.book import open_chapter; root = open_chapter('06_x').root"
+error = shell.run_cell(setup, store_history=True).error_in_exec
+print(json.dumps([str(error), str(shell.user_ns.get("root")), shell.user_ns["model"], os.getcwd()]))
 """
 
 
 def kernel(here: Path, injected: str) -> list[str]:
-    """Error, root, ``model`` and working directory after open_chapter in a kernel that was started in ``here``."""
+    """Error, root, ``model`` and working directory after open_chapter in a kernel started in ``here``."""
     done = subprocess.run(
         [sys.executable, "-c", IN_KERNEL, injected], cwd=here, capture_output=True, text=True, check=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(here), "MPLBACKEND": "Agg"},

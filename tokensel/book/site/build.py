@@ -18,33 +18,70 @@ from tokensel.utils.errors import TokenselError
 
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 PAGES = (
-    "_config.yml", "_toc.yml", "index.md", "glossary.md", "references.md", "references.bib", "_static", "_vendor",
-)  # fmt: skip
+    "_config.yml",
+    "_toc.yml",
+    "index.md",
+    "glossary.md",
+    "references.md",
+    "references.bib",
+    "_static",
+    "_vendor",
+)
 
 
 def build(root: Path) -> Path:
     """Build ``_build/html`` from the executed chapters; returns the front page.
 
+    The pages are made elsewhere and moved there when they are complete and checked: a build that is
+    stopped, even by force, leaves no half of a book.
+
     Raises:
         TokenselError: a chapter has not been run, Sphinx warned, or a page would ask a network for something.
     """
-    source = stage(root)
-    build_folder = root / "_build"
+    html, part = root / "_build" / "html", root / "_build" / "part"
+    _discard(html)  # pages of another state, if the build fails, would be taken for its result
     # a kept environment would not repeat a warning that it already gave
-    shutil.rmtree(build_folder / ".doctrees", ignore_errors=True)
-    shutil.rmtree(build_folder / "html", ignore_errors=True)
-    done = _jupyter_book(root, source, "-W", "-n", "--keep-going", "--quiet")
-    index = build_folder / "html" / "index.html"
-    if done.returncode != 0 or not index.is_file():
-        shutil.rmtree(index.parent, ignore_errors=True)  # pages that look whole would be taken for it
+    _discard(part)
+    source = stage(root)
+    done = _jupyter_book(part, source, "-W", "-n", "--keep-going", "--quiet")
+    pages = part / "_build" / "html"
+    if done.returncode != 0 or not (pages / "index.html").is_file():
+        print(done.stdout)
         raise TokenselError("jupyter-book warned or failed (see above): no book was built")
-    offline.check(index.parent)
-    return index
+    offline.check(pages)
+    os.replace(pages, html)
+    _discard(part)
+    return html / "index.html"
 
 
-def _jupyter_book(root: Path, source: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", JUPYTER_BOOK, "build", str(source), "--path-output", str(root), *options]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+def _discard(folder: Path) -> None:
+    """Remove a folder in one step, as far as its own name is concerned."""
+    bin = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(bin, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, bin)
+        shutil.rmtree(bin, ignore_errors=True)
+
+
+def _jupyter_book(target: Path, source: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-c",
+        JUPYTER_BOOK,
+        "build",
+        str(source),
+        "--path-output",
+        str(target),
+        *options,
+    ]
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
 
 
 def check_links(root: Path) -> int:
@@ -53,26 +90,29 @@ def check_links(root: Path) -> int:
     Raises:
         TokenselError: a chapter has not been run, or some address does not answer; all of them are named.
     """
-    report = root / "_build" / "linkcheck" / "output.json"
-    report.unlink(missing_ok=True)
-    _jupyter_book(root, stage(root), "--builder", "linkcheck", "--quiet")
+    part = root / "_build" / "part"
+    _discard(part)
+    report = part / "_build" / "linkcheck" / "output.json"
+    done = _jupyter_book(part, stage(root), "--builder", "linkcheck", "--quiet")
     if not report.is_file():
+        print(done.stdout)
         raise TokenselError("jupyter-book failed (see above): no links were checked")
-    asked = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
+    links = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
     broken = [
-        f"{link['filename']}: {link['uri']}" for link in asked if link["status"] in ("broken", "timeout")
+        f"{link['filename']}: {link['uri']}" for link in links if link["status"] in ("broken", "timeout")
     ]
     if broken:
         raise TokenselError("no answer from " + "; ".join(sorted(broken)))
-    return sum(link["status"] in ("working", "redirected") for link in asked)
+    return sum(link["status"] in ("working", "redirected") for link in links)
 
 
 def launch_links(config: dict, environment: Mapping[str, str]) -> dict:
-    """The configuration with a link to open each chapter in Colab, where it is known which repository publishes it.
+    """The configuration with a link to open each chapter in Colab, if the repository is known.
 
     Args:
-        config: what ``_config.yml`` says.
-        environment: GitHub Actions names the repository and the branch there; elsewhere nothing is added.
+        config: the content of ``_config.yml``.
+        environment: the variables in which GitHub Actions names repository and branch; elsewhere nothing is
+            added.
     """
     if "GITHUB_REPOSITORY" not in environment:
         return config
@@ -122,10 +162,10 @@ def stage(root: Path) -> Path:
 
 
 def merge(source: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The executed cells with the prose of ``source``, which may have been mended since the run.
+    """The executed cells with the prose and the tags of ``source``, which may have been edited since the run.
 
-    papermill's cell with the given parameters stays where it put it, folded: the page tells what was really run. So do
-    the tags, which decide what a page shows, come from the source.
+    papermill's cell with the given parameters stays where it put it, folded: the page shows what was really
+    run.
     """
     outputs = {cell.id: cell for cell in executed.cells if cell.cell_type == "code"}
     injected = [cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", [])]

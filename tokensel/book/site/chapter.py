@@ -1,8 +1,6 @@
 """What every chapter needs in its first cell: the project's root, a place for results, checked parameters."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,27 +34,7 @@ class Chapter:
 
     @property
     def progress(self) -> bool:
-        return UNWATCHED not in os.environ
-
-
-# in the environment of a kernel whose outputs go on a page: progress bars are no part of it
-UNWATCHED = "TOKENSEL_UNWATCHED"
-
-
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Kernels started meanwhile show no progress bars, and show their figures whatever MPLBACKEND says here."""
-    settings = {UNWATCHED: "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        return "TOKENSEL_UNWATCHED" not in os.environ  # set where the outputs go on a page
 
 
 def _folder(path: Path) -> Path:
@@ -84,12 +62,13 @@ _started_in: Path | None = None  # where the kernel stood before its first chapt
 
 
 def open_chapter(name: str) -> Chapter:
-    """Prepare a kernel for a chapter: parameters checked, working directory, plot style, numbers of the figures.
+    """Prepare a kernel for a chapter: check its parameters, set working directory and plot style.
 
-    The kernel moves to the root of the clone that it was started in, else of the clone that the package was
-    installed from, so that ``data/...`` is found from everywhere. Paths that papermill injected are seen from where
-    the kernel was started. papermill on its own only prints a remark about an unknown parameter, accepts every type,
-    and goes on.
+    The figures that are shown from here on carry their numbers, see :mod:`tokensel.book.site.numbers`. The
+    kernel moves to the root of the clone that it was started in, else of the clone that the package was
+    installed from, so that ``data/...`` is found from everywhere. Paths that papermill injected are seen
+    from where the kernel was started. papermill on its own only prints a remark about an unknown parameter,
+    accepts every type, and goes on.
 
     Args:
         name: the chapter's file name without its ending.

@@ -43,7 +43,7 @@ def claims_table(rows: Sequence[tuple[str, ...]], **setting: object) -> Markdown
 
 
 def interval(mean: float, low: float, high: float, unit: str = "", digits: int = 1) -> str:
-    """A measurement with its 95 % interval, "2.3 points [1.2, 3.4]" for ``interval(2.31, 1.2, 3.4, "points")``.
+    """A measurement with its 95 % interval: "2.3 points [1.2, 3.4]" of 2.31, 1.2, 3.4 and "points".
 
     Args:
         mean: the estimate.

@@ -1,4 +1,4 @@
-"""The `book` command: list, run and build. The heavy imports wait until a command needs them."""
+"""The `book` command: list, run and build. Heavy imports wait until a command needs them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,21 +13,22 @@ Parameters = Annotated[
         "--parameter", "-p", metavar="NAME=VALUE", help="Override a parameter, such as -p keep=0.3."
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Run chapters again that are up to date.")]
+Force = Annotated[bool, typer.Option("--force", help="Run chapters that are up to date, too.")]
 Jobs = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Chapters at a time, sharing the cores; two when left out, one where there is a GPU."
+        min=1,
+        help="Chapters at a time, which share the cores. By default two, or one on a machine with a GPU.",
     ),
 ]
 Chapters = Annotated[
-    list[str] | None, typer.Argument(help="Names such as 03 or 03_selector; all when left out.")
+    list[str] | None, typer.Argument(help="Names such as 03 or 03_selector; by default all.")
 ]
 
 
 @app.command("list")
 def list_command() -> None:
-    """Show the chapters, their state and their parameters."""
+    """List the chapters, their state and their parameters."""
     from tokensel.book.site import run
     from tokensel.book.site.chapter import find_root
 
@@ -43,7 +44,7 @@ def list_command() -> None:
 def run_command(
     chapters: Chapters = None, parameter: Parameters = None, force: Force = False, jobs: Jobs = None
 ) -> None:
-    """Execute chapters that are not up to date; the results lie in _build/chapters and _build/results."""
+    """Run the chapters that are not up to date; results go to _build/chapters and _build/results."""
     from tokensel.book.site import run
     from tokensel.book.site.chapter import find_root
     from tokensel.book.site.parameters import parse_parameters
@@ -54,7 +55,7 @@ def run_command(
 
 @app.command("build")
 def build_command(parameter: Parameters = None, force: Force = False, jobs: Jobs = None) -> None:
-    """Execute what is not up to date, then build the pages in _build/html; any warning is an error."""
+    """Run the chapters that are not up to date, then build the pages in _build/html."""
     from tokensel.book.site import build as site
     from tokensel.book.site import run
     from tokensel.book.site.chapter import find_root
@@ -69,7 +70,7 @@ def build_command(parameter: Parameters = None, force: Force = False, jobs: Jobs
 
 @app.command("links")
 def links_command() -> None:
-    """Ask every address outside the book whether it is still there; needs a network, and the chapters run."""
+    """Check every link that leaves the book; needs a network and executed chapters."""
     from tokensel.book.site import build as site
     from tokensel.book.site.chapter import find_root
 
@@ -82,7 +83,7 @@ def readme_command(
         "data/results/sweep.csv"
     ),
 ) -> None:
-    """Put the recorded results into the table of README.md."""
+    """Write the recorded results into the table of README.md."""
     from tokensel.book.site import readme
     from tokensel.book.site.chapter import find_root
 

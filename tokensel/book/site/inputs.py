@@ -1,4 +1,4 @@
-"""What a chapter's outputs are made from: its code, the package, the lock, ``data/``, and the files it is given."""
+"""What decides a chapter's outputs: its code, the package, the lock, ``data/``, and the files it is given."""
 
 import glob
 import hashlib
@@ -19,8 +19,8 @@ WHOLE = 2**28  # bytes up to which a given file is read; a larger one is known b
 def digest(root: Path, path: Path, parameters: dict[str, Any]) -> str:
     """A hash over all that decides the outputs of the chapter ``path``.
 
-    Prose is left out: a mended sentence needs no new run. Files and folders that a parameter names are hashed, wherever
-    they lie, and so is the module given as a suite.
+    Prose is left out: a mended sentence needs no new run. Files and folders that a parameter names are
+    hashed, wherever they lie, and so is the module given as a suite.
     """
     total = hashlib.sha256()
     code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -33,7 +33,7 @@ def digest(root: Path, path: Path, parameters: dict[str, Any]) -> str:
 
 
 def behind(root: Path, known: Mapping[str, Parameter], given: Mapping[str, Any]) -> list[Path]:
-    """The files that given parameters name: files, folders, patterns, and modules where the default is a module."""
+    """The files that given parameters name: files, folders, patterns, modules where the default is one."""
     found: list[Path] = []
     for name, value in sorted(given.items()):
         if not isinstance(value, str) or not value:

@@ -1,8 +1,8 @@
-"""The library's page, from its docstrings: every module of the package, in the order a reader meets them."""
+"""The page of the library, from its docstrings: every module of the package, in a reader's order."""
 
 from pathlib import Path
 
-# a module belongs to the first group that names it or a package above it; what nobody names is a tool
+# a module belongs to the first group that names its package; a package that no group names is a tool
 GROUPS = {
     "Selector and reconstructor": ("model",),
     "Images, encoders, features": ("data",),
@@ -19,12 +19,12 @@ GROUPS = {
 
 def modules(package: Path) -> list[str]:
     """Dotted names of all modules below ``package``, packages before what they hold."""
-    found = []
+    names = []
     for path in package.rglob("*.py"):
         parts = path.relative_to(package.parent).with_suffix("").parts
         if parts[-1] != "__main__":
-            found.append(".".join(parts).removesuffix(".__init__"))
-    return sorted(found)
+            names.append(".".join(parts).removesuffix(".__init__"))
+    return sorted(names)
 
 
 def group_of(module: str) -> str:
@@ -41,18 +41,19 @@ def page(package: Path) -> str:
     lines = [
         "# The library",
         "",
-        "Everything that the chapters call. Shapes stand in the signatures: "
-        '`Float[Tensor, "batch tokens channels"]` is a floating-point tensor with three named axes, and an axis of the same '
-        "name has the same length throughout a signature. A mask is True where a token is kept.",
+        "Everything that the chapters call. Signatures give the shapes: "
+        '`Float[Tensor, "batch tokens channels"]` is a floating-point tensor with three named axes, and an '
+        "axis of the same name has the same length throughout a signature. "
+        "A mask is True where a token is kept.",
     ]
     every = modules(package)
     for title, names in GROUPS.items():
-        mine = [module for module in every if group_of(module) == title]
+        members = [module for module in every if group_of(module) == title]
         order = {name: place for place, name in enumerate(names)}
-        mine.sort(key=lambda module: (order.get((module.split(".") + [""])[1], len(order)), module))
+        members.sort(key=lambda module: (order.get([*module.split("."), ""][1], len(order)), module))
         lines += ["", f"## {title}"]
-        for module in mine:
-            # a package shows what it is for; what it offers is described where it is defined
+        for module in members:
+            # a package shows its purpose; what it exports is described where it is defined
             is_package = (package.parent / Path(*module.split("."))).is_dir()
             lines += ["", f"### {module}", "", "```{eval-rst}", f".. automodule:: {module}"]
             lines += [*([] if is_package else ["   :members:"]), "```"]

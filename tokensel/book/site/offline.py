@@ -1,4 +1,4 @@
-"""Does a built page read without a network? Look at everything that a browser would fetch by itself."""
+"""Check that built pages need no network, by everything that a browser would fetch on its own."""
 
 import re
 from html.parser import HTMLParser
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokensel.utils.errors import TokenselError
 
-# attributes that make a browser fetch something when the page opens; a[href] waits for a click and is fine
+# attributes that make a browser fetch something when the page opens; a[href] waits for a click
 LOADING = {
     "audio": ("src",),
     "embed": ("src",),
@@ -60,7 +60,7 @@ class _Page(HTMLParser):
 
 
 def remote_loads(text: str, suffix: str) -> list[str]:
-    """Remote addresses that a file would make a browser fetch unasked.
+    """Remote addresses that a file would make a browser fetch without a click.
 
     Args:
         text: content of the file.
@@ -78,14 +78,14 @@ def remote_loads(text: str, suffix: str) -> list[str]:
 
 
 def check(folder: Path) -> None:
-    """Look through all pages, styles and scripts below ``folder``.
+    """Check all pages, style sheets and scripts below ``folder``.
 
     Raises:
-        TokenselError: the first file that would ask a network for something, and for what.
+        TokenselError: the first file that would load something from a network, with the address.
     """
     for file in sorted(path for path in folder.rglob("*") if path.suffix in (".html", ".css", ".js")):
-        if found := remote_loads(file.read_text(encoding="utf-8", errors="replace"), file.suffix):
+        if remote := remote_loads(file.read_text(encoding="utf-8", errors="replace"), file.suffix):
             raise TokenselError(
-                f"{file.relative_to(folder)} loads {found[0]}: the book must read without a network; "
+                f"{file.relative_to(folder)} loads {remote[0]}: the book must work without a network; "
                 "put the file into _vendor/ or leave it out"
             )

@@ -1,4 +1,4 @@
-"""The parameters of a chapter: declared in its parameters cell, given with -p or by papermill, checked before it runs."""
+"""The parameters of a chapter: declared in its parameters cell, given by -p or papermill, checked at once."""
 
 import ast
 import difflib
@@ -29,8 +29,8 @@ class Parameter:
     """A parameter that a chapter declares, such as ``keep: float = 0.3``.
 
     Attributes:
-        kinds: the types it takes, by name: one of :data:`TYPES`, and "None" where the annotation allows it; empty
-            if the annotation is missing or another, which takes every value.
+        kinds: the types it takes, by name: one of :data:`TYPES`, and "None" where the annotation allows it;
+            empty, which takes every value, if the annotation is missing or another.
         default: its default value; None if that is computed.
     """
 
@@ -76,10 +76,10 @@ def declared(code: str) -> dict[str, Parameter]:
 
 
 def given_in(cells: list[str]) -> tuple[dict[str, Parameter], dict[str, Any]]:
-    """The parameters that a notebook declares and those it was given, from the cells its kernel has run so far.
+    """The parameters that a notebook declares and those it was given, from the cells its kernel has run.
 
-    papermill puts its cell right after the one it overrides and starts it with the comment ``# Parameters``. In a
-    session both may have been run several times: the last run counts. Nothing was given where the parameters cell
+    papermill puts its cell right after the one it overrides and starts it with :data:`INJECTED`. In a session
+    both may have been run several times: the last run counts. Nothing was given where the parameters cell
     itself ran last.
     """
     given: dict[str, Any] | None = None
@@ -94,11 +94,12 @@ def given_in(cells: list[str]) -> tuple[dict[str, Parameter], dict[str, Any]]:
 def check(chapter: str, known: Mapping[str, Parameter], given: Mapping[str, Any]) -> None:
     """Check the names and types of the parameters that a chapter is given.
 
-    A whole number will do where a number is wanted, not the other way round; the items of a list are compared with
-    those of the default.
+    A whole number will do where a number is wanted, not the other way round; the items of a list are
+    compared with those of the default.
 
     Raises:
-        TokenselError: an unknown name, with the nearest that there is; a value of another type, with how to write it.
+        TokenselError: an unknown name, with the nearest that there is; a value of another type, with how to
+            write it.
     """
     for name, value in given.items():
         if name not in known:
@@ -116,18 +117,17 @@ def check(chapter: str, known: Mapping[str, Parameter], given: Mapping[str, Any]
             for item in value:
                 if kinds and not any(_fits(item, kind) for kind in kinds):
                     words = " or ".join(sorted(WORDS[kind] for kind in kinds))
-                    raise TokenselError(
-                        f"{chapter}: {item!r} in {name} is not {words}; {_example(name, wanted.default, wanted)}"
-                    )
+                    example = _example(name, wanted.default, wanted)
+                    raise TokenselError(f"{chapter}: {item!r} in {name} is not {words}; {example}")
 
 
 def from_here(
     known: Mapping[str, Parameter], given: Mapping[str, Any], here: Path, root: Path
 ) -> dict[str, Any]:
-    """The given parameters with paths that exist in ``here``, where the user stands, as the root of the book sees them.
+    """The given parameters, with paths that exist where the user stands as the root of the book sees them.
 
-    A text is taken for a path if the default is one, and if something lies there; others, such as a name on the
-    hub or a path from the root, stay as they are.
+    A text is taken for a path if the default is one, and if something lies there; others, such as a name on
+    the hub or a path from the root, stay as they are.
     """
     seen = dict(given)
     for name, value in given.items():
@@ -143,7 +143,7 @@ def from_here(
 
 
 def _declares(code: str) -> bool:
-    """Whether a cell does nothing but assign, and declares the type of at least one name: a parameters cell."""
+    """Whether a cell only assigns, and declares the type of at least one name: a parameters cell."""
     try:
         body = ast.parse(code).body
     except SyntaxError:  # a cell with magics

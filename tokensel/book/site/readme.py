@@ -16,7 +16,7 @@ METHODS = ("selector", "random")
 
 
 def results_table(table: pd.DataFrame) -> str:
-    """The mean score of each group of benchmarks, 0 to 100, with all tokens, some, and without the image, in Markdown.
+    """Mean score of each group of benchmarks, 0 to 100: all tokens, some of them, no image; in Markdown.
 
     Args:
         table: the long table of results, scores 0..1, see :data:`tokensel.figures.curves.COLUMNS`.
@@ -33,20 +33,21 @@ def results_table(table: pd.DataFrame) -> str:
     for group, rows in table.groupby("group", sort=False):
         cells = []
         for (method, keep), head in zip(columns, heads):
-            mine = rows[(rows["method"] == method) & (True if keep is None else rows["keep"] == keep)]
-            if mine.empty:
+            chosen = rows.loc[(rows["method"] == method) & (True if keep is None else rows["keep"] == keep)]
+            if chosen.empty:
                 raise TokenselError(f"no results for {head} on {group}: evaluate it first")
-            mean = average(mine, "group").loc[group]
+            mean = average(chosen, "group").loc[group]
             cells.append(f"{mean['score']:.1f} ± {mean['reach']:.1f}")
         lines.append(f"| {group} ({rows['benchmark'].nunique()}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def write(readme: Path, results: Path) -> None:
-    """Replace what stands between the marks in ``readme`` by the table of ``results``.
+    """Replace the lines between the marks in ``readme`` by the table of ``results``.
 
     Raises:
-        TokenselError: no such table or nothing that says where it is from, not whole, or no marks in the README.
+        TokenselError: no such table or nothing that says where it is from, not whole, or no marks in the
+            README.
     """
     provenance = results.with_suffix(".provenance.json")
     for path in (results, provenance):
@@ -57,10 +58,11 @@ def write(readme: Path, results: Path) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise TokenselError(f"{readme} has no {BEGIN} and {END}: put them where the table belongs")
-    table, made = pd.read_csv(results), json.loads(provenance.read_text(encoding="utf-8"))
+    table, origin = pd.read_csv(results), json.loads(provenance.read_text(encoding="utf-8"))
     note = (
-        f"`{made['model']['name']}` on its own tasks: mean score, 0 to 100, ± half of the 95 % interval, {int(table['n'].min())} questions a "
-        f"task, seed {made['seed']}; recorded {made['date'][:10]} on {made['device']}, {made['model']['dtype']}, in `{results}`. No figure of the "
-        "paper."
+        f"`{origin['model']['name']}` on its own tasks: mean score, 0 to 100, ± half of the 95 % interval, "
+        f"{table['n'].to_numpy().min()} questions a task, seed {origin['seed']}; "
+        f"recorded {origin['date'][:10]} "
+        f"on {origin['device']}, {origin['model']['dtype']}, in `{results}`. No figure of the paper."
     )
     files.write_text(readme, f"{before}{BEGIN}\n{note}\n\n{results_table(table)}\n{END}{after}")

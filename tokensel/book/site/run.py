@@ -1,30 +1,34 @@
-"""Run chapters headless with papermill: some at a time, with progress, and only those whose inputs changed."""
+"""Run chapters headless with papermill: several at a time, and only those whose inputs changed."""
 
 import json
 import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nbformat
 import papermill
 import torch
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from tokensel.book.site.chapter import unwatched
 from tokensel.book.site.inputs import digest
+from tokensel.book.site.kernel import LoggedKernelManager, unwatched
 from tokensel.book.site.parameters import check, declared, from_here, parameters_cell
 from tokensel.utils import files
 from tokensel.utils.errors import TokenselError
@@ -56,7 +60,7 @@ def select_chapters(root: Path, names: list[str]) -> list[Path]:
 
 
 def parameters_of(path: Path) -> dict[str, dict[str, str]]:
-    """The parameters of a chapter by name: inferred type, default and help, as papermill reads them."""
+    """The parameters of a chapter by name: type, default and help, as papermill reads them."""
     return papermill.inspect_notebook(str(path))
 
 
@@ -73,7 +77,7 @@ def executed(root: Path, path: Path) -> Path:
 
 
 def stamp(root: Path, path: Path) -> dict[str, Any]:
-    """What the last whole run of a chapter left: digest, seconds, finished, parameters, machine. Empty without one."""
+    """What the last complete run of a chapter recorded: digest, seconds, parameters, machine; or nothing."""
     try:
         return json.loads(executed(root, path).with_suffix(".json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -91,8 +95,8 @@ def run_chapters(
 ) -> None:
     """Run the chapters that are not up to date, ``jobs`` at a time.
 
-    Small matrices do not keep several cores busy, several chapters do. Each gets an equal share of the cores; a
-    chapter that measures time has all of them, after the others, with nothing else running.
+    Small matrices do not keep several cores busy, several chapters do. Each gets an equal share of the
+    cores; a chapter that measures time has all of them, after the others, with nothing else running.
 
     Args:
         root: of the clone.
@@ -103,8 +107,8 @@ def run_chapters(
         here: where the user stands, from which paths among the parameters are seen; the root if left out.
 
     Raises:
-        TokenselError: an unknown chapter, a parameter that is unknown or of another type (before anything runs), or
-            a failed cell.
+        TokenselError: an unknown chapter, a parameter that is unknown or of another type (before anything
+            runs), or a failed cell.
     """
     paths, given = select_chapters(root, names), {}
     for path in paths:
@@ -129,7 +133,7 @@ def run_chapters(
 
 
 def default_jobs() -> int:
-    """How many chapters run at a time unless one says: two, but one where a GPU's memory would have to be shared."""
+    """Chapters at a time by default: two, but one on a machine with a GPU, whose memory they would share."""
     return 1 if torch.cuda.is_available() else min(2, cores())
 
 
@@ -161,13 +165,25 @@ def _run_together(tasks: list[tuple], jobs: int) -> None:
     with ProcessPoolExecutor(jobs, context, _share_cores, (places, max(1, cores() // jobs))) as pool:
         while True:
             # handed out one by one: after a failure what runs ends and is kept, and nothing else starts
-            running |= {pool.submit(run_one, *task): task[-1] for task in islice(left, jobs - len(running))}
+            for task in islice(left, jobs - len(running)):
+                with _deaf_to_ctrl_c():  # a new process inherits that, and is interrupted in a chapter only
+                    running[pool.submit(_run_in_pool, *task)] = task[-1]
             if not running:
                 break
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 print(f"{running.pop(done)}: {done.result():.1f} s", flush=True)
 
 
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_PAUSE = 0.5 if sys.stderr.isatty() else 20.0  # seconds between two updates of a progress bar
 _place = 0  # of this process among those that run chapters side by side: the line of its progress bar
 
 
@@ -177,42 +193,67 @@ def _share_cores(places: SimpleQueue, threads: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # kernels inherit it
 
 
+def _run_in_pool(*task: Any) -> float:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return run_one(*task)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> float:
-    """Execute one chapter and stamp it; returns the seconds it took.
+    """Execute one chapter and record the run; returns the seconds it took.
+
+    papermill writes after every cell, so it does so in ``_build/running``: a notebook in
+    ``_build/chapters`` is whole.
 
     Raises:
-        TokenselError: naming the chapter and the cell that failed; the executed notebook stays.
+        TokenselError: naming the chapter and the cell that failed, or the end of its kernel; what was
+            executed of the notebook is kept.
     """
     inputs = digest(root, path, parameters)
-    target = executed(root, path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target, running = executed(root, path), root / "_build" / "running" / path.name
+    for folder in (target.parent, running.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     target.with_suffix(".json").unlink(missing_ok=True)
+    log = running.with_suffix(".log")
+    log.unlink(missing_ok=True)
     started = time.monotonic()
     try:
         with (
-            unwatched(),
+            unwatched(log),
             tempfile.TemporaryDirectory(prefix="tokensel-", ignore_cleanup_errors=True) as sockets,
         ):
             # no open port; sockets of its own, as two kernels that start at once would pick the same names
             local = {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}
             papermill.execute_notebook(
                 str(path),
-                str(target),
+                str(running),
                 parameters=parameters,
                 kernel_name="python3",
+                kernel_manager_class=LoggedKernelManager,
                 cwd=str(root),
                 config=Config(local if os.name == "posix" else {}),
-                # one line a chapter on a terminal; in a log, a line now and then
-                progress_bar={
-                    "desc": label, "leave": False, "position": _place, "mininterval": 0.5 if sys.stderr.isatty() else 20.0,
-                },
-            )  # fmt: skip
+                # papermill hands a dictionary on to tqdm: one line a chapter on a terminal, in a log one
+                # now and then
+                progress_bar=cast(
+                    Any, {"desc": label, "leave": False, "position": _place, "mininterval": _PAUSE}
+                ),
+            )
     except PapermillExecutionError as error:
+        os.replace(running, target)
         raise TokenselError(
-            f"{path.relative_to(root)}, cell {error.cell_index + 1}: {error.ename}: {_first_line(error.evalue)} "
-            f"(the executed notebook is kept at {target.relative_to(root)})"
+            f"{path.relative_to(root)}, cell {error.cell_index + 1}: {error.ename}: "
+            f"{_first_line(error.evalue)} (the executed notebook is kept at {target.relative_to(root)})"
+        ) from None
+    except DeadKernelError:
+        raise TokenselError(
+            f"{path.relative_to(root)}: its kernel died, for want of memory perhaps; its last words are in "
+            f"{log.relative_to(root)}"
         ) from None
     seconds = time.monotonic() - started
+    os.replace(running, target)
+    log.unlink(missing_ok=True)
     files.write_json(
         target.with_suffix(".json"),
         {

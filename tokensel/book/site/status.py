@@ -1,4 +1,4 @@
-"""The status page: with what, on what and for how long the book was made."""
+"""The status page: versions, machine and run times of the book."""
 
 import platform
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ def page(root: Path) -> str:
         "",
         "## Run time of the chapters",
         "",
-        "Chapters run side by side share the cores; the time stated is that of a chapter alone on two.",
+        "Chapters that run at the same time share the cores; the stated time is for a chapter alone on two.",
         "",
         "| chapter | seconds | stated | threads | finished (UTC) | parameters changed |",
         "|---|---:|---:|---:|---|---|",
