@@ -1,5 +1,7 @@
 """Random selection, seeded so that what is drawn depends on the tile and on nothing else."""
 
+import operator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -46,7 +48,17 @@ class RandomScorer:
     adaptive = False
 
     def __init__(self, seed: int = 0):
-        self.seed = int(seed)
+        """
+        Args:
+            seed: any whole number; another seed gives other scores.
+
+        Raises:
+            TokenselError: the seed is no whole number.
+        """
+        try:
+            self.seed = operator.index(seed)
+        except TypeError:
+            raise TokenselError(f"seed is {seed!r}: give a whole number, such as 0") from None
 
     def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]:
         """Uniform numbers ``[tiles, tokens]``; the same tile key gives the same row in any batch.

@@ -42,6 +42,10 @@ class SelectorScorer:
             raise TokenselError(
                 "scorer 'selector' needs one: pass selector=, a TokenSelector or the folder or hub id of one"
             )
+        if not isinstance(selector, (TokenSelector, str, os.PathLike)):
+            raise TokenselError(
+                f"selector is {selector!r}: give a TokenSelector, or the folder or hub id of one"
+            )
         loaded = selector if isinstance(selector, TokenSelector) else TokenSelector.from_pretrained(selector)
         self.selector = loaded.eval()
         self._fitted: dict[tuple[torch.device, torch.dtype], TokenSelector] = {}

@@ -54,11 +54,13 @@ class Vlm:
             raise TokenselError(
                 f"{self.name} has no chat template: write the prompts yourself and pass them to inputs()"
             )
-        if (token := self.processor.image_token) in question:
-            raise TokenselError(
-                f"the question {question!r} contains {token}, which stands for an image: write it in another way, "
-                "and pass images beside the question"
-            )
+        for kind in ("image", "video"):
+            token = getattr(self.processor, f"{kind}_token", None)
+            if token is not None and token in question:
+                raise TokenselError(
+                    f"the question {question!r} contains {token}, which stands for {'an image' if kind == 'image' else 'a video'}: write it in another "
+                    "way, and pass images beside the question"
+                )
         content = [{"type": "image"}] * int(image) + [{"type": "text", "text": question}]
         turns = [{"role": "user", "content": content}]
         try:
@@ -88,13 +90,17 @@ class Vlm:
             raise TokenselError(
                 f"{len(rows)} rows of images for {len(prompts)} prompts: give as many as prompts"
             )
-        token = self.processor.image_token
+        token, video = self.processor.image_token, getattr(self.processor, "video_token", None)
         for number, (row, prompt) in enumerate(zip(rows, prompts)):
             # row by row: a sum that fits would give one row's image to another
             if (places := prompt.count(token)) != len(row):
                 raise TokenselError(
                     f"prompt {number} has {places} image placeholders ({token}) and {len(row)} images: give one for "
                     "each"
+                )
+            if video is not None and video in prompt:
+                raise TokenselError(
+                    f"prompt {number} has a place for a video ({video}): give frames as images"
                 )
         # nested by row: LLaVA-OneVision leaves the images of a row with several of them uncut
         nested = [[as_image(image) for image in row] for row in rows if row]
