@@ -114,7 +114,7 @@ def test_values_reach_the_configuration(monkeypatch):
         benchmarks=("a",),
         n=7,
     )
-    assert seen == [(EvalConfig(**told, newline="row"), False)]
+    assert seen == [(EvalConfig(**given, newline="row"), False)]
     run("evaluate", "--model", "m", "--suite", "s", "--methods", "full", "--all")
     assert seen[1][0].n is None and seen[1][1]
 

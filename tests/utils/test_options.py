@@ -99,7 +99,7 @@ def test_errors_are_of_the_kind_that_a_caller_decides_by(tmp_path):
         load_tensors(tmp_path / "cut.safetensors")
     assert isinstance(no_space(OSError("full"), "out"), DiskError)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot write here .*; give another folder"):
+    with pytest.raises(DiskError, match=r"cannot write here .*; give another folder"):
         write_text(tmp_path / "file" / "below.txt", "")
     with (
         pytest.raises(TokenselError, match="no_such_package is not installed: run `pip install"),

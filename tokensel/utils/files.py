@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokensel.utils.errors import CheckpointError, DiskError
 
 
-def write_atomic(path: str | Path, write: Callable[[Path], None]) -> Path:
+def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a temporary neighbour of ``path``, then move it into place.
 
     A reader sees the old file or the new one, never half of one, also after SIGKILL.
@@ -38,7 +38,9 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> Path:
         os.replace(name, path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        raise no_space(error, path) if _is_full(error) else error
+        if _is_full(error):
+            raise no_space(error, path) from None
+        raise
     return path
 
 
@@ -68,7 +70,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            names = list(file.keys())  # a method of the file, which is no dictionary
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except (SafetensorError, OSError) as error:

@@ -1,7 +1,7 @@
 """A progress bar that can be read in a terminal, in a notebook and in a log file."""
 
-import io
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -9,7 +9,7 @@ from tqdm import tqdm
 class _Lines:
     """A stream that ends each state of a bar with a new line, where a terminal would go back to its start."""
 
-    def __init__(self, stream: io.TextIOBase):
+    def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> None:
