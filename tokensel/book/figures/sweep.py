@@ -80,8 +80,12 @@ class Sweep:
         return 100 * float((rows if keep is None else rows[rows["keep"] == keep])["score"].mean())
 
     def estimate(self, group: str, method: str, keep: float) -> tuple[float, float, float]:
-        """Mean score of a group of benchmarks under a method at a budget, 0 to 100, and its 95 % interval."""
-        score, reach = self._score(group, method, keep)
+        """Mean score of a group of benchmarks under a method at a budget, 0 to 100, and its 95 % interval.
+
+        Raises:
+            TokenselError: there are no such results.
+        """
+        score, reach = self.points(group, method, keep), self._reach(group, method, keep)
         return score, score - reach, score + reach
 
     def cost(self, group: str, method: str, keep: float) -> tuple[float, float, float]:
@@ -89,15 +93,18 @@ class Sweep:
 
         The interval is that of a difference of independent means. Both sides answer the same questions, so a
         paired interval would be narrower.
-        """
-        (full, full_reach), (score, reach) = self._score(group, "full", 1.0), self._score(group, method, keep)
-        lost, both = full - score, (full_reach**2 + reach**2) ** 0.5
-        return lost, lost - both, lost + both
 
-    def _score(self, group: str, method: str, keep: float) -> tuple[float, float]:
+        Raises:
+            TokenselError: there are no such results.
+        """
+        reach = (self._reach(group, "full", 1.0) ** 2 + self._reach(group, method, keep) ** 2) ** 0.5
+        lost = self.points(group, "full", 1.0) - self.points(group, method, keep)
+        return lost, lost - reach, lost + reach
+
+    def _reach(self, group: str, method: str, keep: float) -> float:
+        """Half of the width of the interval of a mean."""
         table = self.table
         rows = table[(table["group"] == group) & (table["method"] == method) & (table["keep"] == keep)]
         if rows.empty:
             raise TokenselError(f"no results for {method} on {group} at keep {keep:g}: evaluate them first")
-        score, reach = average(rows, "group").iloc[0]
-        return float(score), float(reach)
+        return float(average(rows, "group")["reach"].iloc[0])
