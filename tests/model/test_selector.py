@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save_file
 
 from tokensel.model.gumbel import gumbel_mask, gumbel_noise
 from tokensel.model.layers import default_heads
@@ -226,6 +227,52 @@ def test_saving_and_loading_keeps_every_bit_and_writes_a_card(kind, tmp_path):
     assert again.config.keep == 0.3 and again.config.feature_layer == -2
 
 
+def test_scores_under_autocast_are_in_single_precision():
+    model, features = selector(64), random(1, 576, 64)
+    plain = model.scores(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model.scores(features)
+    assert scores.dtype == torch.float32 and len(scores.unique()) == len(plain.unique())
+    assert not torch.equal(scores, plain)  # the layers did run in bfloat16
+
+
+@pytest.mark.parametrize("kind", [TokenSelector, TokenReconstructor])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_keep_single_precision_under_every_dtype(kind, dtype, tmp_path):
+    model = lively(kind(kind.config_class(width=24, layers=1)))
+    model.standardise(random(24) * 100, random(24).abs() + 0.1)
+    statistics = {name: value for name, value in model.state_dict().items() if name.endswith(("mean", "std"))}
+    assert statistics
+    model.save_pretrained(tmp_path / "whole")
+    loaded = kind.from_pretrained(tmp_path / "whole", dtype=dtype)
+    loaded.save_pretrained(tmp_path / "half")
+    for other in (loaded, kind.from_pretrained(tmp_path / "half"), model.to(dtype)):
+        assert other.head.weight.dtype == dtype
+        for name, value in statistics.items():
+            assert torch.equal(
+                other.state_dict()[name], value
+            )  # which compares the values in single precision
+
+
+@pytest.mark.parametrize("kind", [TokenSelector, TokenReconstructor])
+def test_a_checkpoint_with_the_former_names_of_the_statistics_loads_and_is_saved_with_the_new(kind, tmp_path):
+    model = lively(kind(kind.config_class(width=24, layers=1)))
+    model.standardise(random(24), random(24).abs())
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    former = {
+        name.replace(".mean", ".center").replace(".std", ".spread"): value
+        for name, value in load(content).items()
+    }
+    assert "trunk.center" in former and "trunk.mean" not in former
+    save_file(former, weights, metadata={"format": "pt"})
+    again = kind.from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    again.save_pretrained(tmp_path / "new")
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == content
+
+
 def test_push_to_hub_uploads_our_card(monkeypatch):
     seen = {}
 
@@ -269,8 +316,6 @@ def test_what_cannot_be_loaded_says_why_in_one_line(tmp_path):
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     refused(tmp_path / "whole", "cut short")
-    from safetensors.torch import load, save_file
-
     tensors = load(content)
     del tensors["head.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tokensel.utils.errors import CheckpointError, TokenselError, reason
-from tokensel.utils.files import no_space, write_text
+from tokensel.utils.errors import CheckpointError, DiskError, TokenselError, reason
+from tokensel.utils.files import no_space
 from tokensel.utils.loading import hub_options, quiet, split_hub_options
 
 Loaded = TypeVar("Loaded", bound="CoreModel")
@@ -71,20 +71,27 @@ class CoreModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write weights (safetensors), ``config.json`` and the model card ``README.md``.
 
+        Each file is replaced atomically: after a kill it is the old one or the new one.
+
         Raises:
-            TokenselError: no space left on the device.
+            DiskError: no space left on the device, or nothing can be written there.
         """
         push = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", None)
+        folder = Path(save_directory)
         try:
-            with quiet():
-                # not under the names of the file that the model was loaded from, which may be those of 0.1
-                super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
-            write_text(Path(save_directory) / "README.md", self.model_card())
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".part") as part:
+                with quiet():
+                    # not under the names of the file that the model was loaded from, which may be those of 0.1
+                    super().save_pretrained(part, *args, **{"save_original_format": False} | kwargs)
+                (Path(part) / "README.md").write_text(self.model_card(), encoding="utf-8")
+                for file in sorted(os.listdir(part)):
+                    os.replace(Path(part) / file, folder / file)
         except (OSError, SafetensorError) as error:
             if "No space left" in str(error):
-                raise no_space(error, os.fspath(save_directory)) from None
-            raise
+                raise no_space(error, folder) from None
+            raise DiskError(f"{folder}: cannot write here ({reason(error)}); give another folder") from None
         if push:
             self.push_to_hub(repo_id or Path(save_directory).name)
 

@@ -1,6 +1,7 @@
 """What selector and reconstructor share: standardised features, position codes, a few Transformer layers."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float
@@ -118,6 +119,12 @@ class Trunk(Standardised):
         for layer in self.layers:
             x = layer(x, attn_mask)
         return self.norm(x)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Switches autocast off; there is none on devices that only stand in, such as "meta"."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def default_heads(width: int) -> int:

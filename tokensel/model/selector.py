@@ -11,7 +11,7 @@ from transformers.utils.generic import ModelOutput
 from tokensel.budget import top_fraction
 from tokensel.model.base import CoreConfig, CoreModel
 from tokensel.model.gumbel import DROP, KEEP, gumbel_mask
-from tokensel.model.layers import Standardised, Trunk
+from tokensel.model.layers import Standardised, Trunk, full_precision
 
 
 @no_type_check
@@ -113,9 +113,10 @@ class TokenSelector(CoreModel):
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch tokens 2"]:
         """The drop and the keep logit of every token."""
-        # in single precision: rounded scores would tie, and ties make the ranking arbitrary
         tokens = self.trunk(features, valid).float()
-        return nn.functional.linear(tokens, self.head.weight.float(), self.head.bias.float())
+        # in single precision, under autocast too: rounded scores would tie, which makes the ranking arbitrary
+        with full_precision(tokens.device):
+            return nn.functional.linear(tokens, self.head.weight.float(), self.head.bias.float())
 
     def scores(
         self,

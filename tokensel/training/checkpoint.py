@@ -91,8 +91,8 @@ def load_checkpoint(
 
 
 def remove_partial_files(out: Path) -> None:
-    """Remove what a kill during a write left in ``out``; the files themselves are whole or absent."""
-    for part in out.glob(".*.part"):
+    """Remove what a kill during a write left in ``out`` and the folders in it, where all files are whole."""
+    for part in (*out.glob(".*.part"), *out.glob("*/.*.part")):
         if part.is_dir():
             rmtree(part, ignore_errors=True)
         else:

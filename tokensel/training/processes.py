@@ -6,7 +6,7 @@ whole Python process when it is first made, so that one training would decide wh
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ class Processes:
 
     def autocast(self, bf16: bool) -> AbstractContextManager:
         """bfloat16 for the operations that tolerate it, or nothing."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 @contextmanager
