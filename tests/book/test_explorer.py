@@ -129,7 +129,7 @@ def test_answer_is_followed_step_by_step(parts):
 
 def uploaded(content: bytes) -> dict:
     """A file as the browser hands it over."""
-    about = {"name": "own", "type": "", "size": len(content), "last_modified": datetime.now(UTC)}
+    about = {"name": "own.png", "type": "", "size": len(content), "last_modified": datetime.now(UTC)}
     return about | {"content": memoryview(content)}
 
 
@@ -150,4 +150,4 @@ def test_live_explorer_answers_to_its_controls(parts, tmp_path):
     live.upload.value = (uploaded((tmp_path / "own.png").read_bytes()),)
     assert live.image.value == OWN and live.question.value == "who?"
     live.upload.value = (uploaded(b"no picture"),)
-    assert "no image that can be read" in live.words.value
+    assert "own.png: cannot be read" in live.words.value

@@ -1,6 +1,9 @@
 """The small world is what its docstrings say; its training batches are what the stock model sees."""
 
+import hashlib
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from tokensel.book.mini.probes import UNASKED, middles, ordinals, places
 from tokensel.book.mini.recipe import ONE_TILE, Recipe, Stage
 from tokensel.book.mini.step_batches import StepBatch, StepBatches, labels_of
 from tokensel.book.mini.suite import BENCHMARKS
-from tokensel.book.mini.words import ALPHABET, SHAPES
+from tokensel.book.mini.words import ALPHABET, SHAPES, SPLITS
 from tokensel.book.mini.world import DRAW, SIZES, draw_page
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
@@ -56,6 +59,41 @@ def test_no_longer_answer_of_the_test_split_is_drawn_in_training(task):
         }
 
     assert answers("test").isdisjoint(answers("train"))
+
+
+@pytest.mark.parametrize("kind, seed, science", [("llava-next", 5, 3.0), ("llava-onevision", 6, 8.0)])
+def test_the_recipe_of_a_shipped_model_can_be_read(kind, seed, science):
+    path = Path(__file__).parents[2] / "data" / "mini" / kind / "recipe.json"
+    recipe, content = Recipe.load(path), json.loads(path.read_text())
+    assert recipe.seed == seed and recipe.stages[0].oversample["science"] == science
+    again = json.loads(json.dumps(asdict(recipe)).replace('"oversample":', '"oftener":'))
+    assert again == {name: content[name] for name in again}
+
+
+# of the questions and answers of pages 0 to 19 in train, validation and test: the benchmarks may never change
+DRAWN = {
+    "forms": "89cd310152346c02",
+    "charts": "6fd3a973f7e31b66",
+    "posters": "987da3b4da668d0a",
+    "scene_text": "0a58a0b9ea9259db",
+    "attributes": "85f4fbc8134a62d3",
+    "science": "25c60a84ccac93a0",
+    "diagrams": "b8cbcfddbc3fe20b",
+    "mixed": "b48506f5a5450d3b",
+    "transcribe": "f0f79a182f69ced3",
+    "describe": "a7201c887b7d1e27",
+}
+
+
+@pytest.mark.parametrize("task", DRAW)
+def test_the_world_is_drawn_as_ever(task):
+    asked = [
+        [qa.question, qa.answers, qa.category, qa.options]
+        for split in SPLITS
+        for index in range(20)
+        for qa in draw_page(task, split, index).questions
+    ]
+    assert hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16] == DRAWN[task]
 
 
 def test_an_unknown_task_or_split_is_named():
@@ -265,13 +303,13 @@ def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole")
     calls = {"left": 5}  # stops in the middle of the second phase
 
-    def stop(self, batch, tower, real=TrainingLosses.answer):
+    def stop(self, batch, tower, real=TrainingLosses.answer_loss):
         calls["left"] -= 1
         if calls["left"] == 2:
             raise KeyboardInterrupt
         return real(self, batch, tower)
 
-    monkeypatch.setattr(TrainingLosses, "answer", stop)
+    monkeypatch.setattr(TrainingLosses, "answer_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut")
     monkeypatch.undo()
@@ -285,7 +323,7 @@ def test_a_finished_model_is_trained_on_and_only_new_heads_are_fitted_first(tmp_
     def stop(self, batch, tower):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TrainingLosses, "answer", stop)
+    monkeypatch.setattr(TrainingLosses, "answer_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "second", start=first)
     monkeypatch.undo()
@@ -322,11 +360,11 @@ def test_a_model_of_the_other_kind_lends_what_fits_and_every_phase_is_run(tmp_pa
     first, called = train(tmp_path / "first"), {"shrunk": 0}
     with pytest.MonkeyPatch.context() as patch:
 
-        def count(self, batch, tower, real=TrainingLosses.answer):
+        def count(self, batch, tower, real=TrainingLosses.answer_loss):
             called["shrunk"] += batch.shrunk
             return real(self, batch, tower)
 
-        patch.setattr(TrainingLosses, "answer", count)
+        patch.setattr(TrainingLosses, "answer_loss", count)
         folder = train(tmp_path / "second", start=first, kind="llava-onevision")
     assert len((tmp_path / "second" / "history.tower.jsonl").read_text().splitlines()) == TINY.tower_steps
     assert called["shrunk"] > 0

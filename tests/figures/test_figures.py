@@ -26,7 +26,7 @@ def close_figures():
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
-def test_page_mask_puts_each_token_where_its_tile_was_cut(rows, columns, height, width, seed):
+def test_joined_masks_put_each_token_where_its_tile_was_cut(rows, columns, height, width, seed):
     page = torch.rand(rows * height, columns * width, generator=torch.Generator().manual_seed(seed)) < 0.5
     tiles = [
         page[r * height : (r + 1) * height, c * width : (c + 1) * width].flatten()
@@ -36,7 +36,7 @@ def test_page_mask_puts_each_token_where_its_tile_was_cut(rows, columns, height,
     assert torch.equal(overlays.join_masks(torch.stack(tiles), rows, columns, (height, width)), page)
 
 
-def test_page_mask_refuses_another_shape():
+def test_joining_masks_refuses_another_shape():
     with pytest.raises(TokenselError, match="2 x 2 tiles"):
         overlays.join_masks(torch.ones(3, 4, dtype=torch.bool), 2, 2, (2, 2))
 
@@ -92,8 +92,8 @@ def test_curves_have_a_panel_a_benchmark_and_name_every_method():
     figure = curves.score_curves(table(), live=table().query("keep == 0.5"), columns=2)
     shown = [ax for ax in figure.axes if ax.get_visible()]
     assert [ax.get_title(loc="left") for ax in shown] == ["forms", "charts", "scene"]
-    names = {text.get_text() for text in shown[1].texts}
-    assert names == {"all tokens", "no image", "random", "selector"}
+    for ax in shown[1:]:  # the last panel of each row
+        assert {text.get_text() for text in ax.texts} == {"all tokens", "no image", "random", "selector"}
     orange = [
         line for line in shown[0].lines if line.get_color() == style.ORANGE and len(line.get_xdata()) == 3
     ]
@@ -108,7 +108,7 @@ def test_curves_refuse_a_table_that_is_not_long():
 
 
 def bounds(live, method, keep):
-    """Ends of the interval of a mean over benchmarks: their half widths add as those of independent means do."""
+    """Ends of the interval of a mean over benchmarks: half widths add as for independent means."""
     rows = live[(live["method"] == method) & (live["keep"] == keep)]
     half = 100 * (((rows["ci_high"] - rows["ci_low"]) / 2) ** 2).sum() ** 0.5 / len(rows)
     return 100 * rows["score"].mean() - half, 100 * rows["score"].mean() + half
@@ -143,7 +143,7 @@ def test_a_recorded_sweep_is_said_to_be_one_and_drawn_under_the_live_points(tmp_
     lost, low, high = alone.cost("reading", "random", 0.5)
     full = alone.live.query("method == 'full'")["score"].mean()
     assert lost == pytest.approx(100 * full - 55.0) and low < lost < high
-    with pytest.raises(TokenselError, match="no results for random on reading at keep 0.25"):
+    with pytest.raises(TokenselError, match=r"no results for random on reading at keep 0\.25"):
         alone.estimate("reading", "random", 0.25)
     both.plot("general", ["random"])
     assert not plt.get_fignums()  # no benchmark of that group
@@ -154,27 +154,10 @@ def test_a_recorded_sweep_is_said_to_be_one_and_drawn_under_the_live_points(tmp_
     assert Sweep.beside(live, recorded).recorded is None  # no figure of one model stands for another
 
 
-def test_labels_keep_their_distance_and_stay_in_order():
-    _, ax = plt.subplots()
-    ax.set_ylim(0, 100)
-    curves.label_ends(ax, {"a": (50.0, "k"), "b": (50.1, "k"), "c": (99.0, "k"), "d": (99.5, "k")})
-    places = [text.xy[1] for text in sorted(ax.texts, key=lambda text: text.get_text())]
-    assert places == sorted(places)
-    assert min(np.diff(places)) > 2
-
-
-def test_every_method_of_the_library_has_its_own_colour():
-    from tokensel.scorers import SCORERS
-
-    known = {*SCORERS, "full", "none", "downsample", "native"}
-    assert known <= set(style.COLOURS)
-    assert len({style.colour(name) for name in known}) == len(known)
-
-
 def test_cost_curves_are_shares_of_the_full_cost():
     rows = [
-        dict(model="m", benchmark=name, group="long", method=method, keep=keep, metric="anls", score=score, ci_low=score - 0.1,
-             ci_high=score + 0.1, n=9, seed=0, flops=flops, kv_bytes=10.0)
+        dict(model="m", benchmark=name, group="long", method=method, keep=keep, metric="anls", score=score,
+             ci_low=score - 0.1, ci_high=score + 0.1, n=9, seed=0, flops=flops, kv_bytes=10.0)
         for name, scale in (("a", 1.0), ("b", 10.0))
         for method, keep, score, flops in (("full", 1.0, 0.8, 100 * scale), ("fastv", 0.2, 0.4, 40 * scale),
                                            ("fastv", 0.6, 0.6, 70 * scale))
@@ -201,15 +184,3 @@ def test_left_cells_are_those_whose_columns_are_left():
     first = whole.visual[0].nonzero()[:3, 0]
     left = overlays.left_cells(encoded, whole.visual, first)
     assert left[0, :3].all() and int(left.sum()) == 3
-
-
-def test_words_in_any_of_the_colours_can_be_read_on_white():
-    assert style.text_colour("#000000") == "#000000"
-    assert style.text_colour("#767676") == "#767676" and style.text_colour("#777777") != "#777777", (
-        "the known limit among the greys"
-    )
-    for name in style.COLOURS:
-        red, green, blue = (
-            int(style.text_colour(style.colour(name))[k : k + 2], 16) / 255 for k in (1, 3, 5)
-        )
-        assert style._contrast([red, green, blue]) >= 4.4  # rounding to a byte may cost a little

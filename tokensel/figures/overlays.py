@@ -1,4 +1,7 @@
-"""Kept tokens over a picture: cells of dropped tokens are veiled, as in the paper's Fig. 1."""
+"""Kept tokens over an image: cells of dropped tokens are veiled, as in the paper's Fig. 1.
+
+Every function here takes tensors from any device and moves them to the host first: figures are drawn there.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +23,10 @@ from tokensel.figures import style
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encode import Encoded
 
-VEIL = (96, 104, 122)  # a cool grey: neither paper, nor ink, nor a colour of the mini world's words
+VEIL = (96, 104, 122)  # a cool grey that no page of the small world uses
 STRENGTH = 0.86  # how much of a dropped cell the veil hides
 
-# the values that an overlay shows, rows x columns of cells, for those who want the numbers: 1 or 0 for kept or
+# the values that an overlay shows, rows x columns of cells, for the CSV beside a figure: 1 or 0 for kept or
 # dropped, or the values of a heat map; not a number where there is no token
 CELLS: WeakKeyDictionary[AxesImage, np.ndarray] = WeakKeyDictionary()
 
@@ -31,10 +34,10 @@ CELLS: WeakKeyDictionary[AxesImage, np.ndarray] = WeakKeyDictionary()
 def join_masks(
     kept: Shaped[Tensor, "tiles tokens"], rows: int, columns: int, grid: tuple[int, int]
 ) -> Shaped[Tensor, "height width"]:
-    """Join the masks of tiles that were cut from one picture, left to right and top to bottom, to its own mask.
+    """Join the masks of the tiles of one image, left to right and top to bottom, into a mask over the image.
 
     Args:
-        kept: True = kept, one row a tile; or any other value a token.
+        kept: True = kept, one row for each tile; or any other value for each token.
         rows: tiles from top to bottom.
         columns: tiles from left to right.
         grid: rows and columns of tokens within a tile.
@@ -45,7 +48,8 @@ def join_masks(
     height, width = grid
     if kept.shape != (rows * columns, height * width):
         raise TokenselError(
-            f"masks of shape {tuple(kept.shape)} are not {rows} x {columns} tiles of {height} x {width} tokens"
+            f"masks of shape {tuple(kept.shape)} are not those of {rows} x {columns} tiles "
+            f"of {height} x {width} tokens"
         )
     return kept.view(rows, columns, height, width).transpose(1, 2).reshape(rows * height, columns * width)
 
@@ -55,11 +59,11 @@ def veiled(
     kept: Bool[Tensor, "height width"] | None,
     real: Bool[Tensor, "height width"] | None = None,
 ) -> UInt8[np.ndarray, "y x 3"]:
-    """The picture with the cells of dropped tokens veiled.
+    """The image with the cells of dropped tokens veiled.
 
     Args:
-        image: any size; each token covers an equal cell of it, to the nearest pixel.
-        kept: True = kept; ``None`` leaves the picture as it is.
+        image: of any size; each token covers an equal cell of it, to the nearest pixel.
+        kept: True = kept; ``None`` leaves the image as it is.
         real: False for cells that never become tokens, such as letterbox bars; they are left blank.
     """
     pixels = np.asarray(image.convert("RGB")).copy()
@@ -82,17 +86,17 @@ def show(
     title: str = "",
     real: Bool[Tensor, "height width"] | None = None,
 ) -> None:
-    """Draw the picture with its veil into ``ax``, without ticks; the arguments are those of :func:`veiled`."""
+    """Draw the image with its veil into ``ax``, without ticks; the arguments are those of :func:`veiled`."""
     drawn = ax.imshow(
         veiled(image, kept, real), interpolation="nearest" if max(image.size) < 200 else "antialiased"
     )
     if kept is not None:
         values = kept.cpu().numpy().astype(np.float64)
         CELLS[drawn] = values if real is None else np.where(real.cpu().numpy(), values, np.nan)
-    _bare(ax, title)
+    _remove_axes(ax, title)
 
 
-def _bare(ax: Axes, title: str) -> None:
+def _remove_axes(ax: Axes, title: str) -> None:
     ax.set(xticks=[], yticks=[], title=title)
     ax.grid(False)
     for spine in ax.spines.values():
@@ -102,12 +106,12 @@ def _bare(ax: Axes, title: str) -> None:
 def gallery(
     rows: Sequence[tuple[str, Image.Image, Sequence[Bool[Tensor, "height width"]]]],
     titles: Sequence[str],
-    width: float = 7.5,
+    width: float = style.WIDTH,
 ) -> Figure:
-    """One line a picture: as it is, then under each mask. The layout of Fig. 1, for any number of pictures.
+    """One row for each image: as it is, then under each mask. The layout of Fig. 1, for any number of images.
 
     Args:
-        rows: name, picture and masks of each line; every line has as many masks as there are ``titles``.
+        rows: name, image and masks of each row; every row has as many masks as there are ``titles``.
         titles: what the masks are, such as ``["random", "selector"]``.
         width: of the figure in inches.
     """
@@ -117,10 +121,10 @@ def gallery(
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(width, sum(heights) + 0.3), squeeze=False, height_ratios=heights
     )
-    for number, (line, (name, image, masks)) in enumerate(zip(axes, rows)):
-        for ax, mask, title in zip(line, (None, *masks), ("all tokens", *titles), strict=True):
+    for number, (row, (name, image, masks)) in enumerate(zip(axes, rows)):
+        for ax, mask, title in zip(row, (None, *masks), ("all tokens", *titles), strict=True):
             show(ax, image, mask, "" if number else title)
-        line[0].set_ylabel(name)
+        row[0].set_ylabel(name)
     return figure
 
 
@@ -132,7 +136,7 @@ def anyres(
     width: float = 6.0,
     title: str = "",
 ) -> Figure:
-    """What a LLaVA-NeXT is shown of one image: its thumbnail and its high-resolution tiles, dropped tokens veiled.
+    """The thumbnail and the high-resolution tiles of one image of a batch, dropped tokens veiled.
 
     Cells of letterbox bars, which the model cuts off, are left blank.
 
@@ -144,27 +148,27 @@ def anyres(
         width: of the figure in inches.
         title: over the high-resolution tiles.
     """
-    shown = tiled_image(encoded, image, statistics)
-    real = encoded.layout.valid
-    stay = real if kept is None else kept & real
-    ratio = shown.columns / shown.rows
+    tiled = tiled_image(encoded, image, statistics)
+    valid = encoded.layout.valid
+    kept = valid if kept is None else kept.cpu() & valid
+    ratio = tiled.columns / tiled.rows
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(width, width / (ratio + 0.62) + 0.25), width_ratios=[0.6, ratio], squeeze=True
     )
-    (small, large), (_, inside) = shown.maps(stay), shown.maps(real)
-    show(left, shown.thumbnail, small, "thumbnail")
-    show(right, shown.full, large, title, inside)
-    side = shown.thumbnail.width
-    for k in range(1, shown.rows):
+    (small, large), (_, inside) = tiled.maps(kept), tiled.maps(valid)
+    show(left, tiled.thumbnail, small, "thumbnail")
+    show(right, tiled.full, large, title, inside)
+    side = tiled.thumbnail.width
+    for k in range(1, tiled.rows):
         right.axhline(k * side - 0.5, color="white", linewidth=1.0)
-    for k in range(1, shown.columns):
+    for k in range(1, tiled.columns):
         right.axvline(k * side - 0.5, color="white", linewidth=1.0)
     return figure
 
 
 @dataclass(frozen=True)
 class TiledImage:
-    """What a LLaVA-NeXT is shown of one image, and where its tokens lie.
+    """One image as the model receives it: thumbnail and high-resolution tiles, and where its tokens lie.
 
     Attributes:
         thumbnail: the whole image squashed into one tile.
@@ -184,58 +188,64 @@ class TiledImage:
     def maps(
         self, values: Shaped[Tensor, "tiles tokens"]
     ) -> tuple[Shaped[Tensor, "cells cells"], Shaped[Tensor, "height width"]]:
-        """Values of all tokens of the batch as two maps, one over the thumbnail and one over the full image."""
-        mine, grid = values[self.tiles], (self.cells, self.cells)
-        return mine[0].view(grid), join_masks(mine[1:], self.rows, self.columns, grid)
+        """Values of all tokens of the batch as two maps: over the thumbnail and over the full image."""
+        own, grid = values[self.tiles], (self.cells, self.cells)
+        return own[0].view(grid), join_masks(own[1:], self.rows, self.columns, grid)
 
 
 def tiled_image(
     encoded: Encoded, image: int, statistics: tuple[Sequence[float], Sequence[float]]
 ) -> TiledImage:
-    """Find the pictures of one image of a batch; the arguments are those of :func:`anyres`."""
+    """One image of a batch; the arguments are those of :func:`anyres`.
+
+    Raises:
+        TokenselError: the batch has no images.
+    """
+    if encoded.pixel_values is None or encoded.image_sizes is None:
+        raise TokenselError("the batch has no images: there is nothing to draw")
     config = encoded.model.config
     side = config.vision_config.image_size
     size = encoded.image_sizes[image].tolist()
     rows, columns = map(int, get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side))
     first = sum(encoded.layout.tiles[:image])
-    mine = slice(first, first + encoded.layout.tiles[image])
-    tiles = tile_images(encoded.pixel_values[mine], *statistics)
+    own = slice(first, first + encoded.layout.tiles[image])
+    tiles = tile_images(encoded.pixel_values[own], *statistics)
     full = join_tiles(tiles[1:], rows, columns)
-    return TiledImage(tiles[0], full, rows, columns, side // config.vision_config.patch_size, mine)
+    return TiledImage(tiles[0], full, rows, columns, side // config.vision_config.patch_size, own)
 
 
 def left_cells(
     encoded: Encoded, visual: Bool[Tensor, "1 length"], columns: Int[Tensor, "left"]
 ) -> Bool[Tensor, "tiles tokens"]:
-    """Which cells of the tiles are still there when a schedule has left only some columns of an unreduced prompt.
+    """Which cells of the tiles remain when a schedule has kept only some columns of an unreduced prompt.
 
     Args:
         encoded: one question.
         visual: True at the prompt's visual tokens, newlines among them.
-        columns: those that are left, as :class:`tokensel.schedules.prune.Drop` has them.
+        columns: those that remain, as in :class:`tokensel.schedules.prune.Drop`.
     """
-    places = visual[0].nonzero()[:, 0]  # the column of each packed token
-    return encoded.layout.spread(torch.isin(places, columns))
+    places = visual[0].cpu().nonzero()[:, 0]  # the column of each packed token
+    return encoded.layout.spread(torch.isin(places, columns.cpu()))
 
 
 def tile_images(
     pixels: Float[Tensor, "tiles 3 height width"], mean: Sequence[float], std: Sequence[float]
 ) -> list[Image.Image]:
-    """Tiles as pictures again: what the encoder's preparation did to the pixels, undone."""
+    """Tiles as images: the normalisation of the image processor undone."""
     scale, shift = torch.tensor(std).view(1, 3, 1, 1), torch.tensor(mean).view(1, 3, 1, 1)
     values = (pixels.cpu().float() * scale + shift).mul(255).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()) for tile in values]
 
 
 def cut_tiles(image: Image.Image, rows: int, columns: int, side: int) -> list[Image.Image]:
-    """Resize a picture to ``rows`` x ``columns`` squares of ``side`` pixels and cut these out, row by row."""
+    """Resize an image to ``rows`` x ``columns`` squares of ``side`` pixels and cut these out, row by row."""
     page = image.convert("RGB").resize((columns * side, rows * side), Image.Resampling.BICUBIC)
     corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
     return [page.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 def join_tiles(tiles: Sequence[Image.Image], rows: int, columns: int) -> Image.Image:
-    """Put tiles together again, row by row: the inverse of :func:`cut_tiles`."""
+    """Join tiles to one image, row by row: the inverse of :func:`cut_tiles`."""
     side = tiles[0].width
     page = Image.new("RGB", (columns * side, rows * side))
     for number, tile in enumerate(tiles):
@@ -250,24 +260,25 @@ def heat(
     title: str = "",
     top: float | None = None,
 ) -> None:
-    """Values over a grey picture, each cell one token: the higher the value, the more orange.
+    """Values over a grey image, each cell one token: the higher the value, the more orange.
 
     Args:
         ax: where to draw.
-        image: any size.
-        values: one a token.
-        title: over the picture.
-        top: the value that is all orange; without it ranks are shown, so that only the order counts.
+        image: of any size.
+        values: one for each token.
+        title: over the image.
+        top: the value shown in full orange; without it ranks are shown, so that only the order counts.
     """
-    extent = (0, image.width, image.height, 0)
+    values = values.cpu()
+    extent = (0.0, float(image.width), float(image.height), 0.0)
     ax.imshow(np.asarray(image.convert("L")), cmap="gray", extent=extent, vmin=0, vmax=255)
     if top is None:
         rank = values.flatten().argsort().argsort().view(values.shape).float() / max(1, values.numel() - 1)
         strength = rank**1.5
     else:
         strength = (values / top).clamp(0, 1)
-    strength = strength.cpu().numpy()
-    colour = np.broadcast_to(to_rgb(style.ORANGE), (*strength.shape, 3))
-    drawn = ax.imshow(np.dstack([colour, 0.85 * strength]), extent=extent, interpolation="nearest")
-    CELLS[drawn] = values.cpu().numpy().astype(np.float64)
-    _bare(ax, title)
+    opacity = 0.85 * strength.numpy()
+    colour = np.broadcast_to(to_rgb(style.ORANGE), (*opacity.shape, 3))
+    drawn = ax.imshow(np.dstack([colour, opacity]), extent=extent, interpolation="nearest")
+    CELLS[drawn] = values.numpy().astype(np.float64)
+    _remove_axes(ax, title)

@@ -1,8 +1,18 @@
-"""One plotting style for the whole book: colours that colour-blind readers can tell apart, and one colour a method."""
+"""One plotting style for the book: colours that colour-blind readers can tell apart, type that can be read.
+
+A method that is not in the tables below gets a colour, a marker and a label made from its name.
+"""
+
+import zlib
 
 import matplotlib as mpl
 from cycler import cycler
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
+
+DPI = 110
+COLUMN = 704  # CSS pixels that the theme leaves for a figure on a page 1,300 pixels wide
+WIDTH = COLUMN / 96  # inches; on a figure that is no wider, type is shown at its size in points or larger
+LABEL = 8.5  # points: the smallest type in a figure
 
 # Okabe and Ito's palette (2008)
 ORANGE, BLUE, GREEN, RED = "#E69F00", "#0072B2", "#009E73", "#D55E00"
@@ -27,6 +37,8 @@ COLOURS = {
     "exponential": PURPLE,
     "selector+fastv": "#8C6D31",
 }
+# for methods without a colour of their own; of Tol's palettes
+SPARE_COLOURS = ("#332288", "#44AA99", "#999933", "#AA4499", "#117733", "#CC6677")
 MARKERS = {
     "selector": "o",
     "random": "s",
@@ -43,6 +55,7 @@ MARKERS = {
     "exponential": "v",
     "selector+fastv": "D",
 }
+SPARE_MARKERS = ("p", "h", "<", ">", "d", "8")
 LABELS = {
     "full": "all tokens",
     "none": "no image",
@@ -61,19 +74,36 @@ LABELS = {
 
 
 def colour(method: str) -> str:
-    """The fixed colour of a method; grey for one that has none."""
-    return COLOURS.get(method, GREY)
+    """The fixed colour of a method."""
+    return COLOURS.get(method) or SPARE_COLOURS[zlib.crc32(method.encode()) % len(SPARE_COLOURS)]
+
+
+def marker(method: str) -> str:
+    """The fixed marker of a method."""
+    return MARKERS.get(method) or SPARE_MARKERS[zlib.crc32(method.encode()) // 7 % len(SPARE_MARKERS)]
 
 
 def label(method: str) -> str:
     """The method's name as a reader should see it."""
-    return LABELS.get(method, method)
+    return LABELS.get(method) or method.replace("_", " ")
+
+
+def rendered_size(points: float, width: float) -> float:
+    """Size of type on a page 1,300 pixels wide, in points.
+
+    Args:
+        points: its size in the figure.
+        width: of the figure in inches. A figure wider than the page's column is scaled down to it.
+    """
+    css_pixels = points / 72 * DPI * min(1.0, COLUMN / (width * DPI))
+    return css_pixels * 72 / 96
 
 
 def text_colour(colour: str) -> str:
-    """The colour for words: darker where it would not stand out from white by 4.5 to 1, as WCAG 2 asks of small type."""
+    """The colour for text: darkened until its contrast with white is 4.5 to 1, as WCAG 2 requires."""
     share = next(k for k in range(100, -1, -1) if _contrast([k / 100 * c for c in to_rgb(colour)]) >= 4.5)
-    return mpl.colors.to_hex([share / 100 * c for c in to_rgb(colour)])
+    red, green, blue = (share / 100 * c for c in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def _contrast(rgb: list[float]) -> float:
@@ -97,19 +127,20 @@ def use() -> None:
             "axes.axisbelow": True,
             "grid.color": "#E5E5E5",
             "grid.linewidth": 0.6,
-            "figure.dpi": 110,
+            "figure.dpi": DPI,
             "figure.constrained_layout.use": True,
             "figure.facecolor": "white",
             "font.family": "DejaVu Sans",
             "font.size": 9,
+            "legend.fontsize": LABEL,
             "legend.frameon": False,
             "lines.linewidth": 1.6,
             "lines.markersize": 4,
             "image.interpolation": "nearest",
             "image.cmap": "cividis",
-            "savefig.dpi": 110,
+            "savefig.dpi": DPI,
             "svg.hashsalt": "tokensel",
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
+            "xtick.labelsize": LABEL,
+            "ytick.labelsize": LABEL,
         }
     )

@@ -1,10 +1,11 @@
-"""The explorer: choose an image, a method and a budget, and see which tokens are kept and what the model answers.
+"""The explorer: choose an image, a method and a budget; see which tokens are kept and what the model answers.
 
 ``steps`` computes a plain dictionary, and ``generation`` computes one for an answer during which tokens are
 dropped. ``static`` embeds either in a web page, where ``explorer.js`` draws it without a kernel. ``live``
 computes each step on request.
 
-To add another kind of explorer, add three things: a dictionary with a new ``kind``, a function in ``explorer.js``
+To add another kind of explorer, add three things: a dictionary with a new ``kind``, a function in
+    ``explorer.js``
 that draws it, and an entry in :data:`tokensel.book.explorer.static.STILLS` for readers without JavaScript.
 """
 

@@ -1,4 +1,4 @@
-"""Steps for the explorer of a growing answer: at each token, the text so far and the visual tokens that remain."""
+"""Steps for the explorer of a growing answer: the text so far and the remaining visual tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def generation_steps(
     max_new_tokens: int = 48,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Answer each question under each schedule, and record which visual tokens remain at every token of the answer.
+    """Answer each question under each schedule, and record which visual tokens remain at every step.
 
     Args:
         vlm: the model to ask; :func:`tokensel.schedules.pruned` must support its language model.
@@ -29,10 +29,10 @@ def generation_steps(
         progress: show a progress bar.
 
     Returns:
-        A dictionary of kind "answer" for :func:`tokensel.book.explorer.embed`. ``steps[method]`` of an example has
-        one entry for each token of the answer: ``text``, the answer up to that token; ``kept``, as in
-        :class:`~tokensel.book.explorer.steps.Exploration`, for the layers in which the fewest tokens remain; and
-        ``tokens``, their number.
+        A dictionary of kind "answer" for :func:`tokensel.book.explorer.embed`. ``steps[method]`` of an
+        example has one entry for each token of the answer: ``text``, the answer up to that token; ``kept``,
+        as in :class:`~tokensel.book.explorer.steps.Exploration`, for the layers in which the fewest tokens
+        remain; and ``tokens``, their number.
 
     Raises:
         TokenselError: no examples or no schedules.

@@ -10,15 +10,14 @@ import matplotlib.pyplot as plt
 
 from tokensel.book.explorer.static import plot_step
 from tokensel.book.explorer.steps import Example, Exploration
-from tokensel.data.images import UNREADABLE, as_image
+from tokensel.data.images import as_image
 from tokensel.figures import style
 from tokensel.scorers import Scorer
 from tokensel.training.autoencoder import MaskedAutoencoder
-from tokensel.utils.errors import reason
+from tokensel.utils.errors import TokenselError, reason
 from tokensel.vlm import Vlm
 
 OWN = "my image"
-NOT_AN_IMAGE = "This file is no image that can be read: give a PNG or JPEG."
 
 
 class LiveExplorer:
@@ -85,10 +84,11 @@ class LiveExplorer:
         """Show the uploaded image, whether or not another one was uploaded before."""
         if not change["new"]:  # the reader has cleared the upload: the last image stays
             return
+        file = change["new"][0]
         try:
-            image = as_image(bytes(change["new"][0]["content"]))
-        except UNREADABLE:
-            self.words.value = NOT_AN_IMAGE
+            image = as_image(file["content"], str(file["name"]))
+        except TokenselError as error:
+            self.words.value = f"<p>{escape(str(error))}</p>"
             return
         self.examples[OWN] = Example(OWN, image, str(self.question.value))
         if self.image.value == OWN:

@@ -1,4 +1,4 @@
-"""The explorer in a page without a kernel: an embedded dictionary, and a still figure for readers without JavaScript."""
+"""The explorer in a page without a kernel: an embedded dictionary, and a still figure without JavaScript."""
 
 import base64
 import html
@@ -52,8 +52,9 @@ def _still_tokens(data: dict[str, Any]) -> tuple[Figure, str]:
     step = example["steps"][method][middle]
     words = (
         f"The image “{example['name']}” under {data['methods'][method]} at keep {data['keeps'][middle]:g}: "
-        f"{step['tokens']} of {example['full']['tokens']} tokens kept. Asked “{example['question']}”, the model "
-        f"answers “{step['answer']}”; with all tokens “{example['full']['answer']}”."
+        f"{step['tokens']} of {example['full']['tokens']} tokens kept. "
+        f"Asked “{example['question']}”, the model answers “{step['answer']}”; "
+        f"with all tokens “{example['full']['answer']}”."
     )
     return plot_step(example, step), words
 

@@ -1,4 +1,4 @@
-"""Steps for the explorer of kept tokens, as a plain dictionary: images, and one step for each method and budget."""
+"""Steps for the explorer of kept tokens: a plain dictionary for each image, method and budget."""
 
 import base64
 import io
@@ -48,11 +48,11 @@ class Example:
 class Exploration:
     """Examples that are encoded once and then asked under any method and budget.
 
-    A *step* of an example is ``{"kept", "error", "mean_error", "tokens", "answer", "score"}``. The first two have one
-    entry for each view, the thumbnail first, then the full image. In ``kept`` it is a text with one letter for each
-    cell, row by row (``1`` kept, ``0`` dropped, ``-`` letterbox, which never becomes a token). In ``error`` it is as
-    many whole numbers: the distance between a token and its reconstruction, in percent of the distance between a
-    typical token and the mean token.
+    A *step* of an example is ``{"kept", "error", "mean_error", "tokens", "answer", "score"}``. The first two
+    have one entry for each view, the thumbnail first, then the full image. In ``kept`` it is a text with one
+    letter for each cell, row by row (``1`` kept, ``0`` dropped, ``-`` letterbox, which never becomes a
+    token). In ``error`` it is as many whole numbers: the distance between a token and its reconstruction, in
+    percent of the distance between a typical token and the mean token.
 
     Args:
         vlm: the model to ask.
@@ -105,7 +105,7 @@ class Exploration:
         return steps
 
     def baselines(self) -> list[dict[str, Any]]:
-        """Every example without its steps: its views, and the answers with all tokens and without an image."""
+        """Every example without steps: its views, and the answers with all tokens and without an image."""
         full = self._answers(reduce(self.encoded))
         prompts = [self.vlm.prompt(example.question, False) for example in self.examples]
         none = self._answers(reduce(encode(self.vlm.model, self.vlm.inputs(None, prompts))))
@@ -169,7 +169,7 @@ class Exploration:
 
 
 def views(tiled: overlays.TiledImage) -> list[dict[str, Any]]:
-    """The thumbnail and the full image as the model receives them, each with its rows and columns of tokens."""
+    """The thumbnail and the full image as the model receives them, with their rows and columns of tokens."""
     rows, columns = tiled.rows * tiled.cells, tiled.columns * tiled.cells
     return [
         {"name": "thumbnail", "image": _uri(tiled.thumbnail), "rows": tiled.cells, "columns": tiled.cells},

@@ -1,4 +1,4 @@
-"""A page of Newton's Principia, typeset here: the picture of the paper's Fig. 1 without anybody's scan.
+"""A page of Newton's Principia, typeset here, in place of the scan in the paper's Fig. 1.
 
 The text is the three laws of motion with their explanations as printed in the first edition (London 1687,
 pp. 12-13), long s as s and the ligature æ kept; it is in the public domain. Fonts are those that come with
@@ -16,39 +16,42 @@ from tokensel.utils.errors import TokenselError
 
 PAPER = (244, 235, 214)
 INK = (46, 36, 28)
-OVERSAMPLE = 4  # small type is set large and reduced: hinting would push its letters into one another
+OVERSAMPLE = 4  # small type is set large and reduced: at its own size, hinting would make letters touch
 
 LAWS = (
     (
         "Lex. I.",
-        "Corpus omne perseverare in statu suo quiescendi vel movendi uniformiter in directum, nisi quatenus a "
-        "viribus impressis cogitur statum illum mutare.",
-        "Projectilia perseverant in motibus suis nisi quatenus a resistentia aeris retardantur & vi gravitatis "
-        "impelluntur deorsum. Trochus, cujus partes cohærendo perpetuo retrahunt sese a motibus rectilineis, non "
-        "cessat rotari nisi quatenus ab aere retardatur. Majora autem Planetarum & Cometarum corpora motus suos & "
-        "progressivos & circulares in spatiis minus resistentibus factos conservant diutius.",
+        "Corpus omne perseverare in statu suo quiescendi vel movendi uniformiter in directum, nisi "
+        "quatenus a viribus impressis cogitur statum illum mutare.",
+        "Projectilia perseverant in motibus suis nisi quatenus a resistentia aeris retardantur & vi "
+        "gravitatis impelluntur deorsum. Trochus, cujus partes cohærendo perpetuo retrahunt sese a "
+        "motibus rectilineis, non cessat rotari nisi quatenus ab aere retardatur. Majora autem Planetarum "
+        "& Cometarum corpora motus suos & progressivos & circulares in spatiis minus resistentibus factos "
+        "conservant diutius.",
     ),
     (
         "Lex. II.",
-        "Mutationem motus proportionalem esse vi motrici impressæ, & fieri secundum lineam rectam qua vis illa "
-        "imprimitur.",
-        "Si vis aliqua motum quemvis generet, dupla duplum, tripla triplum generabit, sive simul & semel, sive "
-        "gradatim & successive impressa fuerit. Et hic motus quoniam in eandem semper plagam cum vi generatrice "
-        "determinatur, si corpus antea movebatur, motui ejus vel conspiranti additur, vel contrario subducitur, vel "
-        "obliquo oblique adjicitur, & cum eo secundum utriusq; determinationem componitur.",
+        "Mutationem motus proportionalem esse vi motrici impressæ, & fieri secundum lineam rectam qua vis "
+        "illa imprimitur.",
+        "Si vis aliqua motum quemvis generet, dupla duplum, tripla triplum generabit, sive simul & semel, "
+        "sive gradatim & successive impressa fuerit. Et hic motus quoniam in eandem semper plagam cum vi "
+        "generatrice determinatur, si corpus antea movebatur, motui ejus vel conspiranti additur, vel "
+        "contrario subducitur, vel obliquo oblique adjicitur, & cum eo secundum utriusq; determinationem "
+        "componitur.",
     ),
     (
         "Lex. III.",
-        "Actioni contrariam semper & æqualem esse reactionem: sive corporum duorum actiones in se mutuo semper esse "
-        "æquales & in partes contrarias dirigi.",
-        "Quicquid premit vel trahit alterum, tantundem ab eo premitur vel trahitur. Siquis lapidem digito premit, "
-        "premitur & hujus digitus a lapide. Si equus lapidem funi allegatum trahit, retrahetur etiam & equus "
-        "æqualiter in lapidem: nam funis utrinq; distentus eodem relaxandi se conatu urgebit Equum versus lapidem, "
-        "ac lapidem versus equum, tantumq; impediet progressum unius quantum promovet progressum alterius. Si corpus "
-        "aliquod in corpus aliud impingens, motum ejus vi sua quomodocunq; mutaverit, idem quoque vicissim in motu "
-        "proprio eandem mutationem in partem contrariam vi alterius (ob æqualitatem pressionis mutuæ) subibit. His "
-        "actionibus æquales fiunt mutationes non velocitatum sed motuum, (scilicet in corporibus non aliunde "
-        "impeditis:) Mutationes enim velocitatum, in contrarias itidem partes factæ, quia motus æqualiter mutantur, "
+        "Actioni contrariam semper & æqualem esse reactionem: sive corporum duorum actiones in se mutuo "
+        "semper esse æquales & in partes contrarias dirigi.",
+        "Quicquid premit vel trahit alterum, tantundem ab eo premitur vel trahitur. Siquis lapidem digito "
+        "premit, premitur & hujus digitus a lapide. Si equus lapidem funi allegatum trahit, retrahetur "
+        "etiam & equus æqualiter in lapidem: nam funis utrinq; distentus eodem relaxandi se conatu "
+        "urgebit Equum versus lapidem, ac lapidem versus equum, tantumq; impediet progressum unius "
+        "quantum promovet progressum alterius. Si corpus aliquod in corpus aliud impingens, motum ejus vi "
+        "sua quomodocunq; mutaverit, idem quoque vicissim in motu proprio eandem mutationem in partem "
+        "contrariam vi alterius (ob æqualitatem pressionis mutuæ) subibit. His actionibus æquales fiunt "
+        "mutationes non velocitatum sed motuum, (scilicet in corporibus non aliunde impeditis:) "
+        "Mutationes enim velocitatum, in contrarias itidem partes factæ, quia motus æqualiter mutantur, "
         "sunt corporibus reciproce proportionales.",
     ),
 )
@@ -64,8 +67,10 @@ class Line:
     above: float = 0.0  # space above it, in units of the body size
 
 
-def principia_page(width: int = 512, height: int = 704, paper=PAPER, ink=INK) -> Image.Image:
-    """The page as an RGB image; the type is as large as lets the whole text stand on it.
+def principia_page(
+    width: int = 512, height: int = 704, paper: tuple[int, int, int] = PAPER, ink: tuple[int, int, int] = INK
+) -> Image.Image:
+    """The page as an RGB image, in the largest type with which the whole text fits.
 
     Args:
         width: pixels, at least 128.

@@ -1,10 +1,10 @@
-"""A sweep as a chapter shows it: the recorded table where there is one, what was computed here and now beside it."""
+"""A sweep as a chapter shows it: the recorded table where there is one, and the results computed just now."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -22,7 +22,7 @@ def recorded_table(path: str | Path, live: pd.DataFrame) -> pd.DataFrame | None:
 
 
 def provenance(path: str | Path) -> dict[str, Any]:
-    """What lies beside the recorded table at ``path`` and tells how it was made."""
+    """How the recorded table at ``path`` was made: the contents of its provenance file."""
     return json.loads(Path(path).with_suffix(".provenance.json").read_text(encoding="utf-8"))
 
 
@@ -31,9 +31,9 @@ class Sweep:
     """Two tables of one experiment, in the long format.
 
     Attributes:
-        live: what was computed here.
-        recorded: what was computed earlier for the same model, with more questions, if there is such a table.
-        path: where the recorded one lies, or would.
+        live: computed here.
+        recorded: computed earlier for the same model, with more questions, if there is such a table.
+        path: where the recorded table is, or would be.
         source: a sentence in Markdown that says which is which, and how many questions a point has.
     """
 
@@ -44,16 +44,16 @@ class Sweep:
 
     @property
     def table(self) -> pd.DataFrame:
-        """What lines and numbers are taken from: the recorded table, else the live one."""
+        """The source of lines and numbers: the recorded table, else the live one."""
         return self.live if self.recorded is None else self.recorded
 
     @classmethod
     def beside(cls, live: str | Path, recorded: str | Path) -> "Sweep":
-        """The table at ``live`` beside the one at ``recorded``, which need not exist.
+        """The table at ``live`` together with the one at ``recorded``, which need not exist.
 
         Args:
-            live: a table that this session has written.
-            recorded: one that ``python -m tokensel evaluate`` wrote earlier; its provenance lies next to it.
+            live: a table that was computed just now.
+            recorded: one that ``python -m tokensel evaluate`` wrote earlier, with its provenance file.
         """
         here, path = pd.read_csv(live), Path(recorded)
         now = f"**computed here, now**, {here['n'].min()} questions a point. "
@@ -61,23 +61,27 @@ class Sweep:
         if table is None:
             return cls(here, None, path, f"All of it {now}Bands are 95 % intervals.")
         dated = provenance(path)["date"][:10]
-        then = f"**recorded** {dated} by `python -m tokensel evaluate`, {table['n'].min()} questions a point, in `{recorded}`. "
+        then = (
+            f"**recorded** {dated} by `python -m tokensel evaluate`, "
+            f"{table['n'].min()} questions a point, in `{recorded}`. "
+        )
         return cls(here, table, path, f"Lines: {then}Open points: {now}Bands and bars are 95 % intervals.")
 
     def companion(self, kind: str, live: str | Path) -> pd.DataFrame:
-        """Another table of the same evaluation, ``differences`` or ``categories``: the recorded one, else the one at ``live``."""
+        """The recorded ``differences`` or ``categories`` of this evaluation, else the table at ``live``."""
         return pd.read_csv(live if self.recorded is None else self.path.with_suffix(f".{kind}.csv"))
 
     def plot(self, group: str, methods: Sequence[str]) -> None:
-        """The panels of one group of benchmarks, if there are any, see :func:`~tokensel.figures.curves.score_curves`."""
-        lines, points = (each[each["group"] == group] for each in (self.table, self.live))
+        """The panels of one group of benchmarks, if any: :func:`~tokensel.figures.curves.score_curves`."""
+        lines, points = (_rows(table, group=group) for table in (self.table, self.live))
         if len(lines):
             curves.score_curves(lines, live=None if self.recorded is None else points, methods=methods)
 
     def points(self, group: str, method: str, keep: float | None = None) -> float:
-        """Mean score of a group of benchmarks, 0 to 100, under a method; over all of its budgets if none is given."""
-        rows = self.table[(self.table["group"] == group) & (self.table["method"] == method)]
-        return 100 * float((rows if keep is None else rows[rows["keep"] == keep])["score"].mean())
+        """Mean score of a method on a group, 0 to 100; over all its budgets if none is given."""
+        rows = _rows(self.table, group=group, method=method)
+        scores = cast(pd.Series, (rows if keep is None else _rows(rows, keep=keep))["score"])
+        return 100 * float(scores.mean())
 
     def estimate(self, group: str, method: str, keep: float) -> tuple[float, float, float]:
         """Mean score of a group of benchmarks under a method at a budget, 0 to 100, and its 95 % interval.
@@ -103,8 +107,14 @@ class Sweep:
 
     def _reach(self, group: str, method: str, keep: float) -> float:
         """Half of the width of the interval of a mean."""
-        table = self.table
-        rows = table[(table["group"] == group) & (table["method"] == method) & (table["keep"] == keep)]
+        rows = _rows(self.table, group=group, method=method, keep=keep)
         if rows.empty:
             raise TokenselError(f"no results for {method} on {group} at keep {keep:g}: evaluate them first")
         return float(average(rows, "group")["reach"].iloc[0])
+
+
+def _rows(table: pd.DataFrame, **values: str | float) -> pd.DataFrame:
+    """The rows in which each named column has the given value."""
+    for column, value in values.items():
+        table = cast(pd.DataFrame, table[table[column] == value])
+    return table

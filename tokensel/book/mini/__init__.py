@@ -1,1 +1,1 @@
-"""The book's small world: drawn pages, their questions, and the recipe of the models that ship."""
+"""The book's small world: drawn pages, their questions, and the recipe of the small models."""

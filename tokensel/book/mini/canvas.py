@@ -1,9 +1,10 @@
-"""A canvas that remembers what stands where, patch by patch."""
+"""A canvas that records what is drawn in which patch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,7 +15,7 @@ from tokensel.book.mini.words import ALPHABET, COLORS, SHAPES
 TILE, PATCH = 64, 8  # pixels; a tile is what the vision tower sees at once
 CELLS = TILE // PATCH
 PAPERS = ("plain", "gradient", "grain", "stripes", "checks", "dots")
-GROWTH = (7.0, 9.0, 11.0, 13.0)  # radii, in pixels, that part shapes of one size from those of the next
+GROWTH = (7.0, 9.0, 11.0, 13.0)  # radii in pixels: the borders between one size of shapes and the next
 OBJECTS = (*SHAPES, "arrow right", "arrow down", "arrow left", "arrow up")
 ILLEGIBLE = len(ALPHABET) + 1  # the label of text too small to read; 0 is "no letter here"
 CHAIN_END = len(SHAPES) + 1
@@ -42,27 +43,27 @@ class QA:
     answers: list[str]
     category: str
     options: list[str] = field(default_factory=list)
-    spot: tuple[float, float] | None = None  # for training: how far right and down it lies, see Canvas.spot
+    spot: tuple[float, float] | None = None  # for training: the position asked about, see Canvas.spot
 
     @property
     def named(self) -> str:
-        """The answer in words: what the letter of a multiple-choice question stands for."""
+        """The answer in words: for a multiple-choice question, the option instead of its letter."""
         return self.options[OPTION_LETTERS.index(self.answers[0])] if self.options else self.answers[0]
 
 
 @dataclass
 class Page:
-    """A drawn picture, its questions, and what the patches of its tiles show.
+    """A drawn image, its questions, and labels of the patches of its tiles.
 
-    ``letters``, ``shapes``, ``colors``, ``objects``, ``sizes`` and ``papers`` are ``[tiles, 8, 8]`` integer labels, the
-    thumbnail first, as LLaVA-NeXT orders tiles; 0 means nothing there, or not known. ``objects`` and ``sizes`` mark only
-    the patch in which a shape has its centre or an arrow its head, so that things can be counted and compared;
-    ``papers`` is what the whole page is drawn on; ``before`` and ``earlier`` are the letter in front of a letter in its
-    word and the one in front of that; ``leader`` and ``follower`` are the shapes before and after a shape in a chain, or
-    ``CHAIN_END``. A page of a single tile has no thumbnail.
+    ``letters``, ``shapes``, ``colors``, ``objects``, ``sizes`` and ``papers`` are ``[tiles, 8, 8]`` integer
+    labels, the thumbnail first, as LLaVA-NeXT orders tiles; 0 means nothing there, or not known. ``objects``
+    and ``sizes`` mark only the patch in which a shape has its centre or an arrow its head, so that things can
+    be counted and compared; ``papers`` is what the whole page is drawn on; ``before`` and ``earlier`` are the
+    letter in front of a letter in its word and the one in front of that; ``leader`` and ``follower`` are the
+    shapes before and after a shape in a chain, or ``CHAIN_END``. A page of a single tile has no thumbnail.
 
-    ``practice`` are exercises for the small model's training, never put by a benchmark: the same facts asked about from
-    another side (which field a value belongs to, at which corner a shape lies).
+    ``practice`` are exercises for the small model's training, that no benchmark asks: the same facts asked
+    about from another side (which field a value belongs to, at which corner a shape lies).
     """
 
     image: Image.Image
@@ -87,9 +88,9 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=8192)
 def _glyph(name: str, size: int, char: str, advance: int) -> Image.Image:
-    """The letter's coverage in a cell ``advance`` wide and ``size`` high, squeezed where the font is wider."""
+    """The letter as a mask ``advance`` wide and ``size`` high, squeezed where the font is wider."""
     font = _font(name, size)
-    left, _, right, _ = font.getbbox(char, anchor="ls")
+    left, _, right, _ = (int(edge) for edge in font.getbbox(char, anchor="ls"))
     width = max(right - left, 1)
     cell = Image.new("L", (width, size), 0)
     ImageDraw.Draw(cell).text((-left, round(0.86 * size)), char, fill=255, font=font, anchor="ls")
@@ -101,7 +102,7 @@ def _glyph(name: str, size: int, char: str, advance: int) -> Image.Image:
 
 
 class Canvas:
-    """Draws text and shapes on a page; the tile borders of its size are known, so that no letter is cut by one."""
+    """Draws text and shapes on a page; no letter is cut by a border between tiles."""
 
     def __init__(self, background: np.ndarray, kind: str | None = None):
         self.image = Image.fromarray(background.astype(np.uint8), "RGB")
@@ -167,19 +168,19 @@ class Canvas:
         ImageDraw.Draw(self.color_map).rectangle(box, fill=list(COLORS).index(color) + 1)
 
     def spot(self, x: float, y: float, other: tuple[float, float] | None = None) -> tuple[float, float]:
-        """How far right and down of ``other``, by default the page's middle, (x, y) is, in halves of the page."""
+        """Offset of (x, y) from ``other``, by default the page's middle, in halves of the page."""
         a, b = other or (self.width / 2, self.height / 2)
         return 2 * (x - a) / self.width, 2 * (y - b) / self.height
 
     def finish(self, questions: list[QA], practice: Sequence[tuple] = ()) -> Page:
-        """Finish the page: the image, its questions, exercises (question, answer, spot) and its patches' labels."""
+        """Finish the page. Each of ``practice`` is question and answer, and the spot if there is one."""
         rows, columns = self.grid
         zeros = np.zeros((8, 1 + rows * columns, CELLS, CELLS), np.int64)
         letters, objects, sizes, papers, before, earlier, leader, follower = zeros
         for char, x, y, word in self.glyphs:
             small, large = self._places(x, y)
             letters[small], letters[large] = ILLEGIBLE, ALPHABET.index(char) + 1
-            before[large], earlier[large] = ([0, 0] + [ALPHABET.index(each) + 1 for each in word])[:-3:-1]
+            before[large], earlier[large] = ([0, 0] + [ALPHABET.index(letter) + 1 for letter in word])[:-3:-1]
         for kind, x, y, size in self.objects:
             for place in self._places(x, y):
                 objects[place], sizes[place] = OBJECTS.index(kind) + 1, size
@@ -192,8 +193,11 @@ class Canvas:
         shapes, colors = self._cells(self.shape_map), self._cells(self.color_map)
         labels = (letters, shapes, colors, objects, sizes, papers, before, earlier, leader, follower)
         first = int(rows * columns == 1)  # the thumbnail of a single tile would be the tile
-        exercises = [QA(question, [answer], "practice", [], *spot) for question, answer, *spot in practice]
-        return Page(self.image, questions, exercises, *(each[first:] for each in labels))
+        exercises = [
+            QA(question, [answer], "practice", spot=spot[0] if spot else None)
+            for question, answer, *spot in practice
+        ]
+        return Page(self.image, questions, exercises, *(label[first:] for label in labels))
 
     def _places(self, x: float, y: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """(tile, row, column) of the patch that holds the point (x, y), in the thumbnail and in the tiles."""
@@ -203,7 +207,7 @@ class Canvas:
         return thumbnail, (tile, row % CELLS, column % CELLS)
 
     def _cells(self, drawn: Image.Image) -> np.ndarray:
-        """What the middle of each patch shows: ``[tiles, 8, 8]``, thumbnail first."""
+        """The value at the middle of each patch: ``[tiles, 8, 8]``, thumbnail first."""
         rows, columns = self.grid
         pixels = np.asarray(drawn)
         y = ((np.arange(CELLS) + 0.5) * self.height / CELLS).astype(int)
@@ -235,8 +239,13 @@ def _draw_shape(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: floa
         pen.polygon(list(zip(x + reach * np.cos(turns), y + reach * np.sin(turns))), fill=fill)
 
 
+def pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
+    """One of ``items`` at random."""
+    return items[int(rng.integers(len(items)))]
+
+
 def paper(rng: np.random.Generator, size: tuple[int, int], kind: str | None = None) -> np.ndarray:
-    """A background of ``size`` (height, width): plain, gradient, stripes, checks, dots or grain; light on the whole."""
+    """A light background of ``size`` (height, width); ``kind`` is one of ``PAPERS``."""
     height, width = size
     kind = kind or ("plain", "gradient", "grain")[int(rng.integers(3))]
     base = rng.integers(205, 256) + rng.integers(-12, 13, 3)
@@ -263,5 +272,6 @@ def paper(rng: np.random.Generator, size: tuple[int, int], kind: str | None = No
 
 
 def dark_color(rng: np.random.Generator) -> tuple[int, int, int]:
-    """A dark writing colour."""
-    return tuple(int(value) for value in rng.integers(0, 75, 3))
+    """A dark color for text."""
+    red, green, blue = (int(value) for value in rng.integers(0, 75, 3))
+    return red, green, blue

@@ -13,7 +13,7 @@ def train(
     out: Annotated[
         Path, typer.Option(help="folder for the checkpoint, the history and the finished model/")
     ] = Path("_build/mini"),
-    seed: Annotated[int, typer.Option(help="seed of weights, pictures and order")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of weights, images and order")] = 0,
     times: Annotated[float, typer.Option(min=0.01, help="multiply the number of steps")] = 1.0,
     batch: Annotated[float, typer.Option(min=0.1, help="multiply the number of pages per step")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one")] = None,
@@ -24,15 +24,15 @@ def train(
     save_every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 100,
     bf16: Annotated[
         bool | None,
-        typer.Option("--bf16/--fp32", help="arithmetic; by default bfloat16 where the processor has it"),
+        typer.Option("--bf16/--fp32", help="precision; by default bfloat16 where the processor supports it"),
     ] = None,
     start: Annotated[
         Path | None,
-        typer.Option(help="finished model to go on from, such as data/mini/llava-next; by default none"),
+        typer.Option(help="finished model to continue from, such as data/mini/llava-next; by default none"),
     ] = None,
     kind: Annotated[str, typer.Option(help="llava-next or llava-onevision")] = "llava-next",
 ) -> None:
-    """Train the small model; the same command again goes on where a killed run stopped."""
+    """Train the small model; after a kill, the same command resumes."""
     from tokensel.book.mini.recipe import Recipe
     from tokensel.book.mini.train import train_mini
 
@@ -46,7 +46,7 @@ def train(
 def draw_pages(
     tasks: Annotated[
         list[str] | None,
-        typer.Argument(help="forms, charts, posters, scene_text, attributes, ...; all if none is named"),
+        typer.Argument(help="forms, charts, posters, scene_text, attributes, ...; by default all"),
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     index: Annotated[int, typer.Option(min=0, help="the first page")] = 0,

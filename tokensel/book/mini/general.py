@@ -1,19 +1,24 @@
-"""Pictures to be looked at: shapes, colours, counts, places, diagrams, backgrounds."""
+"""Images about shapes: colours, counts, places, diagrams, backgrounds."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from tokensel.book.mini.canvas import OPTION_LETTERS, PAPERS, QA, Canvas, Page, paper
+from tokensel.book.mini.canvas import OPTION_LETTERS, PAPERS, QA, Canvas, Page, paper, pick
 from tokensel.book.mini.words import COLORS, SHAPES
 
 BACKGROUNDS = ("plain", "stripes", "checks", "dots")
 
 
-def _pick(rng: np.random.Generator, items):
-    return items[int(rng.integers(len(items)))]
-
-
 def choice(
-    rng: np.random.Generator, question: str, answer: str, others: list[str], category: str, spot=None
+    rng: np.random.Generator,
+    question: str,
+    answer: str,
+    others: Sequence[str],
+    category: str,
+    spot: tuple[float, float] | None = None,
 ) -> QA:
     """A multiple-choice question of four options in random order; the answer is its letter."""
     wrong = [str(other) for other in rng.permutation([other for other in others if other != answer])[:3]]
@@ -41,23 +46,26 @@ def _kinds(rng: np.random.Generator, count: int, unique: bool) -> list[tuple[str
         return list(
             zip(map(str, rng.permutation(SHAPES)[:count]), map(str, rng.permutation(list(COLORS))[:count]))
         )
-    return [(_pick(rng, SHAPES), _pick(rng, list(COLORS))) for _ in range(count)]
+    return [(pick(rng, SHAPES), pick(rng, list(COLORS))) for _ in range(count)]
 
 
 def _tint(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
-    return tuple(int(v) for v in np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255))
+    red, green, blue = np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255).tolist()
+    return red, green, blue
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int], kind: str | None = None) -> Canvas:
-    kind = kind or _pick(rng, PAPERS)
+    kind = kind or pick(rng, PAPERS)
     return Canvas(paper(rng, size, kind), kind)
 
 
-def _exercises(canvas: Canvas) -> list[tuple]:
-    """Exercises about the shapes on ``canvas``: how many of each, and of what comes once, where it lies."""
+def _exercises(canvas: Canvas) -> list[tuple[Any, ...]]:
+    """Exercises about the shapes on ``canvas``: counts, and the places of those that occur once."""
     shapes = [(kind, x, y) for kind, x, y, _ in canvas.objects if kind in SHAPES]
     kinds = [kind for kind, _, _ in shapes]
-    practice = [(f"how many are a {kind}?", str(kinds.count(kind))) for kind in sorted(set(kinds))]
+    practice: list[tuple[Any, ...]] = [
+        (f"how many are a {kind}?", str(kinds.count(kind))) for kind in sorted(set(kinds))
+    ]
     alone = [(kind, x, y) for kind, x, y in shapes if kinds.count(kind) == 1]
     for kind, x, y in alone:
         down = "" if abs(y - canvas.height / 2) < 6 else "top" if y < canvas.height / 2 else "bottom"
@@ -72,7 +80,7 @@ def _exercises(canvas: Canvas) -> list[tuple]:
 
 
 def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
-    """Things with a colour, a shape and a place (mirrors GQA)."""
+    """Shapes with a color and a place (mirrors GQA)."""
     canvas = _background(rng, size)
     spots = _scatter(rng, size, int(rng.integers(2, 5)))
     things = _kinds(rng, len(spots), unique=True)
@@ -96,18 +104,19 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
     )
     dx, dy = spots[first][0] - spots[second][0], spots[first][1] - spots[second][1]
     if max(abs(dx), abs(dy)) > 14 and abs(abs(dx) - abs(dy)) > 8:
-        asked = _pick(rng, ("left of", "right of") if abs(dx) > abs(dy) else ("above", "below"))
+        asked = pick(rng, ("left of", "right of") if abs(dx) > abs(dy) else ("above", "below"))
         true = {"left of": dx < 0, "right of": dx > 0, "above": dy < 0, "below": dy > 0}[asked]
         question = f"is the {things[first][0]} {asked} the {things[second][0]}?"
-        spot = canvas.spot(*spots[first][:2], spots[second][:2])
+        (x, y, _), (a, b, _) = spots[first], spots[second]
+        spot = canvas.spot(x, y, (a, b))
         questions.append(QA(question, ["yes" if true else "no"], "relation", spot=spot))
     return canvas.finish(questions, _exercises(canvas))
 
 
 def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
-    """How many of a kind there are, from one to four, by multiple choice (mirrors ScienceQA).
+    """How many there are of a shape, from one to four, by multiple choice (mirrors ScienceQA).
 
-    Every count is as likely as every other and the options are always the same four: only the picture tells.
+    Every count is equally likely and the options are always the same four: only the image tells.
     """
     canvas = _background(rng, size)
     shape, *others = (str(shape) for shape in rng.permutation(SHAPES)[:3])
@@ -115,9 +124,9 @@ def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
     kinds = [shape] * count + others[: int(rng.integers(3))]
     spots = _scatter(rng, size, len(kinds), 6.0, 9.0)
     if len(spots) < len(kinds):
-        return canvas.finish([])  # too crowded: drawn anew
+        return canvas.finish([])  # too crowded: the caller draws the page again
     for kind, (x, y, radius) in zip(rng.permutation(kinds), spots):
-        color = _pick(rng, list(COLORS))
+        color = pick(rng, list(COLORS))
         canvas.shape(str(kind), color, x, y, radius, _tint(rng, color))
     asked = choice(rng, f"how many of these are a {shape}?", str(count), list("1234"), "counting")
     return canvas.finish([asked], _exercises(canvas))
@@ -125,7 +134,7 @@ def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
 
 def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """A chain of shapes joined by arrows (mirrors AI2D)."""
-    canvas = _background(rng, size, _pick(rng, ("plain", "gradient")))
+    canvas = _background(rng, size, pick(rng, ("plain", "gradient")))
     across = canvas.width >= canvas.height
     long, short = (canvas.width, canvas.height) if across else (canvas.height, canvas.width)
     count = int(rng.integers(2, 3 if long < 100 else 5))  # room for a shape and an arrow each
@@ -140,14 +149,15 @@ def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
             float(np.clip(middle + rng.uniform(-6, 6), radius + 2, short - radius - 2)),
         )
         spots.append((along, beside) if across else (beside, along))
-        canvas.shape(shape, color, *spots[-1], radius, _tint(rng, color))
-    for before, after in zip(spots, spots[1:]):
+        x, y = spots[-1]
+        canvas.shape(shape, color, x, y, radius, _tint(rng, color))
+    for before, after in itertools.pairwise(spots):
         start, end = (before, after) if forward else (after, before)
         _arrow(canvas, start, end, radius + 2)
     order = [(shape, *spot) for (shape, _), spot in zip(things, spots)][:: 1 if forward else -1]
     canvas.chain, shapes = order, list(SHAPES)
     questions = []
-    for (shape, *here), (following, *there) in zip(order, order[1:]):
+    for (shape, *here), (following, *there) in itertools.pairwise(order):
         questions.append(
             choice(rng, f"what comes after the {shape}?", following, shapes, "after", canvas.spot(*there))
         )
@@ -180,7 +190,7 @@ def _arrow(canvas: Canvas, start, end, gap: float) -> None:
 
 def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """Several abilities by multiple choice: background, extremes, total, place (mirrors MMStar)."""
-    background = _pick(rng, BACKGROUNDS)
+    background = pick(rng, BACKGROUNDS)
     canvas = _background(rng, size, background)
     spots = _scatter(rng, size, int(rng.integers(2, 5)), 7.0, 9.0)
     big = int(rng.integers(len(spots)))
@@ -210,7 +220,7 @@ def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
 
 
 def scene(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
-    """A scene to be described whole, from top to bottom."""
+    """A scene to be described completely, from top to bottom."""
     canvas = _background(rng, size)
     spots = _scatter(rng, size, int(rng.integers(2, 6)), 7.0, 12.0)
     spots = [spot for place, spot in enumerate(spots) if place == 0 or spot[1] - spots[place - 1][1] > 6]

@@ -1,4 +1,4 @@
-"""The two losses of the small model's training: what the tower sees, and what the language model answers."""
+"""The two losses of the small model's training: on the labels of patches, and on answers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from tokensel.book.mini.packing import HEAD, PackedQuestions, layout, patch_pixe
 from tokensel.book.mini.probes import Probes
 from tokensel.book.mini.recipe import ONE_TILE, tiles_of
 from tokensel.book.mini.step_batches import LABELS, StepBatch
-from tokensel.vlm.layout import pack as packing
+from tokensel.vlm.layout import pack
 from tokensel.vlm.native import count_tokens
 
 RARE = (
@@ -24,7 +24,7 @@ RARE = (
 
 
 class Heads(nn.Module):
-    """Throw-away heads that read the tower, and the language model at the visual tokens, while they learn."""
+    """Heads on the tower, and on the language model at the visual tokens; discarded after training."""
 
     def __init__(self, width: int, language_width: int):
         super().__init__()
@@ -36,112 +36,114 @@ class Heads(nn.Module):
 
 
 class TrainingLosses:
-    """The losses of a batch, with counts of what was right, as tensors: nothing here waits for a GPU."""
+    """The losses of a batch and counts of right predictions, as tensors, so that nothing waits for a GPU."""
 
-    def __init__(self, model, heads: Heads, bf16: bool):
+    def __init__(self, model: Any, heads: Heads, bf16: bool):
         self.model, self.core, self.heads = model, model.model, heads
         self.device = next(model.parameters()).device
         self.bf16, self._layouts = bf16, {}
 
-    def _half(self):
+    def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def layout(self, size: tuple[int, int]) -> Tensor:
-        """Where the visual tokens of a page of ``size`` come from, see :func:`~tokensel.book.mini.packing.layout`."""
+        """Where the visual tokens of a page come from, see :func:`~tokensel.book.mini.packing.layout`."""
         if size not in self._layouts:
             self._layouts[size] = layout(self.core, size).to(self.device)
         return self._layouts[size]
 
     def visual(self, sizes: Iterable[tuple[int, int]]) -> dict[tuple[tuple[int, int], bool], int]:
-        """Visual tokens of pages of ``sizes``, newlines included; and of the same pages shrunk, if the model does that."""
+        """Visual tokens of pages of ``sizes``, with newlines; also when shrunk, if the model does that."""
         counts = {(size, False): len(self.layout(size)) for size in sizes}
         if getattr(self.core.config, "vision_aspect_ratio", None):
             shrunk = {size: count_tokens(self.model, *size) for size in sizes if size not in ONE_TILE}
             counts |= {(size, True): visual + newlines for size, (_, visual, newlines) in shrunk.items()}
         return counts
 
-    def _given(self, seen) -> Tensor:
-        """What the language model is given of the tower: the patches, at one of its layers."""
+    def _features(self, seen) -> Tensor:
+        """The tower's output for the language model: the patches, at one of its layers."""
         config = self.core.config
         states = seen.hidden_states[config.vision_feature_layer]
         return (
             states[:, 1:] if config.vision_feature_select_strategy == "default" else states
         )  # without the CLS token
 
-    def look(self, batch: StepBatch) -> tuple[Tensor, dict[str, Any]]:
-        """Loss of the tower on the labels, and how well it reads."""
-        with self._half():
+    def tower_loss(self, batch: StepBatch) -> tuple[Tensor, dict[str, Any]]:
+        """Loss of the tower on the labels, and counts of right predictions."""
+        with self._autocast():
             return self._labels(batch, self.core.vision_tower(batch.pixels, output_hidden_states=True))
 
     def _labels(self, batch: StepBatch, seen) -> tuple[Tensor, dict[str, Any]]:
-        """How far the tower's features are from the labels of patches and tiles."""
+        """Loss of the heads on the tower's features, for the labels of patches and tiles."""
         labels = batch.labels
-        patches = self._given(seen)
-        said = {name: head(patches).float() for name, head in self.heads.patch.items()}
+        patches = self._features(seen)
+        logits = {name: head(patches).float() for name, head in self.heads.patch.items()}
         loss = 0.3 * functional.mse_loss(self.heads.pixels(patches).float(), patch_pixels(batch.pixels))
-        if seen.pooler_output is not None:  # of a CLS token, which SigLIP has not
+        if seen.pooler_output is not None:  # of the CLS token; SigLIP has none
             present = [
                 functional.one_hot(labels[name], count + 1).amax(1)[:, 1:] for name, count in LABELS.items()
             ]
             holds = self.heads.holds(seen.pooler_output).float()
             loss = loss + functional.binary_cross_entropy_with_logits(holds, torch.cat(present, 1).float())
-        # Where a patch lies in its tile: asked only what it shows, the tower forgets, and nothing after it can find out.
+        # The place of a patch in its tile: trained only on contents, the tower forgets it, and no later layer
+        # can recover it.
         cells = torch.arange(patches.shape[1], device=self.device).expand(len(patches), -1)
         loss = loss + 0.3 * functional.cross_entropy(self.heads.cell(patches).float().transpose(1, 2), cells)
         for name, count in LABELS.items():
             weight = torch.ones(count + 1, device=self.device)
             weight[0] = 0.3 if name in RARE else 1.0
-            loss = loss + functional.cross_entropy(said[name].flatten(0, 1), labels[name].flatten(), weight)
+            loss = loss + functional.cross_entropy(logits[name].flatten(0, 1), labels[name].flatten(), weight)
         legible = (labels["letters"] > 0) & (labels["letters"] < ILLEGIBLE)
         counts = {}
         for name, where in (("letters", legible), ("objects", labels["objects"] > 0)):
-            right = (said[name].argmax(-1) == labels[name]) & where
+            right = (logits[name].argmax(-1) == labels[name]) & where
             counts[name] = torch.stack([right.sum(), where.sum()])
         return loss, counts
 
-    def answer(self, batch: StepBatch, tower: bool = True) -> tuple[Tensor, dict[str, Any]]:
-        """Loss of the language model on the answers, and how many tokens of each page's answers it gets right.
+    def answer_loss(self, batch: StepBatch, tower: bool = True) -> tuple[Tensor, dict[str, Any]]:
+        """Loss of the language model on the answers, and how many tokens of each page's answers are right.
 
-        Every question weighs the same, however long its answer. With ``tower`` the tower learns too.
+        Every question has the same weight, whatever the length of its answer. With ``tower`` the tower is
+        trained too.
         """
-        with self._half():
-            hidden, looking, counts = self.forward(batch, tower)
-            drilled = (
-                None
-                if batch.drill is None
-                else self._read(None, batch.drill)[-1][:, -batch.drill.ids.shape[1] :]
-            )
-        loss, right, total = self._spoken(hidden, batch.packed)
+        with self._autocast():
+            hidden, label_loss, counts = self.forward(batch, tower)
+            drilled = None
+            if batch.drill is not None:
+                drilled = self._read(None, batch.drill)[-1][:, -batch.drill.ids.shape[1] :]
+        assert batch.packed is not None, "a batch of the second phase has questions"
+        loss, right, total = self._token_loss(hidden, batch.packed)
         counts["pages"] = torch.stack([right, total], 1)
-        if drilled is not None:
-            more, right, total = self._spoken(drilled, batch.drill)
+        if drilled is not None and batch.drill is not None:
+            more, right, total = self._token_loss(drilled, batch.drill)
             loss, counts["drill"] = loss + more, torch.stack([right.sum(), total.sum()])
-        return loss + looking, counts
+        return loss + label_loss, counts
 
-    def _spoken(self, hidden: Tensor, packed: PackedQuestions) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss over the questions; how many tokens of each row's answers are right; how many there are."""
+    def _token_loss(self, hidden: Tensor, packed: PackedQuestions) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss over the questions; right answer tokens of each row; all answer tokens of each row."""
         logits = self.model.lm_head(hidden).float()
         losses = functional.cross_entropy(logits.flatten(0, 1), packed.labels.flatten(), reduction="none")
-        spoken = packed.labels >= 0
-        hit = (logits.argmax(-1) == packed.labels) & spoken
+        answered = packed.labels >= 0
+        hit = (logits.argmax(-1) == packed.labels) & answered
         loss = (losses * packed.weights.flatten()).sum() / packed.weights.sum()
-        return loss, hit.sum(1), spoken.sum(1)
+        return loss, hit.sum(1), answered.sum(1)
 
     def forward(self, batch: StepBatch, tower: bool = True) -> tuple[Tensor, Tensor | float, dict[str, Any]]:
         """Hidden states ``[pages, text, width]`` over the packed questions, the loss on labels, and counts.
 
         The labels are the tower's (with ``tower``) and those of the language model at the visual tokens.
         """
+        assert batch.packed is not None and batch.size is not None, "a batch of the second phase has both"
         core, index = self.core, self.layout(batch.size)
         with torch.set_grad_enabled(tower and torch.is_grad_enabled()):
             seen = core.vision_tower(batch.pixels, output_hidden_states=True)
-        looking, counts = self._labels(batch, seen) if tower else (0.0, {})
+        label_loss, counts = self._labels(batch, seen) if tower else (0.0, {})
         pages, many = len(batch.packed.ids), tiles_of(batch.size)
-        cells = self._given(seen)[: pages * many]
+        cells = self._features(seen)[: pages * many]
         if batch.shrunk:
             projected = core.multi_modal_projector(cells).float().split(many)
             visual = torch.stack(
-                packing(core, projected, torch.tensor([batch.size] * pages), core.image_newline)
+                pack(core, projected, torch.tensor([batch.size] * pages), core.image_newline)
             )
         else:
             projected = core.multi_modal_projector(
@@ -149,15 +151,15 @@ class TrainingLosses:
             ).float()
             visual = torch.where((index < 0)[:, None], core.image_newline, projected)
         states = self._read(visual, batch.packed)
-        asked = [each[:, -batch.packed.ids.shape[1] :] for each in states]
-        if batch.shrunk:  # an interpolated token lies in no one place
-            return asked[-1], looking, counts
-        on_the_way = [each[:, HEAD : HEAD + len(index)] for each in states]
-        tracing, traced = self.heads.probes(on_the_way, asked, index, batch)
-        return asked[-1], looking + tracing, counts | traced
+        asked = [state[:, -batch.packed.ids.shape[1] :] for state in states]
+        if batch.shrunk:  # an interpolated token has no single place
+            return asked[-1], label_loss, counts
+        at_visual = [state[:, HEAD : HEAD + len(index)] for state in states]
+        probe_loss, probed = self.heads.probes(at_visual, asked, index, batch)
+        return asked[-1], label_loss + probe_loss, counts | probed
 
     def _read(self, visual: Tensor | None, packed: PackedQuestions) -> tuple[Tensor, ...]:
-        """Run the language model over <s> USER: | visual, if any | text; its states behind each layer, and the last."""
+        """Run the language model over <s> USER: | visual, if any | text; the states after each layer."""
         model = self.core.language_model
         start = model.embed_tokens(torch.tensor([[1, 5]], device=self.device)).expand(len(packed.ids), -1, -1)
         parts = [start, visual, model.embed_tokens(packed.ids)]

@@ -1,6 +1,7 @@
-"""The small LLaVA-NeXT and LLaVA-OneVision: stock classes, a tokenizer of words and letters, and nothing else."""
+"""The small LLaVA-NeXT and LLaVA-OneVision: stock classes, and a tokenizer of words and letters."""
 
 from functools import lru_cache
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -32,8 +33,9 @@ from tokensel.vlm.native import LlavaOnevisionProcessor
 KINDS = ("llava-next", "llava-onevision")
 # The five grids of LLaVA-NeXT at 336 pixels a tile, at 64 (height, width).
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
-# LLaVA-OneVision has every grid of up to six by six, and shrinks what is larger than nine tiles: to a quarter of the tokens
-# at most. The largest page here has four tiles, so the small one shrinks what is larger than two: to a half at most.
+# LLaVA-OneVision has every grid of up to six by six, and shrinks what is larger than nine tiles: to a quarter
+# of the tokens at most. The largest page here has four tiles, so the small one shrinks what is larger than
+# two: to a half at most.
 MANY_PINPOINTS = [[rows * TILE, columns * TILE] for rows in range(1, 4) for columns in range(1, 4)]
 SHRINKS = "anyres_max_2"
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", "\n"]
@@ -64,7 +66,7 @@ def questions_vocabulary(pages: int = 200) -> list[str]:
 
 @lru_cache(maxsize=1)
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-case words are whole tokens, capitals and digits single letters: what stands on a page is spelt out."""
+    """Lower-case words are whole tokens, capitals and digits single ones: the text on a page is spelt out."""
     letters = [chr(code) for code in (*range(65, 91), *range(48, 58))]
     pieces = [
         *SPECIALS,
@@ -141,13 +143,14 @@ def build_processor(kind: str = KINDS[0]) -> ProcessorMixin:
 def build_config(kind: str = KINDS[0]) -> LlavaNextConfig | LlavaOnevisionConfig:
     """Four layers of a vision tower, six of a language model: CLIP and Llama, or SigLIP and Qwen2.
 
-    CLIP has a fifth layer, whose CLS token answers for the whole tile; the language model is given layer -2.
+    CLIP has a fifth layer, whose CLS token is trained on the whole tile; the language model receives layer
+    -2.
     """
     tokenizer = build_tokenizer()
-    vision = dict(
+    vision: dict[str, Any] = dict(
         hidden_size=128, intermediate_size=512, num_attention_heads=4, image_size=TILE, patch_size=PATCH
     )
-    text = dict(
+    text: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
@@ -159,13 +162,13 @@ def build_config(kind: str = KINDS[0]) -> LlavaNextConfig | LlavaOnevisionConfig
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    image = tokenizer.convert_tokens_to_ids("<image>")
+    special: dict[str, Any] = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
     if kind == "llava-onevision":
+        special["video_token_id"] = -1  # it has no video token
         return LlavaOnevisionConfig(
             vision_config=SiglipVisionConfig(**vision, num_hidden_layers=4, vision_use_head=False),
             text_config=Qwen2Config(**text),
-            image_token_id=image,
-            video_token_id=-1,  # it knows no videos
+            **special,
             vision_aspect_ratio=SHRINKS,
             image_grid_pinpoints=MANY_PINPOINTS,
             tie_word_embeddings=False,
@@ -173,7 +176,7 @@ def build_config(kind: str = KINDS[0]) -> LlavaNextConfig | LlavaOnevisionConfig
     return LlavaNextConfig(
         vision_config=CLIPVisionConfig(**vision, num_hidden_layers=5, projection_dim=128),
         text_config=LlamaConfig(**text),
-        image_token_id=image,
+        **special,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_grid_pinpoints=PINPOINTS,

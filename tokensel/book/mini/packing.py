@@ -1,4 +1,4 @@
-"""Training batches: tiles as the processor cuts them, and many questions packed behind one picture."""
+"""Tiles as the image processor cuts them, and many questions packed behind one image."""
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -8,20 +8,20 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tokensel.book.mini.canvas import CELLS, PATCH, QA, TILE, Page
 from tokensel.book.mini.general import BACKGROUNDS, choice
 from tokensel.book.mini.model import build_tokenizer
 from tokensel.book.mini.words import COLORS, SHAPES
-from tokensel.vlm.layout import pack as packing
+from tokensel.vlm.layout import pack
 from tokensel.vlm.native import OFF
 
 MEAN, STD = (np.array(stat, np.float32)[:, None, None] for stat in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
 
 def tiles(page: Page) -> Float[Tensor, "tiles 3 height width"]:
-    """Thumbnail and high-resolution tiles, normalised: what LLaVA-NeXT's image processor makes, without its checks."""
+    """Thumbnail and high-resolution tiles, normalised, as the image processor makes them."""
     width, height = page.image.size
     rows, columns = -(-height // TILE), -(-width // TILE)
     top, left = (rows * TILE - height) // 2, (columns * TILE - width) // 2
@@ -39,7 +39,7 @@ def tiles(page: Page) -> Float[Tensor, "tiles 3 height width"]:
 def layout(core, size: tuple[int, int]) -> Int[Tensor, "packed"]:
     """For each visual token of a page of ``size``: tile * 64 + cell, or -1 for a newline; nothing is shrunk.
 
-    The model's own packing is run on the indices, so unpadding and newlines are its, not ours. A page of one
+    The model's own code packs the indices, so unpadding and newlines are exactly the model's. A page of one
     tile (the first stage of the curriculum) is its rows with newlines, without a thumbnail.
     """
     newline = torch.full((1,), -1.0)
@@ -48,41 +48,42 @@ def layout(core, size: tuple[int, int]) -> Int[Tensor, "packed"]:
         return torch.cat([cells, cells.new_full((CELLS, 1), -1)], 1).flatten()
     count = 1 + -(-size[0] // TILE) * -(-size[1] // TILE)
     index = torch.arange(count * CELLS * CELLS, dtype=torch.float32).view(count, CELLS * CELLS, 1)
-    return packing(core, [index], torch.tensor([size]), newline, OFF)[0][:, 0].round().long()
+    return pack(core, [index], torch.tensor([size]), newline, OFF)[0][:, 0].round().long()
 
 
 @dataclass
 class PackedQuestions:
-    """Questions of a batch of pages, laid behind each page's visual tokens.
+    """Questions of a batch of pages, packed behind the visual tokens of each page.
 
-    Each question sees the picture and itself, never another question, and counts positions as if it stood alone:
-    one row holds what would be ``questions`` rows of a batch.
+    Each question sees the picture and itself, never another question, and counts positions as if it stood
+    alone: one row holds what would be ``questions`` rows of a batch.
     """
 
     ids: Int[Tensor, "pages text"]
-    labels: Int[Tensor, "pages text"]  # -100 where nothing is to be said
+    labels: Int[Tensor, "pages text"]  # -100 where nothing is predicted
     weights: Float[Tensor, "pages text"]  # of each label, so that a question's sum to 1
     block: Int[Tensor, "pages text"]  # number of the question, -1 for padding
     positions: Int[Tensor, "pages total"]
-    # At the token that begins an answer: where what is asked about lies; elsewhere NaN. There and at the question's end, before
-    # its options: the answer in a word, where that is a letter or a number; elsewhere -100.
+    # At the token that begins an answer: where what is asked about lies; elsewhere NaN. There and at the
+    # question's end, before its options: the answer in a word, where that is a letter or a number; elsewhere
+    # -100.
     spots: Float[Tensor, "pages text 2"]
     named: Int[Tensor, "pages text"]
 
     def mask(self) -> Float[Tensor, "pages 1 total total"]:
-        """What is added to the attention's logits: 0 where a token may look, hugely negative elsewhere."""
+        """Added to the attention logits: 0 where attention is allowed, the lowest bfloat16 elsewhere."""
         prefix, total = self.positions.shape[1] - self.ids.shape[1], self.positions.shape[1]
         itself = torch.eye(self.ids.shape[1], dtype=torch.bool, device=self.ids.device)
-        mask = (
+        mask = (  # causal, and between the questions of a page blocked
             torch.ones(total, total, dtype=torch.bool, device=self.ids.device)
             .tril()
             .repeat(len(self.ids), 1, 1)
         )
         mask[:, prefix:, prefix:] &= (self.block[:, :, None] == self.block[:, None, :]) | itself
-        closed = torch.zeros(mask.shape, device=mask.device).masked_fill_(
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(
             ~mask, torch.finfo(torch.bfloat16).min
         )
-        return closed[:, None]
+        return bias[:, None]
 
     def to(self, device: torch.device) -> "PackedQuestions":
         """The same on a device."""
@@ -91,7 +92,8 @@ class PackedQuestions:
         )
 
 
-HEAD = 2  # text tokens before the picture: <s> USER:
+PAD = 0  # as in build_tokenizer
+HEAD = 2  # text tokens before the image: <s> USER:
 
 
 def pack_questions(
@@ -99,17 +101,17 @@ def pack_questions(
 ) -> PackedQuestions:
     """Pack the questions of each page behind its ``visual`` visual tokens.
 
-    A row is: <s> USER: | visual tokens | newline, question, answer, question, answer, ...
-    A share ``free`` of the multiple-choice questions is put without options, to be answered in words; a share
-    ``drill`` asks for the letter of an option that is named, which teaches what the letters are for.
+    A row is: <s> USER: | visual tokens | newline, question, answer, question, answer, ... A share ``free`` of
+        the multiple-choice questions is asked without options and answered in words. A share ``drill``
+    asks for the letter of a given option, from which the model learns what the letters mean.
     """
     tokenizer = build_tokenizer()
     rows = [
         [(qa, *_turn(tokenizer, *_wording(qa, rng.random(), free, drill))) for qa in page] for page in pages
     ]
-    prefix = HEAD + visual  # the position of the first text token after the picture
+    prefix = HEAD + visual  # the position of the first text token after the image
     longest = max(sum(len(turn[1]) for turn in row) for row in rows)
-    ids = torch.full((len(pages), longest), tokenizer.pad_token_id)
+    ids = torch.full((len(pages), longest), PAD)
     labels = torch.full((len(pages), longest), -100)
     weights = torch.zeros(len(pages), longest)
     block = torch.full((len(pages), longest), -1)
@@ -135,18 +137,19 @@ def pack_questions(
     return PackedQuestions(ids, labels, weights, block, positions, spots, named)
 
 
-def _wording(qa: QA, chance: float, free: float, drill: float) -> tuple[str, str]:
-    """Question and answer as they are put to the model; ``chance`` in [0, 1) decides how, for multiple choice."""
-    if qa.options and chance < free + drill:
+def _wording(qa: QA, draw: float, free: float, drill: float) -> tuple[str, str]:
+    """Question and answer as the model gets them; ``draw``, uniform in [0, 1), selects the variant."""
+    if qa.options and draw < free + drill:
         question, listed = qa.question.split(" A. ")
-        return (question, qa.named) if chance < free else (f"which is {qa.named}? A. {listed}", qa.answers[0])
+        return (question, qa.named) if draw < free else (f"which is {qa.named}? A. {listed}", qa.answers[0])
     return qa.question, qa.answers[0]
 
 
 def drills(rng: np.random.Generator, rows: int, each: int) -> PackedQuestions:
-    """Questions without a picture: the letter of an option that is named, ``each`` of them in each of ``rows`` rows.
+    """Questions without an image, ``each`` in each of ``rows`` rows: which letter stands for a given option?
 
-    Behind pictures alone the small model learns this shape by shape; here the options are any words it knows.
+    From images alone the small model learns this separately for every shape; here the options are all words
+    it knows.
     """
     words = tuple(
         piece[1:]
@@ -170,15 +173,14 @@ def _ids(tokenizer, text: str) -> tuple[int, ...]:
 
 
 def _turn(tokenizer, question: str, answer: str) -> tuple[list[int], int, int]:
-    """Token ids of newline, question, answer and end; how many of them are the newline and the question without its
-    options, and how many the answer and its end."""
+    """Token ids of newline, question, answer and end; how many precede the options; the answer's length."""
     asked = _ids(tokenizer, f"\n{question}ASSISTANT:")
-    said = _ids(tokenizer, f"{answer}</s>")
-    return [*asked, *said], len(_ids(tokenizer, f"\n{question.split(' A. ')[0]}")), len(said)
+    answered = _ids(tokenizer, f"{answer}</s>")
+    return [*asked, *answered], len(_ids(tokenizer, f"\n{question.split(' A. ')[0]}")), len(answered)
 
 
 def patch_pixels(pixels: Float[Tensor, "tiles 3 height width"]) -> Float[Tensor, "tiles cells channels"]:
-    """Each patch at 4x4 pixels: a target that asks the encoder for how a patch looks, not only what it is."""
+    """Each patch at 4x4 pixels: a target besides the labels, so that the encoder keeps how a patch looks."""
     small = torch.nn.functional.avg_pool2d(pixels, 2)
     step = PATCH // 2
     cells = small.unfold(2, step, step).unfold(3, step, step)  # [tiles, 3, 8, 8, 4, 4]

@@ -1,13 +1,11 @@
-"""Pictures to be read: forms, charts, posters, words in a scene, and pages of text."""
+"""Images of text: forms, charts, posters, words in a scene, and pages of text."""
+
+from itertools import pairwise
 
 import numpy as np
 
-from tokensel.book.mini.canvas import FONTS, QA, SIZES, Canvas, Page, dark_color, paper
+from tokensel.book.mini.canvas import FONTS, QA, SIZES, Canvas, Page, dark_color, paper, pick
 from tokensel.book.mini.words import ALPHABET, COLORS, FIELDS, TITLES, distinct, number, word
-
-
-def _pick(rng: np.random.Generator, items):
-    return items[int(rng.integers(len(items)))]
 
 
 def _value(rng: np.random.Generator, split: str, room: int) -> str:
@@ -20,7 +18,7 @@ def _value(rng: np.random.Generator, split: str, room: int) -> str:
 def _lines(
     rng: np.random.Generator, height: int, step: int, most: int, start: int | None = None
 ) -> list[int]:
-    """The tops of up to ``most`` lines of text, ``step`` pixels apart, some left blank."""
+    """The tops of up to ``most`` lines of text, ``step`` pixels apart; some lines stay blank."""
     first = int(rng.integers(3, 9)) if start is None else start
     rows = list(range(first, height - step + 3, step))
     count = min(len(rows), int(rng.integers(2, most + 1)))
@@ -28,7 +26,7 @@ def _lines(
 
 
 def _clutter(rng: np.random.Generator, canvas: Canvas, most: int = 3) -> None:
-    """Rules, specks and frames, faint enough to leave the text legible."""
+    """Rules and frames, faint enough to leave the text legible."""
     for _ in range(int(rng.integers(most + 1))):
         shade = tuple(int(value) for value in rng.integers(150, 200, 3))
         x, y = int(rng.integers(canvas.width)), int(rng.integers(canvas.height))
@@ -47,11 +45,11 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """A form: field names with their values beside or below them (mirrors DocVQA)."""
     canvas = Canvas(paper(rng, size))
     _clutter(rng, canvas)
-    font, value_font, (advance, points) = _pick(rng, FONTS), _pick(rng, FONTS), _pick(rng, SIZES)
-    narrow = canvas.width < 100  # there, only the shortest fields have room for a value beside them
+    font, value_font, (advance, points) = pick(rng, FONTS), pick(rng, FONTS), pick(rng, SIZES)
+    narrow = canvas.width < 100  # only the shortest field names leave room for a value beside them
     stacked = rng.random() < (0.5 if narrow else 0.2)
     if narrow and not stacked:
-        advance, points = _pick(rng, SIZES[:2])
+        advance, points = pick(rng, SIZES[:2])
     margin, dark = int(rng.integers(2, 3 if narrow else 7)), dark_color(rng)
     step = 2 * points + 6 if stacked else points + int(rng.integers(3, 8))
     tops = _lines(rng, canvas.height, step, 3 if stacked else 6)
@@ -87,7 +85,7 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
 def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """A bar chart: labels, coloured bars and their values in figures (mirrors ChartQA)."""
     canvas = Canvas(paper(rng, size, "plain"))
-    font, (advance, points) = _pick(rng, FONTS), _pick(rng, SIZES[:4])
+    font, (advance, points) = pick(rng, FONTS), pick(rng, SIZES[:4])
     step = points + int(rng.integers(3, 9))
     tops = _lines(rng, canvas.height, step, 5)
     room = 2 if canvas.width < 100 else 3  # characters of a label and of a value
@@ -120,7 +118,7 @@ def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
 def poster(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """A poster of several blocks, each a coloured heading over a line of text (mirrors InfoVQA)."""
     canvas = Canvas(paper(rng, size))
-    font, body, (advance, points) = _pick(rng, FONTS), _pick(rng, FONTS), _pick(rng, SIZES[:5])
+    font, body, (advance, points) = pick(rng, FONTS), pick(rng, FONTS), pick(rng, SIZES[:5])
     rows, columns = max(1, canvas.height // 48), max(1, canvas.width // 56)
     spots = [(row, column) for row in range(rows) for column in range(columns)]
     rng.shuffle(spots)
@@ -150,13 +148,13 @@ def poster(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
 def scene_text(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """Words on coloured signs over a texture (mirrors TextVQA)."""
     canvas = Canvas(
-        paper(rng, size, _pick(rng, ("stripes", "checks", "dots", "grain"))) * rng.uniform(0.75, 1.0)
+        paper(rng, size, pick(rng, ("stripes", "checks", "dots", "grain"))) * rng.uniform(0.75, 1.0)
     )
     count = int(rng.integers(1, 4))
     colors = [str(color) for color in rng.permutation(list(COLORS))[:count]]
     questions, practice, floor = [], [], int(rng.integers(2, 20))
     for color in colors:
-        font, (advance, points) = _pick(rng, FONTS), _pick(rng, SIZES)
+        font, (advance, points) = pick(rng, FONTS), pick(rng, SIZES)
         value = _value(rng, split, 5)
         y = canvas.snap_y(floor + 3, points)
         if y + points + 3 > canvas.height:
@@ -175,34 +173,34 @@ def scene_text(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
 
 
 def text_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
-    """A page of short lines to be transcribed whole."""
+    """A page of short lines to be transcribed completely."""
     canvas = Canvas(paper(rng, size))
     _clutter(rng, canvas, 1)
-    font, (advance, points), dark = _pick(rng, FONTS), _pick(rng, SIZES), dark_color(rng)
-    tops, said, floor = _lines(rng, canvas.height, points + int(rng.integers(3, 8)), 4), [], -1
+    font, (advance, points), dark = pick(rng, FONTS), pick(rng, SIZES), dark_color(rng)
+    tops, written, floor = _lines(rng, canvas.height, points + int(rng.integers(3, 8)), 4), [], -1
     for top in tops:
         top = canvas.snap_y(max(top, floor), points)
         x = int(rng.integers(2, 12))
         while top + points <= canvas.height and x + 3 * advance + 2 <= canvas.width:
             value = _value(rng, split, min(5, (canvas.width - x - 2) // advance))
             x, _ = canvas.text(x, top, value, font, (advance, points), dark)
-            said.append(value)
+            written.append(value)
             x += advance + int(rng.integers(0, 16))
             if rng.random() < 0.4:
                 break
         floor = top + points + 1
-    practice = [("what comes first?", said[0]), ("what comes last?", said[-1])] if said else []
-    for before, after in zip(said, said[1:]):
+    practice = [("what comes first?", written[0]), ("what comes last?", written[-1])] if written else []
+    for before, after in pairwise(written):
         practice += [(f"what comes after {before}?", after), (f"what comes before {after}?", before)]
-    return canvas.finish([QA("transcribe the page.", [" ".join(said)], "page")], practice)
+    return canvas.finish([QA("transcribe the page.", [" ".join(written)], "page")], practice)
 
 
 def print_page(rng: np.random.Generator, size: tuple[int, int]) -> Page:
-    """A page full of random print, each line in its own font, size and colours: to learn letters from, not a task."""
-    canvas = Canvas(paper(rng, size, _pick(rng, ("plain", "gradient", "grain", "stripes", "checks", "dots"))))
+    """A page full of random text for learning letters; each line has its own font, size and colors."""
+    canvas = Canvas(paper(rng, size, pick(rng, ("plain", "gradient", "grain", "stripes", "checks", "dots"))))
     y = int(rng.integers(0, 5))
     while True:
-        font, (advance, points) = _pick(rng, FONTS), _pick(rng, SIZES)
+        font, (advance, points) = pick(rng, FONTS), pick(rng, SIZES)
         y = canvas.snap_y(y, points)
         if y + points > canvas.height:
             return canvas.finish([])
@@ -211,7 +209,7 @@ def print_page(rng: np.random.Generator, size: tuple[int, int]) -> Page:
             length = min(room, int(rng.integers(2, 7)))
             text = "".join(ALPHABET[int(place)] for place in rng.integers(len(ALPHABET), size=length))
             if rng.random() < 0.3:
-                color = _pick(rng, list(COLORS))
+                color = pick(rng, list(COLORS))
                 canvas.panel((x, y - 1, min(x + advance * (length + 1), canvas.width) - 3, y + points), color)
                 pen = (20, 20, 20) if color in ("yellow", "orange") else (250, 250, 250)
             x, _ = canvas.text(x, y, text, font, (advance, points), pen)

@@ -1,7 +1,7 @@
-"""What each training step of the small model is given: pages drawn, cut, labelled and asked about.
+"""The batches of the small model's training: pages, cut into tiles, with labels and questions.
 
-A batch is a function of (recipe, phase, step, worker) and of nothing else, so a killed run resumes to the same weights,
-and sheets can be drawn ahead by other processes.
+A batch is a function of (recipe, phase, step, worker) alone, so a killed run resumes to the
+same weights, and other processes can prepare batches ahead.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from tokensel.book.mini.recipe import Recipe
 from tokensel.book.mini.words import COLORS, SHAPES
 from tokensel.book.mini.world import SIZES, draw_page
 
-# what the patches of a page are labelled with, and how many different labels there are besides "nothing"
+# names of the patch labels, and how many values each has besides 0, "nothing"
 LABELS = {
     "letters": ILLEGIBLE,
     "shapes": len(SHAPES),
@@ -32,11 +32,13 @@ LABELS = {
 
 @dataclass
 class StepBatch:
-    """One worker's share of one step.
+    """One worker's share of one training step.
 
     Attributes:
-        pixels: tiles, thumbnails first, page by page; those of print, which nothing is asked about, come last.
-        labels: of the patches of each tile: those of ``LABELS``, and what stands before and after what they show.
+        pixels: tiles, thumbnails first, page by page; those of print, which nothing is asked about, come
+            last.
+        labels: of the patches of each tile: those of ``LABELS``, and what stands before and after what they
+            show.
         size: of the pages that are asked about, in pixels; ``None`` in the tower's phase.
         shrunk: whether the model's own compression is on.
         tasks: of these pages, in order.
@@ -64,7 +66,7 @@ class StepBatch:
 
 
 class StepBatches(Dataset):
-    """The sheets of a range of steps, in order; a map-style dataset, so that a ``DataLoader`` can draw ahead."""
+    """The batches of a range of steps; a map-style dataset, so that a ``DataLoader`` can prefetch."""
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class StepBatches(Dataset):
         Args:
             recipe: what is drawn.
             phase: "tower", "heads" (the same pages) or "language".
-            steps: the steps whose sheets are wanted.
+            steps: the steps whose batches are wanted.
             visual: visual tokens of a page, by its size and whether they are shrunk, if they ever are.
             worker, workers: which share of each step.
         """
@@ -91,13 +93,18 @@ class StepBatches(Dataset):
 
     def __getitem__(self, place: int) -> StepBatch:
         step = self.steps[place]
-        return self.answer(step) if self.phase == "language" else self.look(step)
+        return self.answer_batch(step) if self.phase == "language" else self.tower_batch(step)
 
     def _rng(self, purpose: int, step: int) -> np.random.Generator:
         return np.random.default_rng([self.recipe.seed, purpose, step, self.worker])
 
     def pages(
-        self, purpose: int, step: int, count: int, size=None, oversample=None
+        self,
+        purpose: int,
+        step: int,
+        count: int,
+        size: tuple[int, int] | None = None,
+        oversample: dict[str, float] | None = None,
     ) -> tuple[tuple[str, ...], list[Page]]:
         """This worker's share of the ``count`` pages of ``step``: their tasks and themselves."""
         rng = np.random.default_rng([self.recipe.seed, purpose, step])
@@ -107,14 +114,14 @@ class StepBatches(Dataset):
         names = [
             str(name) for name in rng.choice(list(self.recipe.weights), count, p=weights / weights.sum())
         ]
-        mine = range(self.worker, count, self.workers)
-        first = step * 1000 + 10**9 * (purpose + 100 * self.recipe.seed)  # no page comes twice
-        return tuple(names[place] for place in mine), [
-            draw_page(names[place], "train", first + place, size) for place in mine
+        share = range(self.worker, count, self.workers)
+        first = step * 1000 + 10**9 * (purpose + 100 * self.recipe.seed)  # no page is used twice
+        return tuple(names[place] for place in share), [
+            draw_page(names[place], "train", first + place, size) for place in share
         ]
 
-    def look(self, step: int) -> StepBatch:
-        """For the tower alone: pages of the world and pages of print."""
+    def tower_batch(self, step: int) -> StepBatch:
+        """For the tower alone: pages of the world and pages of random text."""
         _, pages = self.pages(0, step, self.recipe.tower_pages)
         rng = self._rng(1, step)
         pages = [
@@ -125,8 +132,8 @@ class StepBatches(Dataset):
         ]
         return StepBatch(torch.cat([tiles(page) for page in pages]), labels_of(pages))
 
-    def answer(self, step: int) -> StepBatch:
-        """For all parts together: pages of one size with their questions, some print, some drills."""
+    def answer_batch(self, step: int) -> StepBatch:
+        """For all parts together: pages of one size with their questions, some random text, some drills."""
         recipe, stage = self.recipe, self.recipe.stage(step)
         sizes = np.random.default_rng([recipe.seed, 2, step])
         size = stage.sizes[int(sizes.integers(len(stage.sizes)))]
@@ -143,9 +150,15 @@ class StepBatches(Dataset):
             for _ in range(recipe.print_pages // self.workers if stage.tower else 0)
         ]
         drill = drills(rng, max(1, stage.drills // self.workers), 8) if stage.drills else None
-        every = pages + printed
+        all_pages = pages + printed
         return StepBatch(
-            torch.cat([tiles(page) for page in every]), labels_of(every), size, shrunk, names, packed, drill
+            torch.cat([tiles(page) for page in all_pages]),
+            labels_of(all_pages),
+            size,
+            shrunk,
+            names,
+            packed,
+            drill,
         )
 
 

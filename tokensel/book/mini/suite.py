@@ -12,7 +12,7 @@ import numpy as np
 from tokensel.benchmarks.table import Benchmark
 from tokensel.book.mini.world import draw_page
 
-ROWS = 1000  # of a split, when no number is given; the world has no end
+ROWS = 1000  # of a split by default; any number can be drawn
 FEATURES = datasets.Features(
     {
         "image": datasets.Image(),
@@ -27,7 +27,7 @@ FEATURES = datasets.Features(
 
 
 def question(task: str, split: str, index: int) -> dict[str, Any]:
-    """Row ``index`` of a task: its page and one question, drawn evenly over the categories of the page's questions."""
+    """Row ``index`` of a task: its page and one question, all categories on the page equally likely."""
     page = draw_page(task, split, index)
     rng = np.random.default_rng([zlib.crc32(b"question"), zlib.crc32(task.encode()), index])
     kinds = sorted({qa.category for qa in page.questions})
@@ -50,7 +50,8 @@ def question(task: str, split: str, index: int) -> dict[str, Any]:
 def load(task: str, split: str = "test", n: int | None = None) -> datasets.Dataset:
     """The first ``n`` questions of a task's split (default 1000) as a ``datasets.Dataset``.
 
-    Columns: ``image``, ``question``, ``answers``, ``question_id``, ``task``, ``category``, ``options`` (empty where the
+    Columns: ``image``, ``question``, ``answers``, ``question_id``, ``task``, ``category``, ``options`` (empty
+        where the
     answer is free).
     """
     rows = [question(task, split, index) for index in range(n or ROWS)]
@@ -58,7 +59,7 @@ def load(task: str, split: str = "test", n: int | None = None) -> datasets.Datas
 
 
 def prompt(row: Mapping[str, Any]) -> str:
-    """The question as it stands: the small model was taught no further instruction."""
+    """The question unchanged: the small model was trained without further instructions."""
     return row["question"]
 
 

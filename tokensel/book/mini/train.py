@@ -1,34 +1,35 @@
-"""Train the small LLaVA-NeXT or LLaVA-OneVision by its recipe: on a GPU, or in a few processes on a CPU; resumable at any step."""
+"""Train the small models by their recipe, on a GPU or in a few processes on a CPU; resumable."""
 
 import json
 import os
 import shutil
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText
 
 from tokensel.book.mini.losses import Heads, TrainingLosses
 from tokensel.book.mini.model import KINDS, build_mini_model, build_processor
+from tokensel.book.mini.optim import average_gradients, muon_and_adamw
 from tokensel.book.mini.recipe import Recipe
 from tokensel.book.mini.step_batches import StepBatches
 from tokensel.utils import files
 from tokensel.utils.devices import check_device
 
-_FLUSH = 20  # steps between two looks at what the device has counted; each look waits for it
+_FLUSH = 20  # steps between two reads of the counts; each read waits for the device
 
 
 def train_mini(
     out: Path,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe | None = None,
     save_every: int = 100,
     device: str | None = None,
     workers: int | None = None,
@@ -37,20 +38,22 @@ def train_mini(
     start: Path | None = None,
     kind: str = KINDS[0],
 ) -> Path:
-    """Train the small model, by default from nothing; resumes from ``out/checkpoint.safetensors`` if it is there.
+    """Train a small model; resumes from ``out/checkpoint.safetensors`` if it exists.
 
     Args:
-        out: folder for the checkpoint, ``history.*.jsonl`` and, at the end, ``model/``: a LLaVA-NeXT checkpoint
-            with its processor.
-        recipe: steps, sizes and rates.
+        out: folder for the checkpoint, ``history.*.jsonl`` and, at the end, ``model/``: a LLaVA-NeXT
+            checkpoint with its processor.
+        recipe: steps, sizes and rates; by default those of :class:`Recipe`.
         save_every: steps between checkpoints.
         device: by default a GPU if there is one, else the CPU.
-        workers: processes that share each batch and average their gradients; by default 1 on a GPU, 2 on a CPU.
+        workers: processes that share each batch and average their gradients; by default 1 on a GPU, 2 on a
+            CPU.
         bf16: compute in bfloat16; by default on a GPU, and on a CPU that has the instructions for it.
-        compiled: compile the language model (a quarter faster on a CPU); by default where there is a C++ compiler.
-        start: folder of a finished model to go on from. The recipe's first phase is left out; in its place new heads are
-            fitted to that model's tower, as a finished model has none. From a model of another kind every weight of the
-            same name and shape is taken over, and no phase is left out.
+        compiled: compile the language model (a quarter faster on a CPU); by default where there is a C++
+            compiler.
+        start: folder of a finished model to go on from. The recipe's first phase is left out; in its place
+            new heads are fitted to that model's tower, as a finished model has none. From a model of another
+            kind every weight of the same name and shape is taken over, and no phase is left out.
         kind: of model, one of ``KINDS``.
 
     Returns:
@@ -65,14 +68,12 @@ def train_mini(
         "compiled": shutil.which("g++") is not None if compiled is None else compiled,
     }
     build_processor(kind)  # a faulty environment fails here, in one process
-    arguments = (Path(out), recipe, save_every, settings | {"kind": kind}, start)
+    arguments = (Path(out), recipe or Recipe(), save_every, settings | {"kind": kind}, start)
     if settings["workers"] == 1:
         _work(0, *arguments)
     else:
         with tempfile.TemporaryDirectory() as meeting:
-            multiprocessing.spawn(
-                _work, (*arguments, f"file://{meeting}/workers", os.getpid()), settings["workers"]
-            )
+            spawn(_work, (*arguments, f"file://{meeting}/workers", os.getpid()), settings["workers"])
     return Path(out) / "model"
 
 
@@ -86,15 +87,17 @@ def _work(
     meeting: str | None = None,
     parent: int | None = None,
 ) -> None:
-    """One worker: its share of every batch, and, for the first, all that is written."""
+    """One worker: its share of every batch; the first worker writes all files."""
     workers, device = settings["workers"], torch.device(settings["device"])
     if meeting:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
         distributed.init_process_group("gloo", init_method=meeting, rank=worker, world_size=workers)
     torch.manual_seed(recipe.seed)
-    model, heads = build_mini_model(settings["kind"]).to(device), Heads(128, 192).to(device)
+    model: Any = build_mini_model(settings["kind"])
+    model, heads = model.to(device), Heads(128, 192).to(device)
     if device.type == "cpu":
-        # Written-out attention: with a mask for each row, the backward pass of sdpa takes six times as long there.
+        # Written-out attention: with a mask for each row, the backward pass of sdpa takes six times as long
+        # there.
         model.model.language_model.set_attn_implementation("eager")
     if settings["compiled"]:
         model.model.language_model.compile(dynamic=True)
@@ -115,7 +118,7 @@ def _work(
 
 
 class _Run:
-    """The state of one training run, saved and found again."""
+    """The state of one training run, with its checkpoints."""
 
     def __init__(
         self,
@@ -140,12 +143,12 @@ class _Run:
             return [torch.optim.AdamW(self.heads.parameters(), recipe.head_rate)]
         vision = [core.vision_tower, self.heads]
         if self.phase == "tower":
-            return _muon(vision, recipe.rate, recipe.rate / 2, recipe.decay)
+            return muon_and_adamw(vision, recipe.rate, recipe.rate / 2, recipe.decay)
         text = [core.multi_modal_projector, self.model.lm_head, core.language_model]
-        optimizers = _muon(text, recipe.rate, recipe.rate / 2, 0.0, extra=[core.image_newline])
-        return optimizers + _muon(vision, recipe.joint_rate, recipe.joint_rate, recipe.decay)
+        optimizers = muon_and_adamw(text, recipe.rate, recipe.rate / 2, 0.0, extra=[core.image_newline])
+        return optimizers + muon_and_adamw(vision, recipe.joint_rate, recipe.joint_rate, recipe.decay)
 
-    # --- what a killed run leaves behind -------------------------------------------------------------------
+    # --- checkpoints --------------------------------------------------------------------------------------
 
     def save(self, step: int) -> None:
         if self.worker:
@@ -160,19 +163,19 @@ class _Run:
         )
 
     def take_over(self, folder: Path) -> None:
-        """Begin with the weights of a finished model; if it is of another kind, with those that fit."""
-        finished, mine = AutoModelForImageTextToText.from_pretrained(folder), self.model.state_dict()
-        found = {
+        """Start from the weights of a finished model; if it is of another kind, from those that fit."""
+        finished, own = AutoModelForImageTextToText.from_pretrained(folder), self.model.state_dict()
+        fitting = {
             name: tensor
             for name, tensor in finished.state_dict().items()
-            if name in mine and tensor.shape == mine[name].shape
+            if name in own and tensor.shape == own[name].shape
         }
-        self.model.load_state_dict(mine | found)
+        self.model.load_state_dict(own | fitting)
         self.phase = "heads" if type(finished) is type(self.model) else "tower"
         self.optimizers = self._optimizers()
 
     def load(self) -> bool:
-        """Go back to the last checkpoint; whether there was one."""
+        """Resume from the last checkpoint; returns whether there was one."""
         if not (self.out / "checkpoint.safetensors").exists():
             return False
         tensors, meta = files.load_tensors(self.out / "checkpoint.safetensors")
@@ -198,11 +201,13 @@ class _Run:
     # --- the two phases ------------------------------------------------------------------------------------
 
     def tower(self) -> None:
-        """Phase one: the vision tower, alone; or, where a finished one was taken over, only the heads that read it."""
+        """Phase one: the vision tower alone; or, if it is that of a finished model, only the heads on it."""
         if self.phase != "language":
             steps = self.recipe.tower_steps if self.phase == "tower" else self.recipe.head_steps
             self._loop(
-                steps, int(steps * self.recipe.tower_cooldown), lambda step, batch: self.losses.look(batch)
+                steps,
+                int(steps * self.recipe.tower_cooldown),
+                lambda step, batch: self.losses.tower_loss(batch),
             )
             self.phase, self.done = "language", 0
             self.optimizers = self._optimizers()
@@ -213,11 +218,11 @@ class _Run:
         self._loop(
             self.recipe.steps,
             int(self.recipe.stages[-1].steps * self.recipe.cooldown),
-            lambda step, batch: self.losses.answer(batch, self.recipe.stage(step).tower),
+            lambda step, batch: self.losses.answer_loss(batch, self.recipe.stage(step).tower),
         )
 
-    def _sheets(self, steps: range) -> DataLoader:
-        """StepBatches drawn ahead by other processes where a GPU trains; on a CPU they would only take its cores."""
+    def _batches(self, steps: range) -> DataLoader:
+        """Batches, prefetched by other processes if a GPU trains; on a CPU these would take its cores."""
         visual = self.losses.visual({size for stage in self.recipe.stages for size in stage.sizes})
         batches = StepBatches(self.recipe, self.phase, steps, visual, self.worker, self.workers)
         ahead = 0 if self.losses.device.type == "cpu" else max(1, (os.cpu_count() or 2) - 2)
@@ -226,15 +231,16 @@ class _Run:
     def _loop(self, total: int, cooling: int, loss_of) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         history = self.out / f"history.{self.phase}.jsonl"
-        if self.worker == 0 and history.exists():  # what was logged after the checkpoint comes again
+        if self.worker == 0 and history.exists():  # steps after the checkpoint are repeated
             lines = [
                 line for line in history.read_text().splitlines() if json.loads(line)["step"] < self.done
             ]
             files.write_text(history, "".join(line + "\n" for line in lines))
-        with history.open("a", buffering=1) if self.worker == 0 else nullcontext() as log:
+        # only the first worker logs
+        with open(history if self.worker == 0 else os.devnull, "a", buffering=1, encoding="utf-8") as log:
             steps = range(self.done, total)
             bar = tqdm(
-                zip(steps, self._sheets(steps)),
+                zip(steps, self._batches(steps)),
                 initial=self.done,
                 total=total,
                 desc=self.phase,
@@ -247,26 +253,26 @@ class _Run:
                 if self.parent and os.getppid() != self.parent:
                     raise SystemExit(
                         1
-                    )  # killed, and perhaps begun again: no two runs may write one checkpoint
+                    )  # the parent was killed and perhaps restarted: no two runs may write one checkpoint
                 factor = self.recipe.scale(step, total, cooling)
                 for optimizer in self.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = factor * optimizer.defaults["lr"]
                 loss, counts = loss_of(step, batch.to(self.losses.device))
                 loss.backward()
-                _average(parameters)
+                average_gradients(parameters)
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 for optimizer in self.optimizers:
                     optimizer.step()
-                self.model.zero_grad(set_to_none=True)  # also what this phase leaves as it is
+                self.model.zero_grad(set_to_none=True)  # also of parts that this phase does not train
                 self.heads.zero_grad(set_to_none=True)
                 saving = (step + 1) % self.save_every == 0 and step + 1 < total
                 if self.worker == 0:
                     counted.append((step, batch.tasks, loss.detach(), counts))
                 if counted and (len(counted) == _FLUSH or saving or step + 1 == total):
                     seconds = (time.perf_counter() - began) / len(counted)
-                    for each in counted:
-                        log.write(json.dumps(facts := _facts(*each) | {"seconds": round(seconds, 3)}) + "\n")
+                    for entry in counted:
+                        log.write(json.dumps(facts := _facts(*entry) | {"seconds": round(seconds, 3)}) + "\n")
                     bar.set_postfix({k: v for k, v in facts.items() if isinstance(v, float)}, refresh=False)
                     counted, began = [], time.perf_counter()
                 if saving:
@@ -276,41 +282,16 @@ class _Run:
 def _facts(
     step: int, tasks: tuple[str, ...], loss: torch.Tensor, counts: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """A line of the history: of the tower's labels the share that is right, of each task right tokens and all."""
+    """A line of the history: the share of right labels, and for each task the right tokens and all tokens."""
     facts: dict[str, Any] = {"step": step, "loss": round(loss.item(), 4)}
-    found: dict[str, list[int]] = {}
+    tasks_seen: dict[str, list[int]] = {}
     for name, count in counts.items():
         if name == "pages":
             for task, (right, total) in zip(tasks, count.tolist()):
-                have = found.setdefault(task, [0, 0])
-                found[task] = [have[0] + right, have[1] + total]
+                earlier = tasks_seen.setdefault(task, [0, 0])
+                tasks_seen[task] = [earlier[0] + right, earlier[1] + total]
         elif name == "drill":
-            found[name] = count.tolist()
+            tasks_seen[name] = count.tolist()
         elif int(count[1]):
             facts[name] = round(float(count[0] / count[1]), 4)
-    return facts | ({"tasks": found} if found else {})
-
-
-def _average(parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the workers."""
-    if not distributed.is_initialized():
-        return
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
-        grad.copy_(mean.view_as(grad))
-
-
-def _muon(
-    modules: list[nn.Module], rate: float, rest_rate: float, decay: float, extra=()
-) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices of the transformer layers of ``modules``, AdamW on everything else in them."""
-    matrices, rest = [], list(extra)
-    for name, parameter in ((n, p) for module in modules for n, p in module.named_parameters()):
-        (matrices if parameter.ndim == 2 and "layers." in name else rest).append(parameter)
-    return [
-        torch.optim.Muon(matrices, rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, rest_rate, betas=(0.9, 0.98), weight_decay=decay),
-    ]
+    return facts | ({"tasks": tasks_seen} if tasks_seen else {})

@@ -1,4 +1,4 @@
-"""The small world: every picture a pure function of (task, split, index)."""
+"""The small world: every image is a pure function of (task, split, index)."""
 
 import zlib
 
@@ -33,7 +33,8 @@ def draw_page(task: str, split: str, index: int, size: tuple[int, int] | None = 
 
     Args:
         task: a key of ``DRAW``.
-        split: train, validation or test; their pictures never meet, nor do their answers of four letters or more.
+        split: train, validation or test; their pictures never meet, nor do their answers of four letters or
+            more.
         index: any non-negative integer.
         size: (height, width) in pixels; by default drawn from ``SIZES`` with ``SHARES``.
 
@@ -44,6 +45,7 @@ def draw_page(task: str, split: str, index: int, size: tuple[int, int] | None = 
         raise TokenselError(f"no task {task!r} in the small world: choose one of {', '.join(DRAW)}")
     if split not in SPLITS:
         raise TokenselError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
+    drawn = SIZES[0] if size is None else size
     for attempt in range(100):
         rng = np.random.default_rng([zlib.crc32(task.encode()), SPLITS.index(split), index, attempt])
         drawn = size or SIZES[int(rng.choice(len(SIZES), p=SHARES))]
