@@ -102,10 +102,10 @@ def test_values_reach_the_configuration(monkeypatch):
         raise TokenselError("enough")
 
     monkeypatch.setattr("tokensel.benchmarks.runner.evaluate", evaluate)
-    arguments = "--model m --suite s --methods random,norm --keeps 0.1,.5 --seeds 3,4 --benchmarks a --n 7 --newline row"
-    result = run("evaluate", *arguments.split(), "--no-progress")
+    arguments = "--model m --suite s --methods random,norm --keeps 0.1,.5 --seeds 3,4 --benchmarks a --n 7"
+    result = run("evaluate", *arguments.split(), "--newline", "row", "--no-progress")
     assert isinstance(result.exception, TokenselError)
-    told = dict(
+    given = dict(
         model="m",
         suite="s",
         methods=("random", "norm"),
