@@ -1,13 +1,10 @@
-"""Vision encoders: the very features a LLaVA model uses; where images come from; features on disk."""
+"""Vision encoders: the very features a LLaVA model uses; features on disk."""
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict
-from little import VISION, clip_tower, cut, dataset, sample_images, save_images
-from PIL import Image
+from little import VISION, clip_tower, cut, sample_images, save_images
 from safetensors.torch import load_file, save_file
 from tiny import TILE, tiny_llava
 from transformers import (
@@ -161,76 +158,6 @@ def test_what_is_no_encoder_says_so_in_one_line(folder, tmp_path):
     some = next(key for key in tensors if "vision_tower" in key)
     save_file({k: v for k, v in tensors.items() if k != some}, tmp_path / "hollow" / "model.safetensors")
     refused(tmp_path / "hollow", "its vision tower lacks")
-
-
-# --- where images come from -----------------------------------------------------------------------------
-
-
-def test_a_folder_is_searched_to_the_bottom_and_a_cut_file_is_named(tmp_path):
-    save_images(tmp_path / "p")
-    (tmp_path / "p" / "notes.txt").write_text("no image")
-    source = open_images(tmp_path / "p")
-    assert source.length == 4
-    cut(tmp_path / "p" / "2.jpg")
-    opened = [source.open(*row) for row in source.stream()]
-    assert [image is None for image in opened].count(True) == 1
-    assert source.skipped == [str(tmp_path / "p" / "2.jpg")]
-    assert open_images(tmp_path / "p", limit=2).length == 2
-
-
-def test_datasets_in_memory_on_disk_and_as_parquet_give_the_same_images(tmp_path):
-    rows = dataset()
-    rows.save_to_disk(tmp_path / "disk")
-    rows.to_parquet(tmp_path / "rows.parquet")
-    expected = [np.asarray(image) for image in sample_images(5)]
-    for source in (
-        open_images(rows),
-        open_images(tmp_path / "disk"),
-        open_images(tmp_path / "rows.parquet"),
-        open_images(tmp_path / "rows.parquet", streaming=True),
-        open_images(sample_images(5)),
-    ):
-        opened = [np.asarray(source.open(*row)) for row in source.stream()]
-        assert len(opened) == 5 and all(map(np.array_equal, opened, expected)), source.name
-        later = [np.asarray(source.open(*row)) for row in source.stream(3)]
-        assert len(later) == 2 and np.array_equal(later[0], expected[3])
-
-
-def test_images_come_upright_and_in_rgb(tmp_path):
-    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
-    exif = image.getexif()
-    exif[0x0112] = 6  # the camera was held sideways
-    image.save(tmp_path / "side.png", exif=exif)
-    source = open_images(tmp_path)
-    opened = source.open(*source.row(0))
-    assert opened.mode == "RGB" and opened.size == (4, 6)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("{}/empty", "a folder without images"),
-        ("{}/none", "neither a folder of images nor a parquet file"),
-        ("someone/some-dataset", "cannot be loaded .*give a local folder or parquet file"),
-        ("a:b:c:d", "name:config:split"),
-    ],
-)
-def test_no_images_is_a_clear_error(name, words, tmp_path):
-    (tmp_path / "empty" / "below").mkdir(parents=True)
-    with pytest.raises(TokenselError, match=words) as caught:
-        open_images(name.format(tmp_path))
-    assert "\n" not in str(caught.value)
-
-
-def test_wrong_columns_splits_and_limits_are_refused():
-    with pytest.raises(TokenselError, match="no column 'picture' among"):
-        open_images(dataset(), column="picture")
-    with pytest.raises(TokenselError, match=r"has the splits .*name one"):
-        open_images(DatasetDict({"train": dataset()}))
-    with pytest.raises(TokenselError, match="no images in it"):
-        open_images([])
-    with pytest.raises(TokenselError, match="limit is 0"):
-        open_images(dataset(), limit=0)
 
 
 # --- features on disk -------------------------------------------------------------------------------------

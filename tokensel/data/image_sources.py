@@ -78,7 +78,7 @@ class ImageSource:
     def _unpack(self, index: int, row: Any) -> tuple[str, Any]:
         content = row[self.column] if self.column else row
         path = content.get("path") if isinstance(content, dict) else content
-        return str(path) if path and isinstance(path, (str, Path)) else f"row {index}", content
+        return str(path) if isinstance(path, (str, Path)) else f"row {index}", content
 
 
 def _encoded(content: Any, name: str) -> bytes:

@@ -83,7 +83,7 @@ class CoreModel(PreTrainedModel):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".part") as part:
                 with quiet():
-                    # not under the names of the file that the model was loaded from, which may be those of 0.1
+                    # not with the names of the file that it was loaded from, which may be those of 0.1
                     super().save_pretrained(part, *args, **{"save_original_format": False} | kwargs)
                 (Path(part) / "README.md").write_text(self.model_card(), encoding="utf-8")
                 for file in sorted(os.listdir(part)):
