@@ -28,6 +28,7 @@ def load_vlm(
     token: str | bool | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Vlm:
     """Load a LLaVA-NeXT or LLaVA-OneVision and its processor from a local folder or the Hugging Face Hub.
 
@@ -40,7 +41,7 @@ def load_vlm(
         attn: attention implementation of transformers, such as "sdpa" or "eager".
         device_map: spread the model over several devices, "auto" or a map as accelerate takes it.
         quantization_config: load quantised weights, such as a ``BitsAndBytesConfig``.
-        token, revision, local_files_only: for the Hub, see :func:`~tokensel.utils.loading.hub_options`.
+        token, revision, local_files_only, cache_dir: for the Hub, see :func:`~tokensel.utils.loading.hub_options`.
 
     Raises:
         TokenselError: nothing there under this name (or the Hub is out of reach), weights cut short or
@@ -50,7 +51,9 @@ def load_vlm(
         raise TokenselError(f"device is {device!r} and device_map {device_map!r}: give one of them")
     place = check_device(device)
     dtype = check_dtype(dtype) or (torch.float32 if place.type == "cpu" else "auto")
-    hub = hub_options(name, token=token, revision=revision, local_files_only=local_files_only)
+    hub = hub_options(
+        name, token=token, revision=revision, local_files_only=local_files_only, cache_dir=cache_dir
+    )
     given = {"device_map": device_map, "quantization_config": quantization_config}
     try:
         config = AutoConfig.from_pretrained(name, **hub)
