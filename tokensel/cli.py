@@ -190,9 +190,11 @@ def cost(
     """
     config = CostConfig(**values)
     if training:
-        from tokensel.profiling.training import lines, measure
+        from tokensel.profiling.training import measure_training as measure
+        from tokensel.profiling.training import training_lines as lines
     else:
-        from tokensel.profiling.measure import lines, measure
+        from tokensel.profiling.inference import inference_lines as lines
+        from tokensel.profiling.inference import measure_inference as measure
     _quiet()
     path = measure(config, progress)
     typer.echo("\n".join([*lines(json.loads(path.read_text(encoding="utf-8"))), str(path)]))

@@ -1,4 +1,4 @@
-"""The paper's ten benchmarks from parquet files with the hub's columns, against prompts and scores of lmms-eval 0.7.3."""
+"""The paper's ten benchmarks from parquet files with the Hub's columns, compared with lmms-eval 0.7.3."""
 
 import csv
 import io
@@ -13,14 +13,14 @@ import pytest
 import suite_tiny
 from tiny import noise_image
 
+from tokensel.benchmarks.conditions import Condition
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.hub import HubData
 from tokensel.benchmarks.letters import ranked_letter
 from tokensel.benchmarks.metrics import METRICS
 from tokensel.benchmarks.paper import BENCHMARKS
 from tokensel.benchmarks.questions import image_digest, load_questions
-from tokensel.benchmarks.conditions import Condition
-from tokensel.benchmarks.results import Sheet, category_rows, score_rows
+from tokensel.benchmarks.results import ScoreTable, category_rows, score_rows
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.table import load_suite
 from tokensel.utils.errors import TokenselError
@@ -53,7 +53,7 @@ def write_benchmark(folder: Path, name: str, rows: list[dict]) -> None:
             {f"image_{k}": encoded(10 * i + k) if k < 4 else None for k in range(1, 8)}
             for i in range(len(rows))
         ]
-        rows = [row | {key: value for key, value in more.items()} for row, more in zip(rows, named)]
+        rows = [row | more for row, more in zip(rows, named)]
         write_parquet(
             folder / "validation-00000-of-00001.parquet", rows, tuple(f"image_{k}" for k in range(1, 8))
         )
@@ -62,7 +62,7 @@ def write_benchmark(folder: Path, name: str, rows: list[dict]) -> None:
         pictures = [
             {"id": key, "image": encoded(i)} for i, key in enumerate(("n161313", "n235859", "unused"))
         ]
-        write_parquet(folder / load.pictures / "testdev-00000-of-00001.parquet", pictures, ("image",))
+        write_parquet(folder / load.images / "testdev-00000-of-00001.parquet", pictures, ("image",))
     else:
         rows = [row | {"image": encoded(i)} for i, row in enumerate(rows)]
         half = len(rows) // 2  # in two files, as large data sets come
@@ -253,7 +253,7 @@ def test_a_folder_of_the_hubs_name_serves_too(tmp_path, data):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_without_hub_or_folder_one_line_says_what_to_do(tmp_path, name):
     with pytest.raises(
-        TokenselError, match="not to be had from the hub .*hf download .* --data FOLDER"
+        TokenselError, match=r"could not be downloaded from the Hub .*hf download .* --data FOLDER"
     ) as caught:
         BENCHMARKS[name].load("test", 3)
     assert "\n" not in str(caught.value)
@@ -284,29 +284,31 @@ def test_a_circle_is_right_only_if_all_its_rows_are(data):
         Condition("full", 1.0, 0): [1.0, 1.0, 1.0, 0.0, 0.0],
         Condition("none", 0.0, 0): [1.0, 1.0, 1.0, 1.0, 0.0],
     }
-    sheet = Sheet.of(loaded.benchmark, scores, loaded.clusters, loaded.categories)
-    rows = score_rows("m", loaded.benchmark, sheet.scores)
+    table = ScoreTable.of(loaded.benchmark, scores, loaded.clusters, loaded.categories)
+    rows = score_rows("m", loaded.benchmark, table.scores)
     assert [(row["score"], row["n"]) for row in rows] == [
         (pytest.approx(1 / 3), 3),
         (pytest.approx(2 / 3), 3),
     ]
     by_category = {
-        (row["category"], row["method"]): row["score"] for row in category_rows("m", loaded.benchmark, sheet)
+        (row["category"], row["method"]): row["score"] for row in category_rows("m", loaded.benchmark, table)
     }
     assert by_category == {
-        ("attribute_reasoning", "full"): 1.0, ("attribute_reasoning", "none"): 1.0,
-        ("coarse_perception", "full"): 0.0, ("coarse_perception", "none"): 0.5,
-    }  # fmt: skip
+        ("attribute_reasoning", "full"): 1.0,
+        ("attribute_reasoning", "none"): 1.0,
+        ("coarse_perception", "full"): 0.0,
+        ("coarse_perception", "none"): 0.5,
+    }
 
 
 def test_mmstar_is_the_mean_of_its_classes_not_of_its_questions(data):
     loaded = questions(data, "mmstar")
     scores = {Condition("full", 1.0, 0): [1.0, 0.0, 1.0, 1.0]}  # classes: one, two, two, three
-    sheet = Sheet.of(loaded.benchmark, scores, loaded.clusters, loaded.categories)
-    (row,) = score_rows("m", loaded.benchmark, sheet.scores, strata=sheet.strata)
+    table = ScoreTable.of(loaded.benchmark, scores, loaded.clusters, loaded.categories)
+    (row,) = score_rows("m", loaded.benchmark, table.scores, strata=table.strata)
     assert row["score"] == pytest.approx((1 + 0.5 + 1) / 3) and row["n"] == 4
     assert row["ci_low"] == pytest.approx(2 / 3) and row["ci_high"] == pytest.approx(1.0)
-    rows = category_rows("m", loaded.benchmark, sheet)
+    rows = category_rows("m", loaded.benchmark, table)
     assert {row["category"]: row["score"] for row in rows} == {
         "instance reasoning": 1.0,
         "math": pytest.approx(0.75),
@@ -324,9 +326,15 @@ def test_disciplines_of_mmmu(data):
 def test_the_ten_are_asked_and_scored(data, tmp_path):
     model = suite_tiny.save_models(tmp_path)
     config = EvalConfig(
-        model=str(model), suite=SUITE, data=str(data), methods=("full", "none", "random"), keeps=(0.3,),
-        compare=("random:none",), batch_size=3, out=str(tmp_path / "out"),
-    )  # fmt: skip
+        model=str(model),
+        suite=SUITE,
+        data=str(data),
+        methods=("full", "none", "random"),
+        keeps=(0.3,),
+        compare=("random:none",),
+        batch_size=3,
+        out=str(tmp_path / "out"),
+    )
     done = evaluate(
         replace(
             config, benchmarks=tuple(name for name in BENCHMARKS if BENCHMARKS[name].max_new_tokens < 100)
@@ -358,7 +366,7 @@ def test_several_pictures_and_rotations_go_through_the_runner(data, tmp_path, mo
             compare=(),
             batch_size=2,
             out=str(tmp_path / "out"),
-        ),  # fmt: skip
+        ),
         False,
     )
     table = list(csv.DictReader(done.table.read_text().splitlines()))

@@ -1,4 +1,4 @@
-"""The model for lmms-eval, asked as lmms-eval asks: requests with a context, a limit, and a way to look at the document."""
+"""The model for lmms-eval, called as lmms-eval calls it: with a context, options and a document."""
 
 from types import SimpleNamespace
 
@@ -71,7 +71,7 @@ def test_what_it_does_not_do(folder):
         with pytest.raises(TokenselError, match=told):
             model(folder, method=method)
     plain = model(folder)
-    with pytest.raises(TokenselError, match="answers in words"):
+    with pytest.raises(TokenselError, match="generates text"):
         plain.loglikelihood([])
     with pytest.raises(TokenselError, match="single questions"):
         plain.generate_until_multi_round([])

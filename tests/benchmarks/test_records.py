@@ -1,4 +1,4 @@
-"""Records of an evaluation: nothing is asked twice, nothing is lost, nothing that no longer holds is taken over."""
+"""Records of an evaluation: nothing is computed twice, nothing is lost, outdated answers are not reused."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from suite_tiny import answers
 from tiny import WIDTH
 
 import tokensel
-from tokensel.benchmarks import runner
+from tokensel.benchmarks import answering, runner
 from tokensel.benchmarks.records import append_records, read_records, sole_writer
 from tokensel.benchmarks.runner import evaluate
 from tokensel.model.selector import SelectorConfig, TokenSelector
@@ -82,7 +82,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(config, tmp_pat
     asked = []
 
     def stop_after(limit):
-        original = runner._answer
+        original = answering._answer
 
         def answer(*args):
             if len(asked) == limit:
@@ -92,7 +92,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(config, tmp_pat
 
         return answer
 
-    monkeypatch.setattr(runner, "_answer", stop_after(20))
+    monkeypatch.setattr(answering, "_answer", stop_after(20))
     other = replace(config, out=str(tmp_path / "other"))
     with pytest.raises(KeyboardInterrupt):
         evaluate(other, progress=False)

@@ -1,4 +1,4 @@
-"""Evaluation: what it writes depends on nothing but what was asked, and what cannot work is refused before it starts."""
+"""Evaluation: results depend only on the configuration, and what cannot work is refused at once."""
 
 import csv
 import json
@@ -60,9 +60,13 @@ def test_schedules_and_what_they_cost(config, tmp_path):
     RatePredictor(RateConfig(heads=4, layer=1, rates=4)).save_pretrained(tmp_path / "dyrate")
     inside = ("fastv", "vtw", "dyrate", "fixed", "exponential", "selector+fastv", "random+vtw")
     config = replace(
-        config, methods=("full", "selector", *inside), layer=1, dyrate=str(tmp_path / "dyrate"), benchmarks=("page", "list"),
+        config,
+        methods=("full", "selector", *inside),
+        layer=1,
+        dyrate=str(tmp_path / "dyrate"),
+        benchmarks=("page", "list"),
         compare=("selector+fastv:selector", "fastv@0.2:vtw", "dyrate:fastv@0.6"),
-    )  # fmt: skip
+    )
     done = evaluate(config, progress=False)
     rows = {
         (r["benchmark"], r["method"], r["keep"]): r
@@ -81,9 +85,11 @@ def test_schedules_and_what_they_cost(config, tmp_path):
             assert cost["random+vtw", "0.2"] < cost["random+vtw", "0.6"]
     differences = list(csv.DictReader(done.differences.read_text().splitlines()))
     assert [(d["method"], d["against"], d["keep"]) for d in differences[:4]] == [
-        ("selector+fastv", "selector", "0.2"), ("selector+fastv", "selector", "0.6"),
-        ("fastv@0.2", "vtw", "0.2"), ("dyrate", "fastv@0.6", "1"),
-    ]  # fmt: skip
+        ("selector+fastv", "selector", "0.2"),
+        ("selector+fastv", "selector", "0.6"),
+        ("fastv@0.2", "vtw", "0.2"),
+        ("dyrate", "fastv@0.6", "1"),
+    ]
     score = {key: float(row["score"]) for key, row in rows.items()}
     paired = score["page", "fastv", "0.2"] - score["page", "vtw", "1"]
     assert float(differences[2]["difference"]) == pytest.approx(paired, abs=1e-5)

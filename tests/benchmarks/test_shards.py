@@ -22,10 +22,16 @@ def whole(tmp_path_factory) -> tuple[EvalConfig, bytes]:
     """An evaluation in one process, and its table."""
     folder = tmp_path_factory.mktemp("whole")
     config = EvalConfig(
-        model=str(suite_tiny.save_models(folder)), suite="suite_tiny", benchmarks=("page", "choice"),
-        methods=("full", "none", "random"), keeps=(0.3,), compare=("random:none",), n=11, batch_size=2,
+        model=str(suite_tiny.save_models(folder)),
+        suite="suite_tiny",
+        benchmarks=("page", "choice"),
+        methods=("full", "none", "random"),
+        keeps=(0.3,),
+        compare=("random:none",),
+        n=11,
+        batch_size=2,
         out=str(folder / "out"),
-    )  # fmt: skip
+    )
     return config, evaluate(config, progress=False).table.read_bytes()
 
 
@@ -42,7 +48,7 @@ def test_parts_name_themselves_and_split_the_batches(monkeypatch):
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
 def test_what_is_no_part_is_refused(text):
-    with pytest.raises(TokenselError, match="shard is .*such as 1/4"):
+    with pytest.raises(TokenselError, match=r"shard is .*such as 1/4"):
         EvalConfig(model="m", suite="s", methods=("full",), shard=text)
 
 
@@ -75,13 +81,23 @@ def answers_of_whole_lines(out: Path) -> dict:
 def test_two_processes_at_once(whole, tmp_path):
     """``accelerate launch`` starts them as for two GPUs; they work on the processor."""
     config, table = whole
+    launch = (
+        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no --main_process_port 0"
+    )
+    evaluation = (
+        "-m tokensel evaluate --suite suite_tiny --benchmarks page,choice --methods full,none,random "
+        "--keeps 0.3 --compare random:none --n 11 --batch-size 2 --device cpu --no-progress"
+    )
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tokensel", "evaluate",
-        "--model", config.model, "--suite", "suite_tiny", "--benchmarks", "page,choice", "--methods", "full,none,random",
-        "--keeps", "0.3", "--compare", "random:none", "--n", "11", "--batch-size", "2", "--out", tmp_path, "--device", "cpu",
-        "--no-progress",
-    ]  # fmt: skip
+        sys.executable,
+        *launch.split(),
+        *evaluation.split(),
+        "--model",
+        config.model,
+        "--out",
+        tmp_path,
+    ]
     root = Path(__file__).parents[2]
     env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=280)

@@ -98,9 +98,20 @@ def test_the_long_table_has_the_columns_of_the_contract(tmp_path):
     lines = list(csv.DictReader(path.read_text().splitlines()))
     assert list(lines[0]) == list(TABLE)
     assert lines[0] | {"ci_low": "", "ci_high": ""} == dict(
-        model="mini", benchmark="words", group="reading", method="random", keep="0.1", metric="anls",
-        score="0.666667", ci_low="", ci_high="", n="3", seed="7", flops="2e+12", kv_bytes="23.3333",
-    )  # fmt: skip
+        model="mini",
+        benchmark="words",
+        group="reading",
+        method="random",
+        keep="0.1",
+        metric="anls",
+        score="0.666667",
+        ci_low="",
+        ci_high="",
+        n="3",
+        seed="7",
+        flops="2e+12",
+        kv_bytes="23.3333",
+    )
     assert write_table(tmp_path / "b.csv", [], DIFFERENCES).read_text() == ",".join(DIFFERENCES) + "\n"
 
 

@@ -1,9 +1,9 @@
-"""How an answer is scored: one function a metric, each from 0 (wrong) to 1 (right).
+"""Metrics: one function each, from 0 (wrong) to 1 (right).
 
-Every metric has one signature, ``metric(prediction, answers, options=())``: the model's text, the answers
+Every metric has the signature ``metric(prediction, answers, options=())``: the generated text, the answers
 that count as right, and the options of a multiple-choice question. The first five follow lmms-eval, so that
-numbers can be laid beside published ones, and so do the letter rules of the benchmarks; ``option_letter`` is a rule of our own,
-and ``similarity`` and ``item_f1`` score long answers.
+numbers can be compared with published ones, and so do the letter rules of the benchmarks. ``option_letter``
+is a rule of this library; ``similarity`` and ``item_f1`` score long answers.
 """
 
 import math
@@ -23,8 +23,9 @@ def anls(
 ) -> float:
     """Average normalised Levenshtein similarity of one question (DocVQA, InfographicVQA).
 
-    Case and runs of white space do not count. A similarity below ``threshold`` counts as 0: such an answer
-    was not misread but another answer. As in lmms-eval the distance is divided by the longer *raw* length.
+    Case and runs of white space are ignored. A similarity below ``threshold`` counts as 0: such an answer is
+    not a misreading but a different answer. As in lmms-eval the distance is divided by the longer *raw*
+    length.
     """
     return _floor(max((_anls_one(prediction, answer) for answer in answers), default=0.0), threshold)
 
@@ -76,113 +77,25 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], options: Sequence[str]
     if len(equal) < 4:
         return float(any(equal))
     matches = sum(equal)
-    return sum(min(1.0, (matches - mine) / 3) for mine in equal) / len(equal)
+    return sum(min(1.0, (matches - match) / 3) for match in equal) / len(equal)
 
 
-# Written with their apostrophe; the answer "dont" is read as "don't". The list is the one of the VQA
-# evaluation, which knows no "im" or "wed": these would be words of their own.
-_CONTRACTIONS = [
-    "ain't",
-    "aren't",
-    "can't",
-    "could've",
-    "couldn't",
-    "didn't",
-    "doesn't",
-    "don't",
-    "hadn't",
-    "hasn't",
-    "haven't",
-    "he'd",
-    "he's",
-    "how'd",
-    "how'll",
-    "how's",
-    "isn't",
-    "it'd",
-    "it'll",
-    "ma'am",
-    "mightn't",
-    "might've",
-    "mustn't",
-    "must've",
-    "needn't",
-    "not've",
-    "o'clock",
-    "oughtn't",
-    "shan't",
-    "should've",
-    "shouldn't",
-    "somebody'll",
-    "somebody's",
-    "someone'd",
-    "someone'll",
-    "someone's",
-    "something'd",
-    "something'll",
-    "that's",
-    "there'd",
-    "there're",
-    "there's",
-    "they'd",
-    "they'll",
-    "they're",
-    "they've",
-    "'twas",
-    "wasn't",
-    "we've",
-    "weren't",
-    "what'll",
-    "what're",
-    "what's",
-    "what've",
-    "when's",
-    "where'd",
-    "where's",
-    "where've",
-    "who'd",
-    "who'll",
-    "who's",
-    "who've",
-    "why'll",
-    "why're",
-    "why's",
-    "won't",
-    "would've",
-    "wouldn't",
-    "y'all",
-    "you'd",
-    "you'll",
-    "you're",
-    "you've",
-]
-_DOUBLE_CONTRACTIONS = [
-    "couldn't've",
-    "hadn't've",
-    "he'd've",
-    "it'd've",
-    "mightn't've",
-    "she'd've",
-    "shouldn't've",
-    "somebody'd've",
-    "someone'd've",
-    "something'd've",
-    "there'd've",
-    "they'd've",
-    "we'd've",
-    "who'd've",
-    "wouldn't've",
-    "y'all'll",
-    "y'all'd've",
-    "you'd've",
-    "'ow's'at",
-]
-_NUMBERS = {
-    word: str(i)
-    for i, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-}
+# With their apostrophe; the answer "dont" is read as "don't". This is the list of the VQA evaluation, which
+# leaves out "im" and "wed", since these are words as well.
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
+    how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't
+    should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's
+    there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've
+    wouldn't y'all you'd you'll you're you've
+"""
+_DOUBLE_CONTRACTIONS = """
+    couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+    something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at
+"""
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {word: str(i) for i, word in enumerate(_NUMBER_WORDS.split())}
 _NUMBERS["none"] = "0"
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -190,8 +103,8 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 def _spellings() -> dict[str, str]:
     """Each spelling with one apostrophe missing -> the full spelling."""
-    table = {"somebody'd": "somebodyd"}  # a slip of the original, kept: scores must agree
-    for full in _CONTRACTIONS + _DOUBLE_CONTRACTIONS:
+    table = {"somebody'd": "somebodyd"}  # a mistake of the original, kept so that scores agree
+    for full in (_CONTRACTIONS + _DOUBLE_CONTRACTIONS).split():
         table |= {full[:i] + full[i + 1 :]: full for i, letter in enumerate(full) if letter == "'"}
     return table
 
@@ -202,8 +115,8 @@ _SPELLINGS = _spellings()
 def normalize_vqa(text: str) -> str:
     """The answer normalisation of the VQA evaluation server (EvalAI), as lmms-eval applies it.
 
-    Lower case; punctuation out (where it stands next to a space it vanishes, inside a word it becomes a
-    space); full stops out unless a digit follows; number words to digits; articles out; apostrophes back in
+    To lower case; remove punctuation (next to a space it is deleted, inside a word it becomes a space);
+    remove full stops unless a digit follows; number words to digits; remove articles; restore apostrophes in
     contractions.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
@@ -230,10 +143,10 @@ def _bare(text: str) -> str:
 
 
 def option_letter(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
-    """1 where the option that the prediction names is an answer; generous where the benchmarks' own rules are not.
+    """1 where the option that the prediction names is an answer; more lenient than the benchmarks' own rules.
 
-    An answer may be a letter or the text of an option. No option recognised scores 0; nothing is drawn by
-    chance.
+    An answer may be a letter or the text of an option. A prediction without a recognised option
+    scores 0; nothing is drawn at random.
     """
     given = parse_option(prediction, options)
     return float(given is not None and any(parse_option(answer, options) == given for answer in answers))
@@ -256,8 +169,8 @@ def parse_option(text: str, options: Sequence[str] = ()) -> str | None:
     if len(whole) == 1 and text:
         return whole[0]
     text = text.upper() if len(text.strip("(). ")) == 1 else text
-    found = _LETTER_FIRST.match(text) or _LETTER_NAMED.search(text)
-    return found[1] if found and found[1] in letters else None
+    match = _LETTER_FIRST.match(text) or _LETTER_NAMED.search(text)
+    return match[1] if match and match[1] in letters else None
 
 
 def similarity(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
@@ -270,7 +183,7 @@ def similarity(prediction: str, answers: Sequence[str], options: Sequence[str] =
 
 
 def item_f1(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
-    """F1 over the comma-separated items of a list, in any order; an item said twice must be there twice."""
+    """F1 over the comma-separated items of a list, in any order; an item given twice must occur twice."""
     given = _items(prediction)
     return max((_f1(given, _items(answer)) for answer in answers), default=0.0)
 

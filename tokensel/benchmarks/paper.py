@@ -1,15 +1,18 @@
 """The ten benchmarks of the paper (Figs. 4 to 7), with the prompts, limits and metrics of lmms-eval.
 
-Numbers are comparable with those of lmms-eval 0.7.3. What differs from it, or between its versions, and moves a score:
+Numbers are comparable with those of lmms-eval 0.7.3. Differences from it, or between its versions, that
+change a score:
 
-- MMBench is scored by the circular rule without a judge model (lmms-eval's ``mmbench_en_dev_static``); an option that is missing
-  in the data ("nan" there) is no option here.
-- MMMU: an answer that names no option is wrong, where lmms-eval draws one at random; several right answers to an open question
-  are each accepted, where lmms-eval compares with the written list. Up to 0.5.0 answers were cut at 16 tokens, now at 128.
+- MMBench is scored by the circular rule without a judge model (lmms-eval's ``mmbench_en_dev_static``); an
+  option that is missing in the data ("nan" there) is left out here.
+- MMMU: an answer that names no option is wrong, where lmms-eval draws one at random; each of several right
+  answers to an open question is accepted, where lmms-eval compares with the list as text. Up to 0.5.0 answers
+  were cut at 16 tokens, now at 128.
 - MMStar: up to 0.5.0 only the first character or "the answer is" counted.
-- lmms-eval 0.7 fetches mirrors under ``lmms-lab-encoder``; the originals are read here.
+- lmms-eval 0.7 downloads mirrors under ``lmms-lab-encoder``; the originals are read here.
 
-Pictures stand before the question, also where a question has several (MMMU); its text goes on naming them ``<image 1>``.
+Images come before the question, also where a question has several (MMMU); its text still refers to them as
+``<image 1>``.
 """
 
 import ast
@@ -43,7 +46,7 @@ _DISCIPLINE = {subject: name for name, subjects in DISCIPLINES.items() for subje
 
 
 def lettered(options: Sequence[str]) -> str:
-    """``A. sun``, ``B. moon``: an option a line."""
+    """``A. sun``, ``B. moon``: one option a line."""
     return "\n".join(f"{letter}. {option}" for letter, option in zip(_letters(len(options)), options))
 
 
@@ -51,7 +54,7 @@ def _letters(count: int) -> list[str]:
     return [chr(ord("A") + i) for i in range(count)]
 
 
-# From a row of the hub's data to one question.
+# From a row of the Hub's data to one question.
 
 
 def _docvqa(row: Row, _: int) -> dict[str, Any]:
@@ -70,10 +73,13 @@ def _textvqa(row: Row, _: int) -> dict[str, Any]:
 def _mmbench(row: Row, _: int) -> dict[str, Any]:
     options = [row[letter] for letter in "ABCD" if row[letter] not in (None, "", "nan")]
     hint = f"{row['hint']} " if row["hint"] not in (None, "nan") else ""
+    cluster = str(
+        int(row["index"]) % 1_000_000
+    )  # the rotations of a question differ by multiples of a million
+    question = f"{hint}{row['question']}"
     return _question(
-        row, row["index"], f"{hint}{row['question']}", [row["answer"]], options,
-        category=row["L2-category"], cluster=str(int(row["index"]) % 1_000_000),  # rotations count on in steps of a million
-    )  # fmt: skip
+        row, row["index"], question, [row["answer"]], options, category=row["L2-category"], cluster=cluster
+    )
 
 
 def _ai2d(row: Row, number: int) -> dict[str, Any]:
@@ -111,11 +117,11 @@ def _scienceqa(row: Row, number: int) -> dict[str, Any]:
 def _question(
     row: Row, name: Any, question: str, answers: Sequence[str], options: Sequence[str] = (), **more: Any
 ) -> dict:
-    found = {"image": row.get("image"), "question": question, "question_id": str(name)}
-    return found | {"answers": list(answers), "options": list(options)} | more
+    columns = {"image": row.get("image"), "question": question, "question_id": str(name)}
+    return columns | {"answers": list(answers), "options": list(options)} | more
 
 
-# From a question to what is put to the model.
+# From a question to the model's prompt.
 
 
 def _phrase(row: Row) -> str:
@@ -134,7 +140,8 @@ def _there_are(row: Row) -> str:
     return f"{row['question']} There are several options:\n{lettered(row['options'])}\n{LETTER}"
 
 
-def _given(row: Row) -> str:  # the options stand in the question, and there is no full stop
+def _given(row: Row) -> str:
+    # the question contains the options, and ends without a full stop
     return row["question"] + LETTER.removesuffix(".")
 
 
@@ -160,56 +167,118 @@ BENCHMARKS = {
     row.name: row
     for row in (
         Benchmark(
-            "docvqa", "reading", "anls", 32,
-            HubData("lmms-lab/DocVQA", "DocVQA", "validation", DOCUMENT, _docvqa), _phrase,
+            "docvqa",
+            "reading",
+            "anls",
+            32,
+            HubData("lmms-lab/DocVQA", "DocVQA", "validation", DOCUMENT, _docvqa),
+            _phrase,
         ),
         Benchmark(
-            "chartqa", "reading", "relaxed_accuracy", 16,
-            HubData("lmms-lab/ChartQA", None, "test", ("type", "question", "answer", "image"), _chartqa), _word,
+            "chartqa",
+            "reading",
+            "relaxed_accuracy",
+            16,
+            HubData("lmms-lab/ChartQA", None, "test", ("type", "question", "answer", "image"), _chartqa),
+            _word,
         ),
         Benchmark(
-            "infovqa", "reading", "anls", 32,
-            HubData("lmms-lab/DocVQA", "InfographicVQA", "validation", DOCUMENT, _docvqa), _phrase,
+            "infovqa",
+            "reading",
+            "anls",
+            32,
+            HubData("lmms-lab/DocVQA", "InfographicVQA", "validation", DOCUMENT, _docvqa),
+            _phrase,
         ),
         Benchmark(
-            "textvqa", "reading", "vqa_accuracy", UNLIMITED,
-            HubData("lmms-lab/textvqa", None, "validation", ("question_id", "question", "answers", "image"), _textvqa), _phrase,
-        ),
-        Benchmark(
-            "mmbench", "reading", "mmbench_letter", UNLIMITED,
+            "textvqa",
+            "reading",
+            "vqa_accuracy",
+            UNLIMITED,
             HubData(
-                "lmms-lab/MMBench", "en", "dev",
-                ("index", "question", "hint", "answer", "A", "B", "C", "D", "image", "L2-category"), _mmbench, circles=True,
-            ),
-            _there_are, aggregate="all",
-        ),
-        Benchmark(
-            "ai2d", "general", "ai2d_letter", 16,
-            HubData("lmms-lab/ai2d", None, "test", ("question", "options", "answer", "image"), _ai2d), _choice,
-        ),
-        Benchmark(
-            "gqa", "general", "exact_match", 16,
-            HubData(
-                "lmms-lab/GQA", "testdev_balanced_instructions", "testdev", ("id", "imageId", "question", "answer"), _gqa,
-                pictures="testdev_balanced_images",
+                "lmms-lab/textvqa",
+                None,
+                "validation",
+                ("question_id", "question", "answers", "image"),
+                _textvqa,
             ),
             _phrase,
         ),
         Benchmark(
-            "mmmu", "general", "mmmu_answer", 128,
-            HubData("lmms-lab/MMMU", None, "validation", MMMU_COLUMNS, _mmmu, several=True), _choice_or_phrase,
-        ),
-        Benchmark(
-            "mmstar", "general", "mmstar_letter", UNLIMITED,
+            "mmbench",
+            "reading",
+            "mmbench_letter",
+            UNLIMITED,
             HubData(
-                "Lin-Chen/MMStar", None, "val", ("index", "question", "image", "answer", "category", "l2_category"), _mmstar
+                "lmms-lab/MMBench",
+                "en",
+                "dev",
+                ("index", "question", "hint", "answer", "A", "B", "C", "D", "image", "L2-category"),
+                _mmbench,
+                circular=True,
             ),
-            _given, aggregate="macro",
+            _there_are,
+            aggregate="all",
         ),
         Benchmark(
-            "scienceqa", "general", "scienceqa_letter", 16,
-            HubData("lmms-lab/ScienceQA", "ScienceQA-IMG", "test", ("image", "question", "choices", "answer", "hint"), _scienceqa),
+            "ai2d",
+            "general",
+            "ai2d_letter",
+            16,
+            HubData("lmms-lab/ai2d", None, "test", ("question", "options", "answer", "image"), _ai2d),
+            _choice,
+        ),
+        Benchmark(
+            "gqa",
+            "general",
+            "exact_match",
+            16,
+            HubData(
+                "lmms-lab/GQA",
+                "testdev_balanced_instructions",
+                "testdev",
+                ("id", "imageId", "question", "answer"),
+                _gqa,
+                images="testdev_balanced_images",
+            ),
+            _phrase,
+        ),
+        Benchmark(
+            "mmmu",
+            "general",
+            "mmmu_answer",
+            128,
+            HubData("lmms-lab/MMMU", None, "validation", MMMU_COLUMNS, _mmmu, several=True),
+            _choice_or_phrase,
+        ),
+        Benchmark(
+            "mmstar",
+            "general",
+            "mmstar_letter",
+            UNLIMITED,
+            HubData(
+                "Lin-Chen/MMStar",
+                None,
+                "val",
+                ("index", "question", "image", "answer", "category", "l2_category"),
+                _mmstar,
+            ),
+            _given,
+            aggregate="macro",
+        ),
+        Benchmark(
+            "scienceqa",
+            "general",
+            "scienceqa_letter",
+            16,
+            HubData(
+                "lmms-lab/ScienceQA",
+                "ScienceQA-IMG",
+                "test",
+                ("image", "question", "choices", "answer", "hint"),
+                _scienceqa,
+            ),
             _choice,
         ),
     )
-}  # fmt: skip
+}

@@ -1,10 +1,11 @@
-"""Any task of lmms-eval with fewer visual tokens: a model for its command line.
+"""Tasks of lmms-eval with fewer visual tokens: a model for its command line.
 
-lmms-eval is no dependency. Where both are installed (``pip install tokensel[lmms-eval]``, best in an environment of its own,
-since it brings some hundred packages), lmms-eval finds the model by itself::
+lmms-eval is not a dependency. Where both are installed (``pip install tokensel[lmms-eval]``, best in a
+separate environment, since it installs some hundred packages), lmms-eval finds the model by itself::
 
     python -m lmms_eval --model tokensel --tasks docvqa_val \\
-        --model_args pretrained=llava-hf/llava-v1.6-mistral-7b-hf,method=selector,selector=FOLDER,keep=0.3 --batch_size 8
+        --model_args pretrained=llava-hf/llava-v1.6-mistral-7b-hf,method=selector,selector=FOLDER,keep=0.3
+        --batch_size 8
 """
 
 from typing import Any
@@ -17,25 +18,26 @@ from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import load_vlm
 
+_Base: Any
 try:
-    from lmms_eval.api.model import lmms
-except ImportError:  # the module can be looked at without it
-    lmms = object
+    from lmms_eval.api.model import lmms as _Base  # pyright: ignore[reportMissingImports]  # an extra
+except ImportError:  # the module can be imported and tested without it
+    _Base = object
 
 UNLIMITED = 1024  # where a task sets no limit, as lmms-eval's own LLaVA does
 
 
 def manifest() -> Any:
-    """What the entry point ``lmms_eval.models`` of this package tells lmms-eval."""
-    from lmms_eval.models.registry_v2 import ModelManifest
+    """What the entry point ``lmms_eval.models`` of this package returns to lmms-eval."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]  # an extra
 
     return ModelManifest("tokensel", simple_class_path=f"{__name__}.Tokensel")
 
 
-class Tokensel(lmms):
+class Tokensel(_Base):
     """A LLaVA under one method and budget, as a model of lmms-eval."""
 
-    is_simple = True  # asks with a text and a list of pictures
+    is_simple = True  # requests consist of a text and a list of images
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class Tokensel(lmms):
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Not for generated answers."""
-        raise TokenselError("tokensel answers in words: choose a task that generates, not one of likelihoods")
+        raise TokenselError("tokensel generates text: choose a task that generates, not one of likelihoods")
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not for conversations."""

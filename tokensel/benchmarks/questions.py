@@ -1,4 +1,4 @@
-"""The questions of one benchmark in memory, their pictures still on disk."""
+"""The questions of one benchmark in memory, their images still on disk."""
 
 import hashlib
 import io
@@ -18,7 +18,9 @@ from tokensel.utils.errors import TokenselError, needs
 with needs("eval"):
     import datasets
 
-Pictures = Image | list[Image] | None
+__all__ = ["Images", "Questions", "image_digest", "load_questions", "stable_keys"]
+
+Images = Image | list[Image] | None  # one image, several, or none
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class Questions:
     Attributes:
         benchmark: where they come from.
         ids: unique within the benchmark.
-        prompts: what is put to the model.
-        answers: what counts as right.
+        prompts: the prompts, without chat template.
+        answers: the answers that count as right.
         options: those of multiple-choice questions, else empty.
         categories: what each question is about, "" where the benchmark does not say.
         clusters: which rows belong together, see ``Benchmark.aggregate``.
-        pictures: the ``image`` column, encoded, on disk.
-        source: where they come from, for the provenance; "" where the suite makes them.
+        images: the ``image`` column, encoded, on disk.
+        source: where the questions come from, for the provenance; "" where the suite generates them.
     """
 
     benchmark: Benchmark
@@ -44,33 +46,31 @@ class Questions:
     options: list[list[str]]
     categories: list[str]
     clusters: list[str]
-    pictures: Any
+    images: Any
     source: str
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def image(self, i: int) -> Pictures:
-        """Picture ``i`` in RGB; a list where a question has several, ``None`` where it has none.
+    def image(self, i: int) -> Images:
+        """Image ``i`` in RGB; a list where a question has several, ``None`` where it has none.
 
         Raises:
             TokenselError: it cannot be read. No question is left out silently: that would change the score.
         """
-        content = self.pictures[i]["image"]
+        content = self.images[i]["image"]
         try:
-            return (
-                [as_image(each) for each in content]
-                if isinstance(content, list)
-                else content and as_image(content)
-            )
+            if isinstance(content, list):
+                return [as_image(part) for part in content]
+            return content and as_image(content)
         except UNREADABLE as error:
             self._unreadable(i, error)
 
     def size(self, i: int) -> list[tuple[int, int]]:
-        """Width and height of the pictures of question ``i``, from their headers; nothing is decoded."""
-        content = self.pictures[i]["image"]
+        """Width and height of the images of question ``i``, from their headers; nothing is decoded."""
+        content = self.images[i]["image"]
         try:
-            return [_size(each) for each in (content if isinstance(content, list) else [content]) if each]
+            return [_size(part) for part in (content if isinstance(content, list) else [content]) if part]
         except UNREADABLE as error:
             self._unreadable(i, error)
 
@@ -94,10 +94,10 @@ class Questions:
             self._changed(i)
 
     def check_image(self, i: int, recorded: str | None) -> None:
-        """Make sure that question ``i`` still has the pictures whose digest was recorded.
+        """Make sure that question ``i`` still has the images whose digest was recorded.
 
         Raises:
-            TokenselError: it has others.
+            TokenselError: it has other images.
         """
         if image_digest(self.image(i)) != recorded:
             self._changed(i)
@@ -110,7 +110,7 @@ class Questions:
 
 
 def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions:
-    """Load a benchmark and put its prompts.
+    """Load a benchmark and write its prompts.
 
     Raises:
         TokenselError: a missing column, no rows, or an id that occurs twice.
@@ -121,11 +121,9 @@ def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions
     if len(data) == 0:
         raise TokenselError(f"benchmark {benchmark.name}: split {split!r} has no questions")
     features = data.features["image"]
-    pictures = data.select_columns(
-        "image"
-    )  # encoded bytes on disk: nothing of it is in memory before it is asked for
+    # encoded bytes that stay on disk: an image is read when it is needed
     encoded = datasets.Image(decode=False)
-    pictures = pictures.cast_column(
+    images = data.select_columns("image").cast_column(
         "image", datasets.List(encoded) if isinstance(features, datasets.List) else encoded
     )
     rows = data.remove_columns("image").to_list()
@@ -143,7 +141,7 @@ def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions
         options=[list(row.get("options") or ()) for row in rows],
         categories=[row.get("category") or "" for row in rows],
         clusters=[row.get("cluster") or "" for row in rows],
-        pictures=pictures,
+        images=images,
         source=data.info.description or "",
     )
 
@@ -153,13 +151,13 @@ def _size(content: dict[str, Any]) -> tuple[int, int]:
         return image.size
 
 
-def image_digest(image: Pictures) -> str | None:
-    """Sixteen hexadecimal digits that stand for the pixels of a picture or of several; ``None`` for none."""
+def image_digest(image: Images) -> str | None:
+    """Sixteen hexadecimal digits that identify the pixels of one image or several; ``None`` for none."""
     if image is None:
         return None
     several = image if isinstance(image, list) else [image]
     return hashlib.blake2b(
-        b"".join(f"{each.size}".encode() + each.tobytes() for each in several), digest_size=8
+        b"".join(f"{part.size}".encode() + part.tobytes() for part in several), digest_size=8
     ).hexdigest()
 
 

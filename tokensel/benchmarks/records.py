@@ -1,39 +1,47 @@
-"""Records on disk: JSON lines that only grow, and that survive SIGKILL."""
+"""Records on disk: JSON lines that only grow and survive SIGKILL, and the locks of those who write them."""
 
 import errno
-import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokensel.benchmarks.shards import Shard
+from filelock import FileLock, Timeout
+
+from tokensel.benchmarks.shards import WHOLE, Shard
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import no_space
 
+__all__ = ["Record", "append_records", "read_records", "sole_writer"]
+
 Record = dict[str, Any]
+_POLL = 0.05  # seconds between two attempts to take a lock
 
 
-def read_records(path: str | Path, *, mine: bool = True) -> dict[str, Record]:
-    """The whole records of a file by question id; none where there is no file.
+def read_records(path: str | Path, *, locked: bool = True) -> dict[str, Record]:
+    """The complete records of a file by question id; empty where there is no file.
 
-    A last line that was cut short, as a kill or a full disk leaves it, is cut off the file; unless the file is not ``mine``
-    (not held by ``sole_writer``): then another process may be in the middle of writing that line.
+    Args:
+        path: the file.
+        locked: whether this process holds the file's lock, see :func:`sole_writer`. If so, an incomplete last
+            line is left from a kill or a full disk, and is cut off. If not, another process may be writing
+            that line right now, and the file stays as it is.
 
     Raises:
-        TokenselError: a line in the middle is not a record, so the file was changed by other hands.
+        TokenselError: a line in the middle is not a record, so something else has changed the file.
     """
     try:
         data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data) and mine:
-        os.truncate(path, whole)
+    complete = data.rfind(b"\n") + 1
+    if complete < len(data) and locked:
+        os.truncate(path, complete)
     records: dict[str, Record] = {}
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
+    for number, line in enumerate(data[:complete].splitlines(), start=1):
         try:
             record = json.loads(line)
             records.setdefault(record["question_id"], record)
@@ -59,42 +67,76 @@ def append_records(path: str | Path, records: Iterable[Record]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise no_space(error, path) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise no_space(error, path) from error
+        raise
 
 
 @contextmanager
 def sole_writer(
-    lock: str | Path, shard: Shard = Shard(), waiting: Callable[[], None] = lambda: None
+    lock: str | Path, shard: Shard = WHOLE, waiting: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Hold ``lock`` for this process, so that two evaluations do not write the same records; wait while another does.
+    """Hold ``lock`` for this process: no other evaluation writes the same records. Wait while another does.
 
-    Parts of one sweep share the lock with each other, but neither with an evaluation of the whole nor with themselves.
-    The system lets go of it when the process ends, however it ends.
+    A whole evaluation excludes everyone else. Shards work side by side, each in files of its own, but a shard
+    excludes itself and a whole evaluation. Every writer has one lock file: ``lock`` for a whole evaluation,
+    ``lock`` with the shard's name behind it for a shard. The operating system releases the locks of a process
+    when it ends, however it ends; the empty files stay.
 
     Args:
-        lock: a file beside the records, which is made.
-        shard: which part of a sweep is to write.
-        waiting: called once before each wait.
+        lock: a file beside the records; it is created.
+        shard: the part of the evaluation that is going to write.
+        waiting: called before a wait.
 
     Raises:
-        TokenselError: nothing can be written there.
+        TokenselError: the lock file cannot be created.
     """
     lock = Path(lock)
-    wanted = [(lock, fcntl.LOCK_SH if shard.name else fcntl.LOCK_EX)]
-    if shard.name:
-        wanted.append((lock.with_name(f"{lock.name}{shard.name}"), fcntl.LOCK_EX))
-    with ExitStack() as files:
-        for path, kind in wanted:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = files.enter_context(path.open("w"))
-            except OSError as error:
-                raise TokenselError(
-                    f"{path.parent}: cannot write here ({error.strerror}); give another --out"
-                ) from None
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting()
-                fcntl.flock(file, kind)
+    with ExitStack() as held:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            if shard.name:
+                _hold_shard(held, lock, shard, waiting)
+            else:
+                _hold_whole(held, lock, waiting)
+        except OSError as error:
+            raise TokenselError(
+                f"{lock.parent}: cannot write here ({error.strerror}); give another --out"
+            ) from None
         yield
+
+
+def _hold_whole(held: ExitStack, lock: Path, waiting: Callable[[], None]) -> None:
+    """Take the evaluation's own lock, then that of every shard that is at work."""
+    _acquire(held, lock, waiting)
+    # No further shard can start now: it would have to take ``lock`` for a moment.
+    for path in sorted(lock.parent.glob(f"{lock.name}.*-of-*")):
+        _acquire(held, path, waiting)
+
+
+def _hold_shard(held: ExitStack, lock: Path, shard: Shard, waiting: Callable[[], None]) -> None:
+    """Take the shard's own lock at a moment when no whole evaluation holds ``lock``."""
+    own = FileLock(f"{lock}{shard.name}")
+    while True:
+        with ExitStack() as gate:
+            _acquire(gate, lock, waiting)
+            try:
+                own.acquire(blocking=False)
+            except Timeout:
+                pass
+            else:
+                held.callback(own.release)
+                return
+        # The same shard runs in another process. Wait without ``lock``, so that other shards can start.
+        waiting()
+        time.sleep(_POLL)
+
+
+def _acquire(held: ExitStack, path: Path, waiting: Callable[[], None]) -> None:
+    file = FileLock(path)
+    try:
+        file.acquire(blocking=False)
+    except Timeout:
+        waiting()
+        file.acquire()
+    held.callback(file.release)

@@ -2,9 +2,10 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,71 +14,83 @@ from tokensel.benchmarks.statistics import bootstrap
 from tokensel.benchmarks.table import Benchmark
 from tokensel.utils.files import write_text
 
-TABLE = (
-    "model", "benchmark", "group", "method", "keep", "metric", "score", "ci_low", "ci_high", "n", "seed",
-    "flops", "kv_bytes",
-)  # fmt: skip
-CATEGORIES = (*TABLE[:3], "category", *TABLE[3:-2])
-DIFFERENCES = (
-    "model", "benchmark", "group", "method", "against", "keep", "metric",
-    "difference", "ci_low", "ci_high", "n", "seed",
-)  # fmt: skip
-Row = dict[str, str | float | int]
+__all__ = [
+    "CATEGORIES",
+    "DIFFERENCES",
+    "TABLE",
+    "Costs",
+    "Row",
+    "ScoreTable",
+    "Scores",
+    "category_rows",
+    "difference_rows",
+    "score_rows",
+    "write_table",
+]
+
+_BENCHMARK = ("model", "benchmark", "group")
+_INTERVAL = ("ci_low", "ci_high", "n", "seed")
+TABLE = (*_BENCHMARK, "method", "keep", "metric", "score", *_INTERVAL, "flops", "kv_bytes")
+CATEGORIES = (*_BENCHMARK, "category", "method", "keep", "metric", "score", *_INTERVAL)
+DIFFERENCES = (*_BENCHMARK, "method", "against", "keep", "metric", "difference", *_INTERVAL)
+Row = dict[str, Any]
 
 
-Scores = dict[Condition, Sequence[float] | np.ndarray]
-"""Scores of one benchmark: for each condition one score a question, the questions in one order throughout."""
-Costs = dict[Condition, tuple[float, float]]
-"""FLOPs and bytes of keys and values of an answer under each condition, means over the questions."""
+Scores = Mapping[Condition, Sequence[float] | np.ndarray]
+"""Scores of one benchmark: for each condition one score a question, in the same order of questions."""
+Costs = Mapping[Condition, tuple[float, float]]
+"""FLOPs and bytes of keys and values of an answer under each condition, averaged over the questions."""
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """The scores of one benchmark as they are averaged, see ``Benchmark.aggregate``.
+class ScoreTable:
+    """The scores of one benchmark in the form in which they are averaged, see ``Benchmark.aggregate``.
 
     Attributes:
-        scores: for each condition one score a question; rows of which all must be right are one question here.
+        scores: for each condition one score a question; rows that all have to be right are one question here.
         strata: the class of each question where the score is the mean of the classes' means, else ``None``.
         categories: what each question is about; "" where the benchmark does not say.
     """
 
-    scores: Scores
+    scores: dict[Condition, np.ndarray]
     strata: np.ndarray | None
     categories: np.ndarray
 
     @classmethod
     def of(
         cls, benchmark: Benchmark, scores: Scores, clusters: Sequence[str], categories: Sequence[str]
-    ) -> "Sheet":
-        """From one score a row, in the benchmark's order."""
-        columns = {condition: np.asarray(each, dtype=np.float64) for condition, each in scores.items()}
+    ) -> "ScoreTable":
+        """From one score for each row of the benchmark, in its order."""
+        columns = {condition: np.asarray(column, dtype=np.float64) for condition, column in scores.items()}
         names = np.asarray(categories)
         if benchmark.aggregate != "all":
             return cls(columns, np.asarray(clusters) if benchmark.aggregate == "macro" else None, names)
-        _, first, circle = np.unique(np.asarray(clusters), return_index=True, return_inverse=True)
+        # cluster[i] is the number of row i's cluster, first[j] the first row of cluster j
+        _, first, cluster = np.unique(np.asarray(clusters), return_index=True, return_inverse=True)
 
         def worst(column: np.ndarray) -> np.ndarray:
-            out = np.ones(len(first))
-            np.minimum.at(out, circle, column)
-            return out
+            lowest = np.ones(len(first))
+            np.minimum.at(lowest, cluster, column)
+            return lowest
 
         return cls({condition: worst(column) for condition, column in columns.items()}, None, names[first])
 
-    def by_category(self) -> "dict[str, Sheet]":
-        """The same for each category, by name."""
+    def by_category(self) -> "dict[str, ScoreTable]":
+        """The part of each category, by the category's name."""
 
-        def part(rows: np.ndarray) -> Sheet:
+        def part(rows: np.ndarray) -> ScoreTable:
             scores = {condition: column[rows] for condition, column in self.scores.items()}
-            return Sheet(scores, None if self.strata is None else self.strata[rows], self.categories[rows])
+            strata = None if self.strata is None else self.strata[rows]
+            return ScoreTable(scores, strata, self.categories[rows])
 
         return {str(name): part(self.categories == name) for name in np.unique(self.categories) if name}
 
 
-def category_rows(model: str, benchmark: Benchmark, sheet: Sheet, *, seed: int = 0) -> list[Row]:
+def category_rows(model: str, benchmark: Benchmark, table: ScoreTable, *, seed: int = 0) -> list[Row]:
     """As :func:`score_rows`, for each category of the benchmark's questions."""
     return [
         {**row, "category": name}
-        for name, part in sheet.by_category().items()
+        for name, part in table.by_category().items()
         for row in score_rows(model, benchmark, part.scores, seed=seed, strata=part.strata)
     ]
 
@@ -95,10 +108,10 @@ def score_rows(
 
     Args:
         model: its name in the table.
-        benchmark: which one.
-        scores: of every question.
-        costs: what an answer took under each condition.
-        seed: of the bootstrap.
+        benchmark: the benchmark.
+        scores: those of every question.
+        costs: the mean cost of an answer under each condition.
+        seed: seed of the bootstrap.
         strata: class of each question where the score is the mean of the classes' means.
     """
     if not scores:
@@ -135,20 +148,22 @@ def difference_rows(
 ) -> list[Row]:
     """Paired differences ``method - against``, question by question, at each keep of ``method``.
 
-    Several seeds of a method are averaged within each question first, so that the interval speaks of
-    questions. A method with one row only (``full``, ``none``) is compared at every keep of the other, and one
-    written ``method@keep`` takes part with that keep alone.
+    Several seeds of a method are averaged within each question first, so that the interval covers the choice
+    of questions. A method with one row only (``full``, ``none``) is compared at every keep of the other. A
+    method written ``method@keep`` takes part with that keep alone.
     """
     names, columns = [], []
     for method, against in pairs:
-        ours_name, ours_keep = split_keep(method)
+        our_name, our_keep = split_keep(method)
         their_name, their_keep = split_keep(against)
-        found = dict.fromkeys(c.keep for c in scores if c.method == ours_name)
-        for keep in found if ours_keep is None else [k for k in found if k == ours_keep]:
-            ours, ours_seeds = _over_seeds(scores, ours_name, keep)
-            theirs, their_seeds = _over_seeds(scores, their_name, keep if their_keep is None else their_keep)
-            if theirs is not None:
-                names.append((method, against, keep, " ".join(map(str, sorted({*ours_seeds, *their_seeds})))))
+        keeps = dict.fromkeys(c.keep for c in scores if c.method == our_name)
+        for keep in keeps if our_keep is None else [k for k in keeps if k == our_keep]:
+            ours, our_seeds = _mean_over_seeds(scores, our_name, keep)
+            theirs, their_seeds = _mean_over_seeds(
+                scores, their_name, keep if their_keep is None else their_keep
+            )
+            if ours is not None and theirs is not None:
+                names.append((method, against, keep, " ".join(map(str, sorted({*our_seeds, *their_seeds})))))
                 columns.append(ours - theirs)
     if not columns:
         return []
@@ -172,13 +187,14 @@ def difference_rows(
     ]
 
 
-def _over_seeds(scores: Scores, method: str, keep: float) -> tuple[np.ndarray | None, list[int]]:
-    mine = [c for c in scores if c.method == method]
-    if len({c.keep for c in mine}) > 1:
-        mine = [c for c in mine if c.keep == keep]
-    if not mine:
+def _mean_over_seeds(scores: Scores, method: str, keep: float) -> tuple[np.ndarray | None, list[int]]:
+    """Scores of ``method`` at ``keep``, averaged over its seeds, and the seeds; ``None`` if not run."""
+    chosen = [c for c in scores if c.method == method]
+    if len({c.keep for c in chosen}) > 1:
+        chosen = [c for c in chosen if c.keep == keep]
+    if not chosen:
         return None, []
-    return np.mean([scores[c] for c in mine], axis=0, dtype=np.float64), [c.seed for c in mine]
+    return np.mean([scores[c] for c in chosen], axis=0, dtype=np.float64), [c.seed for c in chosen]
 
 
 def write_table(path: str | Path, rows: Iterable[Row], columns: Sequence[str] = TABLE) -> Path:

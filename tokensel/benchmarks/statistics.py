@@ -1,4 +1,6 @@
-"""How sure a score is: bootstrap over questions, all columns at once, and means over benchmarks."""
+"""Confidence intervals by bootstrap over questions, all columns at once, and means over benchmarks."""
+
+from functools import reduce
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -7,6 +9,8 @@ from tokensel.utils.errors import needs
 
 with needs("eval"):
     import pandas as pd
+
+__all__ = ["LEVEL", "RESAMPLES", "average", "bootstrap"]
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -24,27 +28,29 @@ def bootstrap(
     """Mean and percentile interval of each column of ``scores``.
 
     Questions are drawn with replacement, the same draw for every column: columns stay paired, so the interval
-    of a column of differences is that of a paired comparison (Efron & Tibshirani, *An Introduction to the
+        of a
+    column of differences is that of a paired comparison (Efron & Tibshirani, *An Introduction to the
     Bootstrap*, 1993).
 
     Args:
-        scores: one column a condition or a difference of two.
+        scores: one column for each condition, or for each difference of two.
         resamples: how many times the questions are drawn.
         level: mass of the interval.
         seed: fixes the draws; the same scores give the same interval on every machine.
-        strata: the class of each question, where the score is the mean of the classes' means; questions are then drawn
-            within their class.
+        strata: the class of each question, where the score is the mean of the classes' means; questions are
+            then drawn within their class.
 
     Returns:
-        ``mean``, ``low``, ``high``, each ``[columns]``. One question, or scores all alike, give a point.
+        ``mean``, ``low``, ``high``, each ``[columns]``. One question, or equal scores, give an interval of
+        length 0.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    parts = [scores] if strata is None else [scores[strata == each] for each in np.unique(strata)]
+    parts = [scores] if strata is None else [scores[strata == name] for name in np.unique(strata)]
     rng = np.random.default_rng(seed)
-    means = sum(_resample(part, resamples, rng) for part in parts) / len(parts)
+    means = reduce(np.add, [_resample(part, resamples, rng) for part in parts]) / len(parts)
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    return sum(part.mean(axis=0) for part in parts) / len(parts), low, high
+    return reduce(np.add, [part.mean(axis=0) for part in parts]) / len(parts), low, high
 
 
 def _resample(
@@ -57,7 +63,7 @@ def _resample(
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         drawn = rng.integers(questions, size=(rows, questions))
-        # how often each question was drawn, so that the mean of a resample is one row of a matrix product
+        # counts[r, q]: how often resample r drew question q; its mean is then one row of a matrix product
         cells = drawn + np.arange(rows)[:, None] * questions
         counts = np.bincount(cells.ravel(), minlength=rows * questions).reshape(rows, questions)
         means[start : start + rows] = counts.astype(np.float64) @ scores / questions
@@ -65,21 +71,21 @@ def _resample(
 
 
 def average(table: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
-    """Mean score over the benchmarks of each group of rows, with half of its 95 % interval.
+    """Mean score over the benchmarks of each group of rows, with half the width of its 95 % interval.
 
-    The intervals of the benchmarks add as those of independent means do: no question belongs to two of them.
+    The intervals combine as those of independent means do, since no question belongs to two benchmarks.
 
     Args:
         table: the long table of results, scores 0..1, see :data:`tokensel.benchmarks.results.TABLE`.
         by: the columns that name a group.
 
     Returns:
-        ``score`` and ``reach``, 0 to 100, a row for each group in the table's order.
+        ``score`` and ``reach``, 0 to 100, one row for each group in the table's order.
     """
     rows = table.assign(
         reach=(100 * (table["ci_high"] - table["ci_low"]) / 2) ** 2, score=100 * table["score"]
     )
-    found = rows.groupby(by, sort=False).agg(
+    groups = rows.groupby(by, sort=False).agg(
         score=("score", "mean"), reach=("reach", "sum"), n=("score", "size")
     )
-    return found.assign(reach=found["reach"] ** 0.5 / found["n"])[["score", "reach"]]
+    return pd.DataFrame({"score": groups["score"], "reach": groups["reach"] ** 0.5 / groups["n"]})

@@ -1,4 +1,4 @@
-"""What is asked: a benchmark is one row of a table, a suite is a module that holds such a table."""
+"""What is evaluated: a benchmark is one row of a table, a suite is a module with such a table."""
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
@@ -8,6 +8,8 @@ from typing import Any
 from tokensel.benchmarks.metrics import METRICS
 from tokensel.utils.errors import TokenselError
 
+__all__ = ["AGGREGATES", "COLUMNS", "GROUPS", "Benchmark", "load_suite"]
+
 GROUPS = ("reading", "general", "long")
 AGGREGATES = ("mean", "all", "macro")
 COLUMNS = ("image", "question", "answers", "question_id")
@@ -15,21 +17,23 @@ COLUMNS = ("image", "question", "answers", "question_id")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: where its questions come from, how they are put, how answers are scored.
+    """One benchmark: where its questions come from, how they become prompts, how answers are scored.
 
     Attributes:
-        name: the name under which results are kept.
+        name: its name in tables and records.
         group: ``reading`` and ``general`` are the two groups of the paper (Figs. 4 and 5); ``long`` has long
             answers.
         metric: a key of :data:`tokensel.benchmarks.metrics.METRICS`.
-        max_new_tokens: where generation stops at the latest.
+        max_new_tokens: most tokens of an answer.
         load: ``load(split, n)`` gives the first ``n`` questions of a split (``None``: all) as a
-            ``datasets.Dataset`` with the columns ``image`` (one picture, a list of several, or none), ``question``,
-            ``answers`` (list of text), ``question_id`` (text, unique) and, if it has them, ``options`` (list of text, for
-            multiple choice), ``category`` (text; scores are also told by category) and ``cluster`` (text).
-        prompt: ``prompt(row)`` gives the text put to the model, without chat template or image placeholder.
-        aggregate: how questions make a score. ``mean``: all alike. ``all``: the rows of a cluster are one question put in
-            several ways, right only if right in all (MMBench's circular rule). ``macro``: the mean of the clusters' means.
+            ``datasets.Dataset`` with the columns ``image`` (one image, a list of several, or ``None``),
+            ``question``, ``answers`` (list of text), ``question_id`` (text, unique) and, if it has them,
+            ``options`` (list of text, for multiple choice), ``category`` (text; scores are also reported by
+            category) and ``cluster`` (text).
+        prompt: ``prompt(row)`` gives the model's prompt, without chat template or image placeholder.
+        aggregate: how the scores of questions are combined. ``mean``: their mean. ``all``: the rows of a
+            cluster are one question asked in several ways, right only if all are right (MMBench's circular
+            rule). ``macro``: the mean of the clusters' means.
     """
 
     name: str
@@ -64,12 +68,13 @@ def load_suite(suite: str, names: Iterable[str] = (), data: str | None = None) -
 
     Args:
         suite: dotted name of a module with ``BENCHMARKS: dict[str, Benchmark]``.
-        names: the ones wanted; none means all.
-        data: folder to read the questions from, for suites that would ask the hub for them
+        names: the benchmarks to take; empty means all.
+        data: folder to read the questions from, for suites that would download them from the Hub
             (see :class:`tokensel.benchmarks.hub.HubData`).
 
     Raises:
-        TokenselError: no such module, no ``BENCHMARKS`` in it, an unknown name, or a folder for a suite that reads none.
+        TokenselError: no such module, no ``BENCHMARKS`` in it, an unknown name, or a folder for a suite that
+            reads none.
     """
     try:
         table = importlib.import_module(suite).BENCHMARKS
@@ -87,4 +92,4 @@ def load_suite(suite: str, names: Iterable[str] = (), data: str | None = None) -
         return chosen
     if any(not hasattr(benchmark.load, "below") for benchmark in chosen.values()):
         raise TokenselError(f"data is {data!r}: the suite {suite} reads no folder; leave it out")
-    return {name: replace(each, load=each.load.below(data, name)) for name, each in chosen.items()}
+    return {name: replace(row, load=row.load.below(data, name)) for name, row in chosen.items()}

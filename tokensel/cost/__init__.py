@@ -1,4 +1,4 @@
-"""What an answer costs: FLOPs and bytes counted by formula, time and memory measured."""
+"""The cost of an answer: FLOPs and bytes, counted by formula."""
 
 from tokensel.cost.answers import answer_costs
 from tokensel.cost.count import (

@@ -1,4 +1,4 @@
-"""What each answer of a batch took: the formulas, filled in with what really happened."""
+"""The cost of each answer of a batch: the formulas, applied to what happened during generation."""
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,25 +22,24 @@ def answer_costs(
     output: GenerationOutput,
     selector: PretrainedConfig | None = None,
 ) -> list[tuple[int, float]]:
-    """FLOPs of each answer, from pixels to its end, and the mean bytes of its keys and values over the generation steps.
+    """FLOPs of each answer, from pixels to its end, and mean bytes of its keys and values over the steps.
 
-    A row is counted as if it had been asked alone: padding costs nothing, nor do rows that go on after its end. Scorers
-    other than the selector are not counted; they do next to no work.
+    A row is counted as if it were alone in the batch: without padding, and without the steps of longer rows.
+    The work of scorers other than the selector is negligible and not counted.
 
     Args:
-        model: the LLaVA that wrote.
+        model: the LLaVA that generated the answers.
         reduced: the prompts.
         output: the answers.
-        selector: configuration of the selector, if one chose.
+        selector: configuration of the selector, if it was used.
     """
     config, text_config = model.config, model.config.text_config
-    layers, each = text_config.num_hidden_layers, model.dtype.itemsize
+    layers, itemsize = text_config.num_hidden_layers, model.dtype.itemsize
     text = (reduced["attention_mask"].bool() & ~reduced.visual).sum(1).tolist()
     visual = reduced.visual.sum(1).tolist()
     pruning = output.pruning
-    left = (
-        None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
-    )  # [steps, layers, rows]
+    # left: visual tokens that each layer holds, [steps, layers, rows]
+    left = None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
     costs = []
     for row, steps in enumerate(output.lengths.tolist()):
         held = np.full((steps, layers), visual[row]) if left is None else left[:steps, :, row]
@@ -52,6 +51,6 @@ def answer_costs(
         if tiles:
             flops += count_vision(config.vision_config, tiles, layers_read(config), reduced.cells)
             flops += count_trunk(selector, reduced.cells, tiles) if selector is not None else 0
-        per_layer = kv_bytes(text_config, 1, each) / layers
+        per_layer = kv_bytes(text_config, 1, itemsize) / layers
         costs.append((flops, float(held_tokens(text[row], held).sum(1).mean() * per_layer)))
     return costs

@@ -1,8 +1,8 @@
 """FLOPs and bytes by formula, from configurations alone: nothing is run, nothing is loaded.
 
-A multiply-add counts as two. Attention is counted over the whole square of queries and keys, as ``torch``'s own FLOP
-counter does, although a causal kernel may skip half of it. Norms, activations and softmaxes are left out: they move
-bytes, but next to the matrix products they hardly count.
+A multiply-add counts as two. Attention is counted over the full matrix of queries and keys, as ``torch``'s
+own FLOP counter does, although a causal kernel may skip half of it. Norms, activations and softmaxes are left
+out: they move bytes, but their FLOPs are negligible next to those of the matrix products.
 """
 
 from collections.abc import Iterable
@@ -20,10 +20,9 @@ Count = TypeVar("Count", int, np.ndarray)
 
 
 def _layer(queries: Count, keys: Count, width: int, kv_width: int, hidden: int, matrices: int) -> Count:
-    """A Transformer layer over ``queries`` new tokens that look at ``keys``; ``matrices`` of its MLP."""
-    attention_width = width  # heads times their width, in all supported models
-    projections = 2 * attention_width * width + 2 * kv_width * width  # queries and output; keys and values
-    return 2 * queries * (projections + matrices * width * hidden) + 4 * queries * keys * attention_width
+    """A Transformer layer: ``queries`` new tokens attend to ``keys``; its MLP has ``matrices`` matrices."""
+    projections = 2 * width * width + 2 * kv_width * width  # queries and output; keys and values
+    return 2 * queries * (projections + matrices * width * hidden) + 4 * queries * keys * width
 
 
 def count_vision(
@@ -33,21 +32,21 @@ def count_vision(
 
     Args:
         config: a ``CLIPVisionConfig`` or ``SiglipVisionConfig``.
-        tiles: how many pictures it is given, the thumbnail among them.
+        tiles: tiles of the image, the thumbnail included.
         layers: how many of its layers are run; all by default.
-        patches: of each tile, as many as at the tower's own size by default.
+        patches: patches of each tile; by default those of the tower's own image size.
     """
-    layers = config.num_hidden_layers if layers is None else layers
-    patches = patches or (config.image_size // config.patch_size) ** 2
-    tokens = patches + (config.model_type.startswith("clip"))  # SigLIP has no CLS token
+    depth = config.num_hidden_layers if layers is None else layers
+    cells = patches or (config.image_size // config.patch_size) ** 2
+    tokens = cells + (config.model_type.startswith("clip"))  # SigLIP has no CLS token
     width = config.hidden_size
-    embedding = 2 * patches * config.num_channels * config.patch_size**2 * width
+    embedding = 2 * cells * config.num_channels * config.patch_size**2 * width
     layer = _layer(tokens, tokens, width, width, config.intermediate_size, 2)
-    return tiles * (embedding + layers * layer)
+    return tiles * (embedding + depth * layer)
 
 
 def layers_read(config: PretrainedConfig) -> int:
-    """How many layers of its tower a LLaVA needs: those up to the last whose output it reads."""
+    """How many layers of its tower a LLaVA needs: all up to the last one whose output it reads."""
     read, count = config.vision_feature_layer, config.vision_config.num_hidden_layers
     return max(index % (count + 1) for index in ([read] if isinstance(read, int) else read))
 
@@ -60,8 +59,13 @@ def count_trunk(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
 
 
 def count_training(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
-    """FLOPs of one training step of a selector and its reconstructor; going back takes twice what going forth does."""
-    head = 2 * tiles * tokens * config.width**2  # the reconstructor's, in place of the selector's two logits
+    """FLOPs of one training step of a selector and its reconstructor.
+
+    A backward pass counts as two forward passes.
+    """
+    head = (
+        2 * tiles * tokens * config.width**2
+    )  # the reconstructor's head, in place of the selector's two logits
     return 3 * (2 * count_trunk(config, tokens, tiles) - 4 * tiles * tokens * config.width + head)
 
 
@@ -75,7 +79,7 @@ def count_projector(config: PretrainedConfig, tokens: int) -> int:
 
 
 def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
-    """FLOPs of a language model over ``new`` tokens behind ``past`` cached ones, and of one row of logits.
+    """FLOPs of a language model over ``new`` tokens after ``past`` cached ones, and of one row of logits.
 
     Args:
         config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
@@ -83,7 +87,8 @@ def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
         past: tokens whose keys and values are in the cache.
 
     Raises:
-        TokenselError: an attention whose heads together are not as wide as the model, which is not counted right.
+        TokenselError: the heads together are not as wide as the model; the formula does not cover such
+            models.
     """
     layer = _decoder_layer(config, new, past + new)
     return config.num_hidden_layers * layer + 2 * config.hidden_size * config.vocab_size
@@ -94,19 +99,19 @@ def _decoder_layer(config: PretrainedConfig, queries: Count, keys: Count) -> Cou
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     if head * config.num_attention_heads != width:
         raise TokenselError(
-            f"{config.model_type}: {config.num_attention_heads} heads of {head} are not as wide as the model ({width}); "
-            "only such language models are counted"
+            f"{config.model_type}: {config.num_attention_heads} heads of {head} are not as wide as the model "
+            f"({width}); only models whose heads are can be counted"
         )
     return _layer(queries, keys, width, config.num_key_value_heads * head, config.intermediate_size, 3)
 
 
 def held_tokens(text: int, visual: Int[np.ndarray, "steps layers"]) -> Int[np.ndarray, "steps layers"]:
-    """Tokens of one row that each layer has in its cache after each generation step.
+    """Tokens of one row in each layer's cache after each generation step.
 
     Args:
-        text: tokens of the prompt besides the picture.
-        visual: visual tokens, newlines among them, that each layer holds at each step; step 0 reads the prompt, and every
-            further step adds a token of the answer.
+        text: tokens of the prompt besides the image.
+        visual: visual tokens, newlines included, that each layer holds at each step. Step 0 is the prefill,
+            and every further step adds a token of the answer.
     """
     return text + visual + np.arange(len(visual))[:, None]
 
@@ -117,13 +122,14 @@ def count_answer(
     visual: Int[np.ndarray, "steps layers"],
     ranked: Iterable[tuple[int, int]] = (),
 ) -> int:
-    """FLOPs of a language model that reads a prompt and writes an answer while visual tokens leave.
+    """FLOPs of a language model that generates an answer while visual tokens are dropped.
 
     Args:
         config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
-        text: tokens of the prompt besides the picture.
-        visual: see :func:`held_tokens`; a step a token of the answer.
-        ranked: step and layer of every row of attention that was computed on top of the model's own, to rank tokens.
+        text: tokens of the prompt besides the image.
+        visual: see :func:`held_tokens`; one step for each token of the answer.
+        ranked: step and layer of every row of attention that is computed in addition to the model's own, to
+            rank tokens.
 
     Raises:
         TokenselError: as :func:`count_decoder`.
@@ -131,29 +137,31 @@ def count_answer(
     held, width = held_tokens(text, visual), config.hidden_size
     queries = np.where(np.arange(len(held))[:, None] == 0, held, 1)
     layers = int(_decoder_layer(config, queries, held).sum())
-    # the token's query once more, and its product with every key
+    # the query of the ranking token a second time, and its product with every key
     ranking = sum(2 * width * width + 2 * int(held[step, layer]) * width for step, layer in ranked)
     return layers + len(held) * 2 * width * config.vocab_size + ranking
 
 
 def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:
-    """Bytes of the keys and values of ``tokens`` cached tokens of one row, in numbers of ``bytes_each`` bytes."""
+    """Bytes of the keys and values of ``tokens`` tokens of one row, with ``bytes_each`` bytes a number."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * bytes_each
 
 
 def step_bytes(config: PretrainedConfig, held: int, rows: int = 1, bytes_each: int = 2) -> int:
-    """Bytes that one step of decoding has to read: the weights once, and the keys and values of every row.
+    """Bytes that one decode step has to read: the weights once, and the keys and values of every row.
 
-    Next to these its arithmetic hardly counts, so that the ratio of two such numbers bounds what dropping tokens can gain.
+    A decode step is bound by memory, so that the ratio of two such numbers bounds what dropping tokens can
+    gain.
 
     Args:
         config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
-        held: tokens that each row has in its cache.
-        rows: answers that are written at a time.
+        held: tokens in the cache of each row.
+        rows: answers that are generated at a time.
         bytes_each: bytes of a number.
     """
-    # a product with a matrix takes two FLOPs for each of its weights; no token looks at any other here
+    # a product of one token with a matrix takes two FLOPs for each weight; without keys there is no attention
+    # to count
     weights = (
         config.num_hidden_layers * _decoder_layer(config, 1, 0)
     ) // 2 + config.hidden_size * config.vocab_size
@@ -162,7 +170,7 @@ def step_bytes(config: PretrainedConfig, held: int, rows: int = 1, bytes_each: i
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs until the first token of an answer is there, part by part."""
+    """FLOPs until the first token of an answer, part by part."""
 
     encoder: int
     selector: int
@@ -175,7 +183,7 @@ class Cost:
         return self.encoder + self.selector + self.projector + self.prefill
 
     def speedup(self, full: "Cost") -> float:
-        """How many times as fast as ``full`` the first token could come, if time followed the arithmetic."""
+        """Speed-up of the first token over ``full`` if latency were proportional to FLOPs."""
         return full.total / self.total
 
 
@@ -193,12 +201,12 @@ def first_token(
 
     Args:
         config: configuration of the whole model.
-        tiles: tiles of the picture, the thumbnail among them.
+        tiles: tiles of the image, the thumbnail included.
         visual: visual tokens after unpadding, newlines not counted.
-        text: tokens of the prompt besides the picture.
+        text: tokens of the prompt besides the image.
         keep: fraction of the visual tokens that reach projector and language model, in (0, 1].
         newlines: newline tokens that reach the language model.
-        selector: configuration of the selector, if one chooses.
+        selector: configuration of the selector, if it is used.
         encoder_layers: how many layers of the tower are run; by default all, as the stock model does.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The shapes of the four models that the paper's figures are about, so that their cost can be counted without fetching them.
+"""The shapes of four published models, so that their cost can be counted without downloading them.
 
-As in the configurations under these ids on the hub. Figs. 4 and 5 of the paper use LLaVA-NeXT, Figs. 6 and 7 LLaVA-OneVision;
-it does not say of which size and with which language model.
+The values are those of the configurations under these ids on the Hub. Figs. 4 and 5 of the paper use
+LLaVA-NeXT, Figs. 6 and 7 LLaVA-OneVision; it does not say of which size and with which language model.
 """
 
 from typing import Any
@@ -22,30 +22,68 @@ from transformers import (
 
 from tokensel.utils.errors import TokenselError
 
-CLIP = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-    image_size=336, patch_size=14, projection_dim=768, vocab_size=32000,
-)  # fmt: skip
-SIGLIP = dict(
-    hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16,
-    image_size=384, patch_size=14, vision_use_head=False,
-)  # fmt: skip
+CLIP: dict[str, Any] = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+    vocab_size=32000,
+)
+SIGLIP: dict[str, Any] = dict(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=26,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    vision_use_head=False,
+)
 MISTRAL = dict(
-    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-    vocab_size=32064, max_position_embeddings=32768, rope_theta=1e6, sliding_window=None, rms_norm_eps=1e-5,
-)  # fmt: skip
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=32064,
+    max_position_embeddings=32768,
+    rope_theta=1e6,
+    sliding_window=None,
+    rms_norm_eps=1e-5,
+)
 VICUNA = dict(
-    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-    vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5,
-)  # fmt: skip
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    vocab_size=32064,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+)
 QWEN2_7B = dict(
-    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-    vocab_size=152128, max_position_embeddings=32768, rope_theta=1e6,
-)  # fmt: skip
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152128,
+    max_position_embeddings=32768,
+    rope_theta=1e6,
+)
 QWEN2_HALF_B = dict(
-    hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-    vocab_size=152000, max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=True,
-)  # fmt: skip
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    vocab_size=152000,
+    max_position_embeddings=32768,
+    rope_theta=1e6,
+    tie_word_embeddings=True,
+)
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 # id on the hub: language model and its shape; the family decides the rest
@@ -82,12 +120,17 @@ def published_config(
         return LlavaOnevisionConfig(vision_config=tower, text_config=language, tie_word_embeddings=tied)
     tower = CLIPVisionConfig(**(CLIP | (vision or {})))
     return LlavaNextConfig(
-        vision_config=tower, text_config=language, image_token_index=32000, image_grid_pinpoints=PINPOINTS,
-        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=tied,
-    )  # fmt: skip
+        vision_config=tower,
+        text_config=language,
+        image_token_index=32000,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=tied,
+    )
 
 
 def hollow(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration without memory for its weights: enough to count them, and to lay out tokens."""
+    """A model without memory for its weights: enough to count them, and to lay out tokens."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)

@@ -1,1 +1,1 @@
-"""What an answer and a training step take, measured."""
+"""Time and memory of answers and of training steps, measured."""

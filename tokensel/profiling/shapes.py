@@ -1,4 +1,4 @@
-"""Configurations at true size, for measuring without any checkpoint: how long a model takes is a matter of shapes."""
+"""Configurations at true size, to measure without a checkpoint: latency depends on shapes, not on weights."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from tokensel.cost.published import CLIP, PINPOINTS, published_config
 
 
 def llava_next(text: PretrainedConfig) -> LlavaNextConfig:
-    """A LLaVA-NeXT with its own tower, CLIP ViT-L/14 at 336 pixels, and its own grids, around any language model."""
+    """A LLaVA-NeXT with any language model, its usual tower (CLIP ViT-L/14 at 336 pixels) and grids."""
     return LlavaNextConfig(
         vision_config=CLIPVisionConfig(**CLIP),
         text_config=text,
@@ -21,7 +21,7 @@ def llava_next(text: PretrainedConfig) -> LlavaNextConfig:
 
 
 def qwen2_half_billion() -> LlavaNextConfig:
-    """LLaVA-NeXT around the shape of Qwen2-0.5B: 358 million parameters in its layers, small enough for two CPU cores."""
+    """LLaVA-NeXT with the shape of Qwen2-0.5B: 358 million parameters in its layers, for two CPU cores."""
     return llava_next(
         Qwen2Config(
             hidden_size=896,
@@ -30,7 +30,7 @@ def qwen2_half_billion() -> LlavaNextConfig:
             num_attention_heads=14,
             num_key_value_heads=2,
             vocab_size=151936,
-        )  # fmt: skip
+        )
     )
 
 

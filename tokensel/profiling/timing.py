@@ -1,7 +1,8 @@
-"""One answer on the clock: when each token came, what each part took, how much memory there was at most."""
+"""Time one batch of answers: when each token arrived, what each part took, the peak of memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -11,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from tokensel.data.features import Features
 from tokensel.methods import check_method
-from tokensel.profiling.subject import Condition, Subject
+from tokensel.profiling.workload import MeasuredModel, Variant
 from tokensel.scorers import Scorer
 from tokensel.vlm import Reduced
 
@@ -23,7 +24,7 @@ PHASES = ("encoder", "selector", "selection", "projector", "prefill", "other")
 
 
 class Stamps(BaseStreamer):
-    """Notes when each token reaches the host, the device having finished it."""
+    """Records when each token reaches the host, that is, after the device has finished it."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -36,14 +37,14 @@ class Stamps(BaseStreamer):
 
 
 class Spans:
-    """Seconds between marks by name; a GPU takes its own marks, so that nobody waits for it to be measured."""
+    """Seconds between pairs of marks, by name. On a GPU the marks are events, which do not synchronise."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.marks: dict[str, list[Any]] = {}
 
     def mark(self, name: str) -> None:
-        """Begin the span ``name``, or end it if it has begun; once ended it stays as it is."""
+        """Begin the span ``name``, or end it if it has begun. Later marks of a finished span are ignored."""
         marks = self.marks.setdefault(name, [])
         if len(marks) < 2:
             marks.append(self._now())
@@ -56,17 +57,17 @@ class Spans:
         return event
 
     def seconds(self) -> dict[str, float]:
-        """Length of every span that has ended; the device must be done."""
-        whole = {name: marks for name, marks in self.marks.items() if len(marks) == 2}
+        """Length of every finished span; synchronise the device first."""
+        finished = {name: marks for name, marks in self.marks.items() if len(marks) == 2}
         if self.device.type != "cuda":
-            return {name: end - begin for name, (begin, end) in whole.items()}
-        return {name: begin.elapsed_time(end) / 1000 for name, (begin, end) in whole.items()}
+            return {name: end - begin for name, (begin, end) in finished.items()}
+        return {name: begin.elapsed_time(end) / 1000 for name, (begin, end) in finished.items()}
 
     @contextmanager
-    def listening(self, model: PreTrainedModel) -> Iterator[None]:
-        """While this lasts, mark the first run of the model's parts."""
-        core = model.base_model
-        edges: list[tuple[nn.Module, nn.Module, str]] = [
+    def hooked(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within this context, mark the first run of each part of the model."""
+        core: Any = model.base_model
+        edges: list[tuple[nn.Module, nn.Module | None, str]] = [
             (core.vision_tower, core.vision_tower, "encoder"),
             (core.multi_modal_projector, core.multi_modal_projector, "projector"),
             (core.language_model, model.get_output_embeddings(), "prefill"),
@@ -74,6 +75,7 @@ class Spans:
         with ExitStack() as stack:
             for first, last, name in edges:
                 begin = first.register_forward_pre_hook(lambda *_, name=name: self._begin(name))
+                assert last is not None, "every model that generates has output embeddings"
                 end = last.register_forward_hook(lambda *_, name=name: self.mark(name))
                 for hook in (begin, end):
                     stack.callback(hook.remove)
@@ -85,7 +87,7 @@ class Spans:
 
 
 class Timed:
-    """A scorer on the clock; otherwise the scorer that it holds."""
+    """A scorer whose calls are timed; in all other respects the scorer that it wraps."""
 
     def __init__(self, scorer: Scorer, spans: Spans):
         self.scorer, self.spans = scorer, spans
@@ -100,46 +102,50 @@ class Timed:
 
 
 @torch.inference_mode()
-def time_answer(subject: Subject, condition: Condition, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Give the model a processed batch under one condition, and note what it costs.
+def time_answer(measured: MeasuredModel, variant: Variant, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Answer a processed batch under one variant, and measure what it takes.
 
-    The pictures are processed already: resizing and cutting them into tiles is not on the clock.
+    The images are processed already: resizing them and cutting them into tiles is not timed.
 
     Returns:
-        ``first_token``: seconds from pixels on the device to the first token on the host; ``further_token``: median
-        seconds of each one after it; ``answer``: seconds until the last; ``peak_bytes``: of memory, ``None`` where it
-        cannot be told; ``phases``: seconds to the first token by :data:`PHASES`, where "selection" is everything around
-        the selector that turns scores into a shorter prompt, and "other" what ``generate`` itself takes;
-        ``n_visual``, ``length``: visual tokens and all tokens of a row that enter the language model.
+        ``first_token``: seconds from pixels on the device to the first token on the host; ``further_token``:
+            median
+        seconds of each later token; ``answer``: seconds until the last token; ``peak_bytes``: peak of memory,
+        ``None`` where the platform does not report it; ``phases``: seconds to the first token by
+        :data:`PHASES`, where "selection" is what turns scores into a shorter prompt, and "other" the overhead
+        of ``generate``; ``n_visual``, ``length``: visual tokens and all tokens of a row that enter the
+        language model.
     """
-    model, tokens = subject.model, subject.config.new_tokens
-    scorer = subject.scorers.get(check_method(condition.method).scorer)
+    model: Any = measured.model
+    tokens = measured.config.new_tokens
     stamps, spans = Stamps(), Spans(model.device)
+    name = check_method(variant.method).scorer
+    scorer = Timed(measured.scorers[name], spans) if name else None
     _wait(model.device)
     peak = watch_peak(model.device)
     start = perf_counter()
-    with spans.listening(model):
+    with spans.hooked(model):
         spans.mark("prepare")
-        prepared = subject.prepare(condition, inputs, scorer and Timed(scorer, spans))
+        prepared = measured.prepare(variant, inputs, scorer)
         spans.mark("prepare")
-        with subject.dropping(condition, prepared):
+        with measured.dropping(variant, prepared):
             options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
             model.generate(**prepared, **options, streamer=stamps)
     _wait(model.device)
-    times = stamps.times[-tokens:]  # generate also hands over the prompt
+    times = stamps.times[-tokens:]  # generate also passes the prompt to the streamer
     first, took = times[0] - start, spans.seconds()
-    inside = {name: took.get(name, 0.0) for name in ("encoder", "selector", "projector")}
+    phases = {part: took.get(part, 0.0) for part in ("encoder", "selector", "projector")}
     shorter = isinstance(prepared, Reduced)
-    phases = inside | {"selection": took["prepare"] - sum(inside.values()) if shorter else 0.0}
-    phases |= {"prefill": took["prefill"]}
-    phases |= {"other": first - sum(phases.values())}
+    phases["selection"] = took["prepare"] - sum(phases.values()) if shorter else 0.0
+    phases["prefill"] = took["prefill"]
+    phases["other"] = first - sum(phases.values())
     return {
         "first_token": first,
-        "further_token": median(after - before for before, after in zip(times, times[1:])),
+        "further_token": median(after - before for before, after in pairwise(times)),
         "answer": times[-1] - start,
         "peak_bytes": peak(),
         "phases": {name: phases[name] for name in PHASES},
-        "n_visual": int(prepared.n_visual[0]) if shorter else None,
+        "n_visual": int(prepared.n_visual[0]) if isinstance(prepared, Reduced) else None,
         "length": prepared["attention_mask"].shape[1],
     }
 
@@ -150,11 +156,11 @@ def _wait(device: torch.device) -> None:
 
 
 def watch_peak(device: torch.device) -> Callable[[], int | None]:
-    """Start watching memory; what is returned tells the peak since then, in bytes."""
+    """Start watching memory; the returned function gives the peak since then in bytes, or ``None``."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)
-    try:  # Linux: the peak of the resident memory, the weights among it
+    try:  # Linux: the peak of resident memory, weights included
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return lambda: None

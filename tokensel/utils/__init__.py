@@ -1,1 +1,1 @@
-"""What several rooms need: errors, files, seeds, progress, provenance."""
+"""Shared by several rooms: errors, files, loading, progress, provenance, seeds."""

@@ -1,8 +1,8 @@
 """Where tensors live, and in which precision: checks of what a user names, and the device of a module.
 
-One rule holds in the whole library. Tensors that a model computes with are on that model's device; where a model is
-spread over several, each tensor is on the device of the module that it enters. Whole numbers that only decide what is
-kept (layouts, counts, masks of cells) stay on the host.
+One rule holds in the whole library. Tensors that a model computes with are on that model's device; where a
+model is spread over several, each tensor is on the device of the module that it enters. Whole numbers that
+only decide what is kept (layouts, counts, masks of cells) stay on the host.
 """
 
 import torch
@@ -37,7 +37,8 @@ def check_device(device: torch.device | str | None = None) -> torch.device:
         raise TokenselError(f"device is {device!r}: give cpu, cuda, cuda:1 or auto") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise TokenselError(
-            f"device is '{found}', but PyTorch finds {torch.cuda.device_count()} CUDA GPUs here: give cpu or auto"
+            f"device is '{found}', but PyTorch finds {torch.cuda.device_count()} CUDA GPUs here: "
+            "give cpu or auto"
         )
     if found.type not in ("cpu", "cuda", "meta"):
         backend = getattr(torch, found.type, None)  # such as torch.mps or torch.xpu
@@ -63,7 +64,8 @@ def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def device_of(module: nn.Module) -> torch.device:
     """The device on which a module computes: where its inputs have to be.
 
-    With ``device_map`` accelerate notes on each module where it runs; offloaded weights are elsewhere until then.
+    With ``device_map`` accelerate notes on each module where it runs; offloaded weights are elsewhere until
+    then.
     """
     for part in module.modules():
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, and safetensors that say when they are cut short."""
+"""Files that are complete or absent: atomic writes, and safetensors whose damage is reported."""
 
 import errno
 import json
@@ -18,10 +18,10 @@ from tokensel.utils.errors import CheckpointError, DiskError
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a temporary neighbour of ``path``, then move it into place.
 
-    A reader sees the old file or the new one, never half of one, also after SIGKILL.
+    A reader sees the old file or the new one, never a part of one, even after SIGKILL.
 
     Raises:
-        DiskError: no space left on the device, or nothing can be written there; what was there before stays.
+        DiskError: no space left on the device, or nothing can be written there; the old file stays.
     """
     path = Path(path)
     try:
@@ -81,10 +81,10 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 
 
 def no_space(error: BaseException, path: str | Path) -> DiskError:
-    """The line to show when the disk is full."""
+    """The error to raise where the disk is full."""
     return DiskError(f"{path}: no space left on the device; free some, or choose another folder ({error})")
 
 
 def _is_full(error: BaseException) -> bool:
-    # safetensors reports a full disk as its own error, with the system's text inside
+    # safetensors reports a full disk as an error of its own that contains the system's message
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)

@@ -15,7 +15,7 @@ from tokensel.utils.errors import HubError, reason
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and load reports of transformers: for files this small they say nothing of use."""
+    """Suppress progress bars and load reports of transformers, which are noise for files this small."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -35,9 +35,9 @@ def hub_options(
     local_files_only: bool = False,
     cache_dir: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-    """Options for every ``from_pretrained`` of one model: those given, and the cache alone where the Hub is away.
+    """Options for every ``from_pretrained`` of one model; the cache alone if the Hub is out of reach.
 
-    One request to the Hub decides. Left to itself, loading would try each file for half a minute.
+    One request to the Hub decides. Without it, loading would retry each file for half a minute.
 
     Args:
         name: folder or hub id.
@@ -58,7 +58,7 @@ def hub_options(
     try:
         HfApi().model_info(str(name), timeout=10, token=token, revision=revision)
         return options
-    except Exception as error:  # the client's connection errors have other classes in each of its versions
+    except Exception as error:  # the classes of the client's connection errors differ by version
         if not isinstance(error, ValueError):  # a name that no hub model can have is in no cache either
             cached = try_to_load_from_cache(
                 str(name), "config.json", revision=revision, cache_dir=Path(cache_dir) if cache_dir else None

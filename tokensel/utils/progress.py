@@ -1,15 +1,15 @@
-"""A progress bar that can be read in a terminal, in a notebook and in a log file."""
+"""A progress bar for terminals, notebooks and log files."""
 
 import sys
-from typing import TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 
 class _Lines:
-    """A stream that ends each state of a bar with a new line, where a terminal would go back to its start."""
+    """A stream for logs: each state of a bar becomes a line, instead of overwriting the last one."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: Any):
         self.stream = stream
 
     def write(self, text: str) -> None:
@@ -22,18 +22,17 @@ class _Lines:
 
 
 def progress_bar(total: int, *, done: int = 0, unit: str = "it", shown: bool = True) -> tqdm:
-    """A bar on stderr: how much is done, how much is left, how fast; in a log, a line every half minute.
+    """A bar on stderr: how much is done, how much is left, how fast; in a log, one line every half minute.
 
     Args:
         total: number of steps, those done by an earlier run included.
-        done: how many an earlier run has done.
-        unit: what one step is called.
-        shown: ``False`` for silence.
+        done: steps done by an earlier run.
+        unit: name of one step.
+        shown: ``False`` prints nothing.
     """
     terminal = sys.stderr.isatty()
-    redrawn = terminal or type(sys.stderr).__module__.startswith(
-        "ipykernel"
-    )  # a notebook goes back to the line's start, too
+    # a notebook overwrites its line, too
+    redrawn = terminal or type(sys.stderr).__module__.startswith("ipykernel")
     return tqdm(
         total=total,
         initial=done,

@@ -1,4 +1,4 @@
-"""What a record depends on, so that records of different making never mix."""
+"""What a record depends on, so that results of different code, checkpoints or machines never mix."""
 
 import ast
 import hashlib
@@ -16,7 +16,7 @@ import torch
 
 import tokensel
 
-# Where answers are made, and where they are counted. Training, figures and tables are left out: they change no record.
+# The code that generates answers and counts their cost. Training, figures and tables change no record.
 CODE = (
     "budget.py",
     "cost",
@@ -31,25 +31,27 @@ CODE = (
     "scorers",
     "vlm",
 )
-_WHOLE = 64 * 2**20  # larger files are known by their size, their first and their last mebibyte
+_WHOLE = 64 * 2**20  # larger files are identified by their size, their first and their last mebibyte
 _END = 2**20
 
 
-def digest(value: Any) -> str:
-    """Twelve hexadecimal digits that stand for a JSON value."""
+def json_digest(value: Any) -> str:
+    """Twelve hexadecimal digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @cache
 def code_digest() -> str:
-    """Stands for the code that makes answers; comments, docstrings and layout do not count."""
+    """Identifies the code that generates answers; comments, docstrings and layout do not count."""
     root = Path(tokensel.__file__).parent
     files = [
         path
         for name in CODE
         for path in ((root / name).rglob("*.py") if (root / name).is_dir() else [root / name])
     ]
-    return digest([[path.relative_to(root).as_posix(), _meaning(path.read_text())] for path in sorted(files)])
+    return json_digest(
+        [[path.relative_to(root).as_posix(), _meaning(path.read_text())] for path in sorted(files)]
+    )
 
 
 def _meaning(source: str) -> str:
@@ -67,16 +69,16 @@ def _meaning(source: str) -> str:
 
 
 def checkpoint_digest(name: str, commit: str | None = None) -> str:
-    """Stands for a checkpoint: the files of a folder, or id and commit on the hub."""
+    """Identifies a checkpoint: by the files of a folder, or by id and commit on the Hub."""
     folder = Path(name)
     if not folder.is_dir():
-        return digest([name, commit])
+        return json_digest([name, commit])
     files = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja")
     )
-    return digest([[path.relative_to(folder).as_posix(), _content(path)] for path in files])
+    return json_digest([[path.relative_to(folder).as_posix(), _content(path)] for path in files])
 
 
 def _content(path: Path) -> str:
@@ -90,7 +92,7 @@ def _content(path: Path) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions, for the provenance."""
+    """Machine and package versions, for the provenance."""
     packages = ("torch", "transformers", "datasets", "numpy", "rapidfuzz", "pillow")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
@@ -112,7 +114,7 @@ def _processor() -> str:
 
 
 def command_line() -> str | None:
-    """The command as typed, where there was one."""
+    """The command line of this process, or ``None`` where it is not tokensel's."""
     program = Path(sys.argv[0])
-    ours = program.name == "tokensel" or program.parent.name == "tokensel"  # the script, or -m tokensel
-    return shlex.join(["python", "-m", "tokensel", *sys.argv[1:]]) if ours else None
+    is_tokensel = "tokensel" in (program.name, program.parent.name)  # the script, or python -m tokensel
+    return shlex.join(["python", "-m", "tokensel", *sys.argv[1:]]) if is_tokensel else None

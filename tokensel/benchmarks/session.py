@@ -1,8 +1,10 @@
-"""The model under evaluation with its scorers, and what identifies the answers it gives."""
+"""The model under evaluation with its scorers and schedules, and what identifies the answers it gives."""
 
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+
+from torch import nn
 
 from tokensel.benchmarks.conditions import Condition
 from tokensel.benchmarks.config import KEEPS, SHORT_KEEPS, EvalConfig
@@ -15,26 +17,56 @@ from tokensel.utils.errors import TokenselError, check_layers
 from tokensel.utils.provenance import checkpoint_digest, code_digest
 from tokensel.vlm import Vlm, load_vlm
 
+__all__ = ["EvalSession"]
 
-class Asker:
-    """Loads the model once, the selector when it is needed, and each scorer once for all budgets."""
+
+class EvalSession:
+    """Loads the model, selector and rate predictor when they are needed, and each scorer once for all keeps.
+
+    Attributes:
+        config: the configuration, with the keeps that suit the model where none were given.
+        vlm: the model with its processor.
+    """
 
     def __init__(self, config: EvalConfig):
-        self.vlm: Vlm = load_vlm(
-            config.model, local_device(config.device), None if config.dtype == "auto" else config.dtype
-        )
+        """
+        Args:
+            config: what to evaluate.
+
+        Raises:
+            TokenselError: the model cannot be loaded.
+        """
+        dtype = None if config.dtype == "auto" else config.dtype
+        self.vlm: Vlm = load_vlm(config.model, local_device(config.device), dtype)
         keeps = config.keeps or (SHORT_KEEPS if self.vlm.native else KEEPS)
         self.config = replace(config, keeps=keeps)
-        self.scorers: dict[tuple[str, int], Scorer] = {}
+        self._scorers: dict[tuple[str, int], Scorer] = {}
 
     @cached_property
     def selector(self) -> TokenSelector:
-        """The trained selector, loaded once for every keep and seed."""
-        return TokenSelector.from_pretrained(self.config.selector)
+        """The trained selector."""
+        return TokenSelector.from_pretrained(self._selector_name)
+
+    @cached_property
+    def predictor(self) -> RatePredictor:
+        """DyRate's trained predictor, on the model's device."""
+        predictor = RatePredictor.from_pretrained(self._predictor_name)
+        nn.Module.to(predictor, self.vlm.model.device)
+        return predictor
+
+    @property
+    def _selector_name(self) -> str:
+        assert self.config.selector is not None, "EvalConfig refuses the method without it"
+        return self.config.selector
+
+    @property
+    def _predictor_name(self) -> str:
+        assert self.config.dyrate is not None, "EvalConfig refuses the method without it"
+        return self.config.dyrate
 
     @property
     def name(self) -> str:
-        """The model in the table: a hub id, or the last part of a folder."""
+        """The model's name in the table: a hub id, or the last part of a folder."""
         path = Path(self.vlm.name)
         return path.resolve().name if path.is_dir() else self.vlm.name
 
@@ -44,15 +76,10 @@ class Asker:
         if name is None:
             return None
         key = (name, condition.seed)
-        if key not in self.scorers:
+        if key not in self._scorers:
             options = {"selector": self.selector} if check_method(condition.method).uses_selector else {}
-            self.scorers[key] = make_scorer(name, seed=condition.seed, **options)
-        return self.scorers[key]
-
-    @cached_property
-    def predictor(self) -> RatePredictor:
-        """DyRate's trained predictor, loaded once."""
-        return RatePredictor.from_pretrained(self.config.dyrate).to(self.vlm.model.device)
+            self._scorers[key] = make_scorer(name, seed=condition.seed, **options)
+        return self._scorers[key]
 
     def schedule(self, condition: Condition) -> Schedule | None:
         """What drops tokens inside the language model under a condition."""
@@ -67,7 +94,11 @@ class Asker:
         return make_schedule(row.schedule, layer=config.layer, keep=keep)
 
     def check_fit(self) -> None:
-        """Raise ``TokenselError`` before any work where a method, selector, predictor or a schedule's layers do not fit."""
+        """Check before any work that methods, selector, predictor and the layers of schedules fit the model.
+
+        Raises:
+            TokenselError: one of them does not.
+        """
         rows, model = [check_method(method) for method in self.config.methods], self.vlm.model.config
         if any(row.needs_cls_attention for row in rows) and model.vision_feature_select_strategy != "default":
             raise TokenselError(
@@ -88,27 +119,27 @@ class Asker:
 
     @cached_property
     def model_digest(self) -> str:
-        """Stands for the model's files."""
+        """Identifies the model's files."""
         return checkpoint_digest(self.config.model, getattr(self.vlm.model.config, "_commit_hash", None))
 
     @cached_property
     def selector_digest(self) -> str:
-        """Stands for the selector's files."""
-        return checkpoint_digest(self.config.selector, getattr(self.selector.config, "_commit_hash", None))
+        """Identifies the selector's files."""
+        return checkpoint_digest(self._selector_name, getattr(self.selector.config, "_commit_hash", None))
 
     @cached_property
     def predictor_digest(self) -> str:
-        """Stands for the rate predictor's files."""
-        return checkpoint_digest(self.config.dyrate, getattr(self.predictor.config, "_commit_hash", None))
+        """Identifies the rate predictor's files."""
+        return checkpoint_digest(self._predictor_name, getattr(self.predictor.config, "_commit_hash", None))
 
     def identity(self, condition: Condition) -> dict[str, str]:
-        """All that an answer under a condition depends on, besides question and seed and a scorer's keep."""
+        """Everything that an answer under a condition depends on, apart from question, seed and keep."""
         row, schedule = check_method(condition.method), self.schedule(condition)
-        found = {"model": self.model_digest, "dtype": str(self.vlm.model.dtype), "code": code_digest()}
+        identity = {"model": self.model_digest, "dtype": str(self.vlm.model.dtype), "code": code_digest()}
         if row.chooses:
-            found |= self.config.choices()
+            identity |= self.config.choices()
         if row.uses_selector:
-            found["selector"] = self.selector_digest
+            identity["selector"] = self.selector_digest
         if schedule is not None:
-            found["schedule"] = self.predictor_digest if isinstance(schedule, DyRate) else repr(schedule)
-        return found
+            identity["schedule"] = self.predictor_digest if isinstance(schedule, DyRate) else repr(schedule)
+        return identity

@@ -12,12 +12,11 @@ from typer.testing import CliRunner
 
 from tokensel import cli
 from tokensel.methods import methods as all_methods
-from tokensel.profiling import measure as measuring
-from tokensel.profiling import training
+from tokensel.profiling import inference, training
 from tokensel.profiling.config import CostConfig, image_size
 from tokensel.profiling.shapes import SHAPES
-from tokensel.profiling.subject import Condition, Subject, conditions, make_inputs
 from tokensel.profiling.timing import PHASES, time_answer
+from tokensel.profiling.workload import MeasuredModel, Variant, make_inputs, variants
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import encode
 
@@ -53,17 +52,17 @@ def report(path) -> dict:
 def test_every_method_is_timed_part_by_part(model, config):
     methods = [name for name in all_methods() if name != "native"]
     config = replace(config, methods=(*methods, "fastv", "vtw", "selector+fastv"))
-    subject = Subject.of(config, model)
+    measured = MeasuredModel.of(config, model)
     inputs = make_inputs(model, SIZE, 2, config.text)
     full = int(encode(model, inputs).n_visual[0])
-    for condition in conditions(config):
-        times = time_answer(subject, condition, inputs)
+    for variant in variants(config):
+        times = time_answer(measured, variant, inputs)
         assert 0 < times["first_token"] < times["answer"] and times["further_token"] > 0
         assert tuple(times["phases"]) == PHASES
         assert sum(times["phases"].values()) == pytest.approx(times["first_token"])
         assert times["phases"]["prefill"] > 0 and min(times["phases"].values()) >= 0
-        assert (times["phases"]["encoder"] > 0) == (condition.method != "none")
-        if condition.method in (
+        assert (times["phases"]["encoder"] > 0) == (variant.method != "none")
+        if variant.method in (
             "selector",
             "selector+fastv",
             "random",
@@ -74,7 +73,7 @@ def test_every_method_is_timed_part_by_part(model, config):
         ):
             assert times["phases"]["selector"] > 0 and times["n_visual"] == round(0.3 * full)
             assert times["length"] == inputs["input_ids"].shape[1] - full + times["n_visual"]
-    assert conditions(config)[0] == Condition("full", 1.0) and Condition("vtw", 1.0) in conditions(config)
+    assert variants(config)[0] == Variant("full", 1.0) and Variant("vtw", 1.0) in variants(config)
 
 
 def test_full_is_the_stock_model_on_the_stock_inputs(model, config, monkeypatch):
@@ -82,9 +81,9 @@ def test_full_is_the_stock_model_on_the_stock_inputs(model, config, monkeypatch)
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **given: seen.append(given) or generate(**given))
     inputs = make_inputs(model, SIZE, 1, config.text)
-    subject, hooks = Subject.of(config, model), []
+    measured, hooks = MeasuredModel.of(config, model), []
     for method in ("full", "selector"):
-        time_answer(subject, Condition(method, 0.3), inputs)
+        time_answer(measured, Variant(method, 0.3), inputs)
         hooks.append(
             [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
         )
@@ -94,7 +93,9 @@ def test_full_is_the_stock_model_on_the_stock_inputs(model, config, monkeypatch)
 
 
 def test_the_report_holds_ratios_within_rounds_and_of_the_ideal(model, config):
-    found = report(measuring.measure(replace(config, batch_sizes=(1, 2)), progress=False, model=model))
+    found = report(
+        inference.measure_inference(replace(config, batch_sizes=(1, 2)), progress=False, model=model)
+    )
     rows = found["rows"]
     assert [(row["rows"], row["method"], row["keep"]) for row in rows] == [
         (size, method, keep)
@@ -119,7 +120,7 @@ def test_the_report_holds_ratios_within_rounds_and_of_the_ideal(model, config):
         and found["config"]["seed"] == 0
     )
     assert "its own" in found["weights"] and found["sittings"] == 1
-    assert len(list(measuring.lines(found))) == 1 + len(rows)
+    assert len(list(inference.inference_lines(found))) == 1 + len(rows)
 
 
 def test_killed_it_goes_on_with_the_rounds_that_are_missing(model, config, monkeypatch):
@@ -131,27 +132,28 @@ def test_killed_it_goes_on_with_the_rounds_that_are_missing(model, config, monke
             raise KeyboardInterrupt
         return time_answer(*args)
 
-    monkeypatch.setattr(measuring, "time_answer", die)
+    monkeypatch.setattr(inference, "time_answer", die)
     with pytest.raises(KeyboardInterrupt):
-        measuring.measure(config, progress=False, model=model)
-    path = measuring.measure(config, progress=False, model=model)
+        inference.measure_inference(config, progress=False, model=model)
+    path = inference.measure_inference(config, progress=False, model=model)
     assert len(calls) == 3 * 4 + 2 + 3 * 6 and report(path)["sittings"] == 2
-    measuring.measure(config, progress=False, model=model)
+    inference.measure_inference(config, progress=False, model=model)
     assert len(calls) == 3 * 4 + 2 + 3 * 6, "nothing was missing"
-    measuring.measure(replace(config, repetitions=11), progress=False, model=model)
+    inference.measure_inference(replace(config, repetitions=11), progress=False, model=model)
     assert len(calls) == 3 * 4 + 2 + 3 * 7, "one more round"
-    measuring.measure(replace(config, text=8), progress=False, model=model)
+    inference.measure_inference(replace(config, text=8), progress=False, model=model)
     assert len(calls) == 3 * 4 + 2 + 3 * 17, "another measurement has rounds of its own"
 
 
 def test_orders_move_on_from_round_to_round(model, config, monkeypatch):
     order = []
-    monkeypatch.setattr(
-        measuring, "time_answer", lambda subject, condition, inputs: order.append(condition.method) or time_answer(
-            subject, condition, inputs
-        )
-    )  # fmt: skip
-    measuring.measure(config, progress=False, model=model)
+
+    def record(measured, variant, inputs):
+        order.append(variant.method)
+        return time_answer(measured, variant, inputs)
+
+    monkeypatch.setattr(inference, "time_answer", record)
+    inference.measure_inference(config, progress=False, model=model)
     assert order[:9] == [
         "full",
         "selector",
@@ -167,7 +169,9 @@ def test_orders_move_on_from_round_to_round(model, config, monkeypatch):
 
 def test_training_beside_the_machines_products(model, config):
     found = report(
-        training.measure(replace(config, batch_sizes=(2,), selector_layers=1), progress=False, model=model)
+        training.measure_training(
+            replace(config, batch_sizes=(2,), selector_layers=1), progress=False, model=model
+        )
     )
     (row,) = found["rows"]
     assert row["repetitions"] == 10 and row["ceiling_flops_per_second"]["median"] > 0
@@ -179,7 +183,7 @@ def test_training_beside_the_machines_products(model, config):
         assert part["of_ceiling"]["median"] > 0
     assert row["pictures"]["images_per_second"]["median"] < row["features"]["images_per_second"]["median"]
     assert row["peak_bytes"] > 0 or not Path("/proc/self/clear_refs").exists()
-    assert len(list(training.lines(found))) == 3
+    assert len(list(training.training_lines(found))) == 3
 
 
 def test_the_command_measures_a_configuration_at_random_weights(tmp_path):
@@ -234,7 +238,7 @@ def test_bad_choices_are_told_before_anything_is_loaded(config, change, told):
 
 def test_a_model_that_is_not_there_and_a_precision_that_does_not_train(model, config):
     with pytest.raises(TokenselError, match="nowhere"):
-        Subject.of(replace(config, model="nowhere/at-all", random_weights=True))
+        MeasuredModel.of(replace(config, model="nowhere/at-all", random_weights=True))
     with pytest.raises(TokenselError, match="trains in float32 or bfloat16"):
-        training.measure(replace(config, dtype="float16"), progress=False, model=model)
+        training.measure_training(replace(config, dtype="float16"), progress=False, model=model)
     assert image_size("1700x2200") == (1700, 2200)

@@ -1,8 +1,8 @@
-"""What is measured: a model, its inputs, and the ways to give it fewer tokens."""
+"""What is measured: a model, its inputs, and the variants that give it fewer tokens."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from tokensel.methods import EncodedBatch, check_method
 from tokensel.model.selector import SelectorConfig, TokenSelector
 from tokensel.profiling.config import CostConfig, image_size
 from tokensel.profiling.shapes import SHAPES
-from tokensel.schedules import SCHEDULES, Schedule, make_schedule, pruned
+from tokensel.schedules import Schedule, make_schedule, pruned, schedule_options
 from tokensel.scorers import Scorer, make_scorer
 from tokensel.utils.devices import check_device
 from tokensel.utils.errors import TokenselError, reason
@@ -22,42 +22,41 @@ from tokensel.utils.loading import hub_options
 from tokensel.vlm import Choices, Encoded, Reduced, encode, load_vlm
 from tokensel.vlm.layout import read_layout, tile_counts
 
-FULL = "full"  # the stock model as it is: nothing of this library is in its way
+FULL = "full"  # the stock model on stock inputs: nothing of this library runs
 
 
-class Condition(NamedTuple):
-    """A way to give the model fewer tokens; ``keep`` is 1 where the method has no budget."""
+class Variant(NamedTuple):
+    """A method and its budget; ``keep`` is 1 where the method has none."""
 
     method: str
     keep: float
 
 
-def conditions(config: CostConfig) -> list[Condition]:
+def variants(config: CostConfig) -> list[Variant]:
     """The stock model, then every method under every budget it knows."""
-    found = [Condition(FULL, 1.0)]
+    chosen = [Variant(FULL, 1.0)]
     for method in config.methods:
-        found += [
-            Condition(method, keep) for keep in (config.keeps if check_method(method).uses_keep else (1.0,))
-        ]
-    return list(dict.fromkeys(found))
+        keeps = config.keeps if check_method(method).uses_keep else (1.0,)
+        chosen += [Variant(method, keep) for keep in keeps]
+    return list(dict.fromkeys(chosen))
 
 
-def schedule_of(condition: Condition, config: CostConfig) -> Schedule | None:
-    """The schedule that a condition names, if it names one."""
-    row = check_method(condition.method)
+def schedule_of(variant: Variant, config: CostConfig) -> Schedule | None:
+    """The schedule of a variant, or ``None``."""
+    row = check_method(variant.method)
     if row.schedule is None:
         return None
-    # behind a scorer the budget is the scorer's, and the schedule keeps what it keeps by itself
-    given = {"layer": config.schedule_layer} | ({} if row.chooses else {"keep": condition.keep})
-    known = {field.name for field in fields(SCHEDULES[row.schedule])}
+    # after a scorer the budget belongs to the scorer, and the schedule keeps its default fraction
+    given = {"layer": config.schedule_layer} | ({} if row.chooses else {"keep": variant.keep})
+    known = schedule_options(row.schedule)
     return make_schedule(row.schedule, **{name: value for name, value in given.items() if name in known})
 
 
 def build_model(config: CostConfig) -> PreTrainedModel:
-    """The model with its own weights, or one of its shape with random ones.
+    """The model with its own weights, or a model of its shape with random ones.
 
     Raises:
-        TokenselError: nothing there under this name, or a model that packs no image tiles.
+        TokenselError: nothing to load under this name, or a model that cuts no image tiles.
     """
     device = check_device(config.device)
     if not (config.random_weights or config.model in SHAPES):
@@ -79,19 +78,19 @@ def build_model(config: CostConfig) -> PreTrainedModel:
 
 def _configuration(name: str) -> Any:
     try:
-        found = AutoConfig.from_pretrained(name, **hub_options(name))
+        config = AutoConfig.from_pretrained(name, **hub_options(name))
     except (OSError, ValueError) as error:
         raise TokenselError(
             f"{name} holds no configuration ({reason(error)}); give a folder, a hub id, or one of "
             f"{', '.join(SHAPES)}"
         ) from None
-    if not hasattr(found, "image_grid_pinpoints"):
-        raise TokenselError(f"{name} is a {found.model_type}, which cuts no image tiles: give a LLaVA-NeXT")
-    return found
+    if not hasattr(config, "image_grid_pinpoints"):
+        raise TokenselError(f"{name} is a {config.model_type}, which cuts no image tiles: give a LLaVA-NeXT")
+    return config
 
 
 def build_selector(config: CostConfig, model: PreTrainedModel) -> TokenSelector:
-    """The trained selector, or one of the asked-for shape with random weights."""
+    """The trained selector, or one of the configured depth with random weights."""
     if config.selector is not None:
         return TokenSelector.from_pretrained(config.selector)
     width = feature_width(model.config.vision_config, model.config.vision_feature_layer)
@@ -101,14 +100,14 @@ def build_selector(config: CostConfig, model: PreTrainedModel) -> TokenSelector:
 
 
 def make_inputs(model: PreTrainedModel, size: str, rows: int, text: int, seed: int = 0) -> dict[str, Tensor]:
-    """What a processor would make of ``rows`` pictures of one size, with noise for pixels and random words.
+    """What a processor would make of ``rows`` images of one size: noise for pixels, random text tokens.
 
     Args:
         model: decides tiles, layout and vocabulary.
-        size: of the pictures, as HEIGHTxWIDTH.
-        rows: questions, each with one picture.
-        text: tokens of each prompt besides the picture: one in front of it, the others behind.
-        seed: of noise and words.
+        size: size of the images, as HEIGHTxWIDTH in pixels.
+        rows: prompts, each with one image.
+        text: tokens of each prompt besides the image: one before it, the others after it.
+        seed: seed of noise and text.
     """
     generator = torch.Generator().manual_seed(seed)
     config, vision = model.config, model.config.vision_config
@@ -117,7 +116,7 @@ def make_inputs(model: PreTrainedModel, size: str, rows: int, text: int, seed: i
     side, cells = vision.image_size, (vision.image_size // vision.patch_size) ** 2
     packed = len(read_layout(model.base_model, tiles[:1], cells, sizes[:1]).source)
     words = torch.randint(0, config.text_config.vocab_size - 1, (rows, text), generator=generator)
-    words += (words >= config.image_token_id).long()  # any word but the placeholder
+    words += (words >= config.image_token_id).long()  # any token but the placeholder
     image = torch.full((rows, packed), config.image_token_id)
     ids = torch.cat([words[:, :1], image, words[:, 1:]], dim=1)
     pixels = torch.randn(rows, tiles[0], vision.num_channels, side, side, generator=generator)
@@ -130,7 +129,7 @@ def make_inputs(model: PreTrainedModel, size: str, rows: int, text: int, seed: i
 
 
 class Processed(EncodedBatch):
-    """A batch whose processing is done and whose vision tower has not run yet."""
+    """A batch that is processed already, and not yet encoded."""
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, Tensor]):
         self.model, self.inputs = model, inputs
@@ -144,8 +143,15 @@ class Processed(EncodedBatch):
 
 
 @dataclass
-class Subject:
-    """The model, and the scorers it is measured with."""
+class MeasuredModel:
+    """The model under measurement and its scorers.
+
+    Attributes:
+        config: what to measure.
+        model: the model.
+        selector: the selector, trained or random.
+        scorers: by name, one for every method that has a scorer.
+    """
 
     config: CostConfig
     model: PreTrainedModel
@@ -153,32 +159,31 @@ class Subject:
     scorers: dict[str, Scorer]
 
     @classmethod
-    def of(cls, config: CostConfig, model: PreTrainedModel | None = None) -> "Subject":
-        """Load or draw what ``config`` names; ``model`` is one in memory, to be measured in its place."""
+    def of(cls, config: CostConfig, model: PreTrainedModel | None = None) -> "MeasuredModel":
+        """Load or draw what ``config`` names; a ``model`` in memory is used instead of ``config.model``."""
         model = build_model(config) if model is None else model
         selector = build_selector(config, model)
-        names = {check_method(name).scorer for name in config.methods} - {None}
-        return cls(
-            config,
-            model,
-            selector,
-            {name: make_scorer(name, seed=config.seed, selector=selector) for name in names},
-        )
+        scorers = {
+            name: make_scorer(name, seed=config.seed, selector=selector)
+            for method in config.methods
+            if (name := check_method(method).scorer) is not None
+        }
+        return cls(config, model, selector, scorers)
 
     def prepare(
-        self, condition: Condition, inputs: dict[str, Tensor], scorer: Scorer | None
+        self, variant: Variant, inputs: dict[str, Tensor], scorer: Scorer | None
     ) -> Mapping[str, Tensor]:
-        """From the processor's output to what ``generate`` is given under a condition."""
-        if condition.method == FULL:
+        """From the processor's output to the inputs of ``generate`` under a variant."""
+        if variant.method == FULL:
             return inputs
-        return check_method(condition.method).run(
-            Processed(self.model, inputs), condition.keep, scorer, Choices()
+        return check_method(variant.method).run(
+            Processed(self.model, inputs), variant.keep, scorer, Choices()
         )
 
     @contextmanager
-    def dropping(self, condition: Condition, prepared: Mapping[str, Tensor]) -> Iterator[None]:
-        """While this lasts, the language model drops tokens if the condition is a schedule."""
-        schedule = schedule_of(condition, self.config)
+    def dropping(self, variant: Variant, prepared: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within this context, the language model drops tokens if the variant has a schedule."""
+        schedule = schedule_of(variant, self.config)
         if schedule is None or not isinstance(prepared, Reduced):
             yield
         else:
