@@ -107,6 +107,8 @@ def test_chapter_is_committed_as_it_should_be(path):
     wide = [line for cell in code for line in cell.source.splitlines() if len(line) > 88]
     assert not wide, "lines that scroll sideways"
     assert {"model"} <= set(parameters.declared(tagged[0].source).keys())
+    lines = [line for cell in code for line in cell.source.splitlines()]
+    assert max(map(len, lines)) <= 88, "code that scrolls sideways"
     assert f'open_chapter("{path.stem}")' in "\n".join(cell.source for cell in code)
     prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
     for part in (

@@ -1,7 +1,7 @@
 """Runs of the book that are stopped, by Ctrl-C and by force: no tracebacks, no partial files, the same pages.
 
-``python tests/book/test_kills.py 20`` kills twenty builds and compares the pages with those of a build that was
-left alone.
+``python tests/book/test_kills.py 20`` kills twenty builds and compares the pages with those of a build left
+alone.
 """
 
 import os

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from tokensel.utils.errors import TokenselError
 
 TYPES = {"bool": bool, "float": float, "int": int, "list": list, "str": str}
@@ -58,6 +56,8 @@ def parse_parameters(pairs: list[str]) -> dict[str, Any]:
 
 def parameters_cell(path: Path) -> str:
     """The source of a chapter's parameters cell; empty for a notebook without one."""
+    import nbformat  # slow, and not needed where a chapter is only opened
+
     cells = nbformat.read(path, as_version=4).cells
     return next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
 
