@@ -90,11 +90,11 @@ class Statistics:
         total = squares = torch.zeros((), dtype=torch.float64)
         tokens = tiles = 0
         for batch in batches:
-            valid = batch.valid
-            if valid is None:
-                valid = batch.tokens.new_ones(batch.tokens.shape[:2], dtype=torch.bool)
-            # valid tokens of all tiles as rows [tokens, channels], in double precision on the host
-            rows = batch.tokens[valid].cpu().double()
+            values = batch.tokens.cpu().double()
+            valid = torch.ones(values.shape[:2], dtype=torch.bool)
+            if batch.valid is not None:
+                valid = batch.valid.cpu()
+            rows = values[valid]  # the valid tokens of all tiles: [tokens, channels]
             total, squares = total + rows.sum(dim=0), squares + rows.square().sum(dim=0)
             tokens, tiles = tokens + len(rows), tiles + int(valid.any(dim=1).sum())
         if not tiles:

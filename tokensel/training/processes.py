@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, accelerator, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tokensel.utils.errors import TokenselError
@@ -103,13 +103,13 @@ def launched_processes(device: str = "auto") -> Iterator[Processes]:
 
 
 def _device(option: str, local_rank: int | None) -> torch.device:
-    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpu = accelerator.current_accelerator(check_available=True)
     if option == "cpu" or gpu is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
         return torch.device("cpu")
-    index = torch.accelerator.current_device_index() if local_rank is None else local_rank
-    if index >= torch.accelerator.device_count():
+    index = accelerator.current_device_index() if local_rank is None else local_rank
+    if index >= accelerator.device_count():
         raise TokenselError(
             f"process {index} has no {gpu.type} device of its own: start at most "
-            f"{torch.accelerator.device_count()} processes"
+            f"{accelerator.device_count()} processes"
         )
     return torch.device(gpu.type, index)
