@@ -79,6 +79,12 @@ def test_few_ends_far_apart_are_labelled_and_many_close_ones_get_a_legend():
     assert len(few.texts) == 4 and few.get_legend() is None
     assert [text.get_text() for text in many.get_legend().get_texts()] == list("gfedcba")
     assert not many.texts
+    _, ax = plt.subplots()
+    colours = plt.get_cmap("cividis")([0.2, 0.5, 0.8])  # arrays, as a chapter gives them
+    for colour in colours:
+        ax.plot([0, 1], color=colour, marker="s")
+    curves.label_ends(ax, {f"layer {k}": (1.0, colour) for k, colour in enumerate(colours)})
+    assert [handle.get_marker() for handle in ax.get_legend().legend_handles] == ["s"] * 3
 
 
 @settings(deadline=None, max_examples=50)

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import cast
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -83,7 +84,7 @@ def score_curves(
     )
     axes[0, 0].set(xlim=(0.05, 0.95), xticks=(0.1, 0.3, 0.5, 0.7, 0.9), ylim=(0, 102))
     axes[0, 0].set_xticklabels(["0.1", "", "0.5", "", "0.9"])
-    ends: dict[Axes, dict[str, tuple[float, str]]] = {}
+    ends: dict[Axes, dict[str, tuple[float, Any]]] = {}
     for ax, benchmark in zip(axes.flat, benchmarks):
         values = {method: _plot_method(ax, _select(table, benchmark, method), method) for method in methods}
         if live is not None:
@@ -181,7 +182,7 @@ def cost_curves(
     return figure
 
 
-def label_ends(ax: Axes, ends: Mapping[str, tuple[float, str]], size: float = style.LABEL) -> None:
+def label_ends(ax: Axes, ends: Mapping[str, tuple[float, Any]], size: float = style.LABEL) -> None:
     """Name lines at the right border of ``ax``, each at its own end; call it when everything else is drawn.
 
     Labels that would overlap move apart, up to ``REACH`` font sizes away from their line. Where that is not
@@ -189,7 +190,7 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, str]], size: float = st
 
     Args:
         ax: the panel.
-        ends: for each name the value where its line ends, and the colour of the line.
+        ends: for each name the value where its line ends, and the colour of the line as matplotlib takes it.
         size: of the type in points.
     """
     offsets = _end_offsets(ax, ends, size)
@@ -229,7 +230,7 @@ def spread_out(places: Sequence[float], step: float, low: float, high: float) ->
     return [value + number * step for number, value in enumerate(flat)]
 
 
-def _end_offsets(ax: Axes, ends: Mapping[str, tuple[float, str]], size: float) -> dict[str, float] | None:
+def _end_offsets(ax: Axes, ends: Mapping[str, tuple[float, Any]], size: float) -> dict[str, float] | None:
     """Distance in points from each line's end up to its label; ``None`` if one of them exceeds ``REACH``."""
     figure = cast(Figure, ax.get_figure(root=True))
     figure.draw_without_rendering()  # the height of a panel is known only once everything is laid out
@@ -244,7 +245,7 @@ def _end_offsets(ax: Axes, ends: Mapping[str, tuple[float, str]], size: float) -
 
 
 def _annotate_ends(
-    ax: Axes, ends: Mapping[str, tuple[float, str]], offsets: Mapping[str, float], size: float
+    ax: Axes, ends: Mapping[str, tuple[float, Any]], offsets: Mapping[str, float], size: float
 ) -> None:
     for name, (value, colour) in ends.items():
         ax.annotate(
@@ -266,9 +267,9 @@ def _inside(ax: Axes, value: float) -> float:
     return min(max(value, low), high)
 
 
-def _line_of(ax: Axes, colour: str) -> Line2D:
+def _line_of(ax: Axes, colour: Any) -> Line2D:
     """A legend's sample of the line of this colour, with its dashes and marker."""
-    drawn = [line for line in ax.lines if line.get_color() == colour]
+    drawn = [line for line in ax.lines if same_color(line.get_color(), colour)]
     if not drawn:
         return Line2D([], [], color=colour)
     line = drawn[0]

@@ -4,6 +4,7 @@ A method that is not in the tables below gets a colour, a marker and a label mad
 """
 
 import zlib
+from typing import Any
 
 import matplotlib as mpl
 from cycler import cycler
@@ -99,7 +100,7 @@ def rendered_size(points: float, width: float) -> float:
     return css_pixels * 72 / 96
 
 
-def text_colour(colour: str) -> str:
+def text_colour(colour: Any) -> str:
     """The colour for text: darkened until its contrast with white is 4.5 to 1, as WCAG 2 requires."""
     share = next(k for k in range(100, -1, -1) if _contrast([k / 100 * c for c in to_rgb(colour)]) >= 4.5)
     red, green, blue = (share / 100 * c for c in to_rgb(colour))
