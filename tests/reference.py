@@ -6,7 +6,6 @@ import torch
 from tiny import ask, scale_up, tiny_config, tiny_processor
 from transformers import LlavaNextForConditionalGeneration, Qwen2Config
 
-from tokensel.budget import fraction_count, top_count
 from tokensel.schedules import DyRate, Exponential, FastV, Fixed, RatePredictor, Vtw, pruned
 from tokensel.schedules.attention import TYPES
 from tokensel.schedules.dyrate import RateConfig
@@ -34,6 +33,8 @@ SCHEDULES = {
     "fixed": Fixed(2, 0.3),
     "exponential": Exponential(1, 0.8),
     "dyrate": dyrate(),
+    "fastv-drop": FastV(2, 0.4, "drop"),
+    "exponential-row": Exponential(1, 0.6, "row"),
 }
 
 
@@ -65,75 +66,115 @@ def prompt(vlm: Vlm, rows: list[int], keep: float = 1.0):
 
 
 @torch.no_grad()
-def generated(vlm: Vlm, reduced, schedule):
+def generated(vlm: Vlm, reduced, schedule, steps: int = STEPS):
     options = {
         "output_logits": True,
         "return_dict_in_generate": True,
         "do_sample": False,
-        "max_new_tokens": STEPS,
+        "max_new_tokens": steps,
     }
-    with pruned(vlm.model, reduced.visual, reduced["attention_mask"], schedule) as pruning:
+    with pruned(vlm.model, reduced.prompt, schedule) as pruning:
         out = vlm.model.generate(**reduced, **options)
     return out, pruning
 
 
+def went(
+    schedule, keep: float, columns: dict[str, list[bool]], remain: list[int], scores: list[float]
+) -> set[int]:
+    """Columns of one row that go when the fraction ``keep`` of its cells stays, by hand.
+
+    Args:
+        columns: what the prompt's columns hold.
+        remain: columns that are left.
+        scores: of all columns.
+    """
+    last = len(scores) - 1
+    cells = [c for c in remain if columns["cells"][c]]
+    n = sum(columns["cells"])
+    count = 0 if keep == 0 or n == 0 else max(1, round(keep * n))
+    best = sorted(cells, key=lambda c: (c != last, -scores[c], c))[:count]
+    gone = {c for c in cells if c not in best and c != last}
+    if keep < 1 and schedule.newline != "keep":
+        row: list[int] = []  # cells of the map since the newline before
+        for column in range(len(scores)):
+            if columns["newlines"][column]:
+                stays = schedule.newline == "row" and any(c in best for c in row)
+                if column in remain and column != last and not stays:
+                    gone.add(column)
+                row = []
+            elif columns["cells"][column] and not columns["thumbnail"][column]:
+                row.append(column)
+    return gone
+
+
 @torch.no_grad()
-def masked_reference(vlm: Vlm, reduced, schedule) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_reference(vlm: Vlm, reduced, schedule, steps: int = STEPS) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy decoding where nothing is removed or cached: dropped columns are hidden from the later layers.
 
     The tokens of a step, the prompt being step 0, do not see what went at that step or before.
     """
-    lm, visual, layers = vlm.model.model.language_model, reduced.visual, vlm.model.model.language_model.layers
-    embeds, mask, logits, said = reduced["inputs_embeds"], reduced["attention_mask"], [], []
-    (start,), prompt = schedule.layers(), visual.shape[1]
-    gone_at = torch.full(visual.shape, STEPS)  # the step at which each column of the prompt went
+    lm, layers = vlm.model.model.language_model, vlm.model.model.language_model.layers
+    embeds, mask, logits, tokens = reduced["inputs_embeds"], reduced["attention_mask"], [], []
+    rows, prompt = mask.shape
+    visual, newlines = reduced.visual.tolist(), reduced.newlines.tolist()
+    columns = [
+        {
+            "cells": [v and not n for v, n in zip(visual[row], newlines[row])],
+            "newlines": newlines[row],
+            "thumbnail": reduced.thumbnail[row].tolist(),
+        }
+        for row in range(rows)
+    ]
+    (start,) = schedule.layers() or (len(layers),)
+    gone_at = torch.full((rows, prompt), steps)  # the step at which each column of the prompt went
 
     def hide(index, _layer, args, kwargs):
         length = args[0].shape[1]
-        gone = torch.zeros(len(visual), length, length, dtype=torch.bool)
+        gone = torch.zeros(rows, length, length, dtype=torch.bool)
         if index >= start:
             at = (torch.arange(length) - prompt + 1).clamp(min=0)
             gone[:, :, :prompt] = gone_at[:, None] <= at[:, None]
         allowed = mask.bool()[:, None] & ~gone & torch.ones(length, length, dtype=torch.bool).tril()
         allowed |= torch.eye(length, dtype=torch.bool)
-        return args, kwargs | {
-            "attention_mask": torch.zeros(allowed.shape).masked_fill_(~allowed, -1e30)[:, None]
-        }
+        mask_added = torch.zeros(allowed.shape).masked_fill_(~allowed, -1e30)[:, None]
+        return args, kwargs | {"attention_mask": mask_added}
 
     def mass(attention):
         """Row by row: what stands before the first visual token, the visual ones, the rest, the answer."""
-        shares = torch.zeros(len(visual), attention.shape[1], len(TYPES))
-        for row in range(len(visual)):
-            first = int(visual[row].nonzero()[0])
-            after = ~visual[row] & (torch.arange(prompt) > first)
+        shares = torch.zeros(rows, attention.shape[1], len(TYPES))
+        for row in range(rows):
+            places = [column for column in range(prompt) if visual[row][column]]
+            first = places[0] if places else prompt
+            after = [column for column in range(first, prompt) if not visual[row][column]]
             paid, answer = attention[row, :, :prompt], attention[row, :, prompt:]
-            parts = (paid[:, :first], paid[:, visual[row]], paid[:, after], answer)
+            parts = (paid[:, :first], paid[:, places], paid[:, after], answer)
             shares[row] = torch.stack([part.sum(1) for part in parts], 1)
         return shares
 
+    attn = vlm.model.config._attn_implementation
     vlm.model.set_attn_implementation("eager")
     hooks = [
         layer.register_forward_pre_hook(partial(hide, i), with_kwargs=True) for i, layer in enumerate(layers)
     ]
-    for step in range(STEPS):
-        attentions = lm(
-            inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
-        ).attentions
-        paid = attentions[start - 1][:, :, -1]
-        keep = schedule.entering(start, step, partial(mass, paid))
-        remain = visual & (gone_at > step)
-        count = (
-            fraction_count(visual.sum(1), keep)
-            if torch.is_tensor(keep) or keep > 0
-            else torch.zeros(len(visual)).long()
-        )
-        gone_at[remain & ~top_count(paid.mean(1)[:, :prompt], count, remain)] = step
+    for step in range(steps):
+        if schedule.layers():
+            attentions = lm(
+                inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
+            ).attentions
+            paid = attentions[start - 1][:, :, -1]
+            keep = schedule.entering(start, step, partial(mass, paid))
+            keeps = keep.tolist() if torch.is_tensor(keep) else [keep] * rows
+            for row in range(rows):
+                remain = [c for c in range(prompt) if mask[row, c] and gone_at[row, c] > step]
+                scores = paid[row].mean(0)[:prompt].tolist()
+                for column in went(schedule, keeps[row], columns[row], remain, scores):
+                    gone_at[row, column] = step
         hidden = lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
         logits.append(vlm.model.lm_head(hidden))
-        said.append(logits[-1].argmax(-1))
-        embeds = torch.cat([embeds, lm.embed_tokens(said[-1])[:, None]], 1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        tokens.append(logits[-1].argmax(-1))
+        embeds = torch.cat([embeds, lm.embed_tokens(tokens[-1])[:, None]], 1)
+        mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
     for hook in hooks:
         hook.remove()
-    vlm.model.set_attn_implementation("sdpa")
-    return torch.stack(said, 1), torch.stack(logits, 1)
+    vlm.model.set_attn_implementation(attn)
+    return torch.stack(tokens, 1), torch.stack(logits, 1)

@@ -35,7 +35,7 @@ from tokensel.cost import (
 )
 from tokensel.data.tower import run_tower
 from tokensel.model.selector import SelectorConfig, TokenSelector
-from tokensel.schedules import Exponential, FastV, Vtw, pruned
+from tokensel.schedules import Exponential, FastV, Prompt, Vtw, pruned
 from tokensel.scorers import make_scorer
 from tokensel.training.autoencoder import Autoencoder
 from tokensel.training.config import TrainConfig
@@ -93,7 +93,7 @@ def test_a_language_model_under_a_schedule():
     model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.zeros(1, 60, dtype=torch.long)
     visual = torch.zeros(1, 60, dtype=torch.bool)
     visual[:, 5:55] = True
-    with pruned(model, visual, torch.ones_like(ids), FastV(layer=1, keep=0.2)):
+    with pruned(model, Prompt(torch.ones_like(ids), visual), FastV(layer=1, keep=0.2)):
         run = counted(lambda: model(ids, logits_to_keep=1, use_cache=True))
     assert count_answer(config, 10, np.array([[50, 10, 10]])) == pytest.approx(run, rel=0.02)
 
@@ -137,7 +137,7 @@ def test_an_answer_from_which_tokens_leave_is_counted_as_it_is_computed(schedule
         )
         assert count_answer(config, text, left) == whole
     else:
-        with pruned(model, where, mask, schedule) as pruning:
+        with pruned(model, Prompt(mask, where), schedule) as pruning:
             spent = counted(lambda: model.generate(**options))
         left, ranked = torch.stack(pruning.left)[:, :, 0].numpy(), pruning.ranked
         assert len(ranked) == {"fastv": 1, "vtw": 0, "exponential": steps - 1}[schedule.name]

@@ -99,17 +99,20 @@ def test_cached_bytes_are_those_of_the_formula_in_every_layer_at_every_step(sche
     handle = vlm.model.model.language_model.register_forward_hook(weigh)
     _, pruning = generated(vlm, reduced, schedule)
     handle.remove()
-    text, visual = int((~reduced.visual).sum()), int(reduced.visual.sum())
+    text, visual, cells = int((~reduced.visual).sum()), int(reduced.visual.sum()), int(reduced.n_visual)
     config = vlm.model.config.text_config
     left = torch.stack(pruning.left)[:, :, 0]
     held = held_tokens(text, left.numpy())
     assert len(seen) == STEPS and seen == (held * kv_bytes(config, 1, 4) // config.num_hidden_layers).tolist()
     if schedule.name == "fastv":
-        assert left.unique(dim=0).tolist() == [[visual, visual, round(0.25 * visual), round(0.25 * visual)]]
+        kept = round(0.25 * cells) + visual - cells  # newlines stay
+        assert left.unique(dim=0).tolist() == [[visual, visual, kept, kept]]
     if schedule.name == "exponential":
-        assert left[:, 3].tolist() == [max(1, round(0.7**step * visual)) for step in range(STEPS)]
+        counts = torch.stack(pruning.cells)[:, 3, 0]
+        assert counts.tolist() == [max(1, round(0.7**step * cells)) for step in range(STEPS)]
+        assert torch.equal(left[:, 3] - counts, torch.full((STEPS,), visual - cells))
     if schedule.name == "dyrate":
-        assert len(left[:, 2].unique()) > 2 and pruning.ranked == [(step, 1) for step in range(STEPS)]
+        assert len(left[:, 2].unique()) > 2 and list(pruning.ranked) == [(step, 1) for step in range(STEPS)]
 
 
 def test_recorded_drops_are_what_is_left():
@@ -131,7 +134,7 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from tokensel.profiling.timing import watch_peak
-from tokensel.schedules import FastV, pruned
+from tokensel.schedules import FastV, Prompt, pruned
 torch.manual_seed(0)
 config = LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=16, num_attention_heads=4,
                      vocab_size=100, pad_token_id=0, eos_token_id=None)
@@ -145,7 +148,7 @@ with torch.no_grad():
     embeds, mask, visual = embeds.repeat(1, 12, 1), mask.repeat(1, 12), visual.repeat(1, 12)
     peak = watch_peak(torch.device("cpu"))
     before = peak()
-    with pruned(model, visual, mask, FastV(1, float(sys.argv[1]))):
+    with pruned(model, Prompt(mask, visual), FastV(1, float(sys.argv[1]))):
         model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=64, do_sample=False)
 print(peak() - before)
 """
@@ -169,7 +172,7 @@ def test_the_peak_memory_of_a_generation_falls():
 def test_a_second_prompt_under_the_same_hooks_starts_afresh():
     vlm = vlm_of("llama")
     reduced = prompt(vlm, [0, 1])
-    with torch.no_grad(), pruned(vlm.model, reduced.visual, reduced["attention_mask"], FastV(2, 0.5)):
+    with torch.no_grad(), pruned(vlm.model, reduced.prompt, FastV(2, 0.5)):
         one, two = (vlm.model.generate(**reduced, do_sample=False, max_new_tokens=5) for _ in range(2))
     assert torch.equal(one, two)
 
@@ -211,7 +214,7 @@ def test_bad_schedules_are_refused_in_one_line(name, options, line):
     ("name", "options", "line"),
     [
         ("vtw", {"keep": 0.5}, "schedule 'vtw' has no option 'keep': it takes layer"),
-        ("fastv", {"ratio": 0.5}, "schedule 'fastv' has no option 'ratio': it takes layer, keep"),
+        ("fastv", {"ratio": 0.5}, "schedule 'fastv' has no option 'ratio': it takes layer, keep, newline"),
         ("dyrate", {}, "schedule 'dyrate' needs its option 'predictor'"),
         ("dyrate", {"predictor": "folder"}, "predictor is a str: give a RatePredictor"),
         ("fastv", {"layer": 2.0}, r"layer is 2\.0: give a whole number"),
@@ -222,6 +225,8 @@ def test_bad_schedules_are_refused_in_one_line(name, options, line):
         ("fastv", {"keep": "0.5"}, r"keep is '0\.5': give a fraction"),
         ("exponential", {"keep": float("nan")}, "keep is nan: give a fraction"),
         ("fixed", {"keep": True}, "keep is True: give a fraction"),
+        ("fastv", {"newline": "some"}, "newline is 'some': choose one of keep, drop, row"),
+        ("dyrate", {"predictor": dyrate().predictor, "newline": None}, "newline is None: choose one of"),
     ],
 )
 def test_options_that_no_schedule_takes_get_one_line(name, options, line):
@@ -237,7 +242,7 @@ def test_a_name_of_another_type_gets_one_line():
 
 def test_numbers_of_numpy_are_options_like_any_other():
     schedule = make_schedule("fastv", layer=np.int64(3), keep=np.float32(0.25))
-    assert schedule == FastV(3, 0.25) and repr(schedule) == "FastV(layer=3, keep=0.25)"
+    assert schedule == FastV(3, 0.25) and repr(schedule) == "FastV(layer=3, keep=0.25, newline='keep')"
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -256,6 +261,7 @@ def test_a_schedule_is_one_class_and_one_row(monkeypatch):
         step: int = 2
         name: ClassVar[str] = "late"
         uses_keep: ClassVar[bool] = False
+        newline: ClassVar[str] = "drop"
 
         def entering(self, layer, step=0, mass=None):
             return 1.0 if step < self.step else 0.0
@@ -270,26 +276,6 @@ def test_a_schedule_is_one_class_and_one_row(monkeypatch):
     assert [int(step[1, 0]) for step in output.pruning.left[2:4]] == [int(output.pruning.left[0][1, 0]), 0]
 
 
-@pytest.mark.parametrize(
-    "option", [{"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}]
-)
-def test_ways_to_generate_that_cannot_work_are_refused(option):
-    vlm = tiny_vlm()
-    with pytest.raises(TokenselError, match=next(iter(option))):
-        vlm.generate(prompt(vlm, [0]), 2, schedule=FastV(1, 0.5), **option)
-
-
-def test_a_prompt_without_an_image_and_a_sliding_window_are_refused():
-    vlm = vlm_of("llama")
-    blind = reduce_inputs(vlm.model, ask(vlm, [None]))
-    with pytest.raises(TokenselError, match="no visual tokens"):
-        vlm.generate(blind, 2, schedule=FastV(2, 0.5))
-    mistral = vlm_of("mistral")
-    mistral.model.model.language_model.config.sliding_window = 16
-    with pytest.raises(TokenselError, match="sliding window"):
-        mistral.generate(prompt(mistral, [0]), 2, schedule=FastV(2, 0.5))
-
-
 @torch.no_grad()
 def test_vtw_chooses_the_first_layer_after_which_the_image_hardly_matters():
     vlm = vlm_of("llama")
@@ -300,7 +286,7 @@ def test_vtw_chooses_the_first_layer_after_which_the_image_hardly_matters():
         total = 0.0
         for sample in samples:
             full = vlm.model(**sample).logits[:, -1].double().softmax(-1)
-            with pruned(vlm.model, sample.visual, sample["attention_mask"], Vtw(layer)):
+            with pruned(vlm.model, sample.prompt, Vtw(layer)):
                 given = vlm.model(**sample).logits[:, -1].double().softmax(-1)
             total += float((given * (given / full).log()).sum())
         assert divergence[layer] == pytest.approx(total / 3, rel=1e-4)

@@ -37,20 +37,22 @@ def answer_costs(
     layers, itemsize = text_config.num_hidden_layers, model.dtype.itemsize
     text = (reduced["attention_mask"].bool() & ~reduced.visual).sum(1).tolist()
     visual = reduced.visual.sum(1).tolist()
+    answers = len(output.lengths) // len(text)  # to each prompt, with num_return_sequences
     pruning = output.pruning
     # left: visual tokens that each layer holds, [steps, layers, rows]
     left = None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
     costs = []
     for row, steps in enumerate(output.lengths.tolist()):
-        held = np.full((steps, layers), visual[row]) if left is None else left[:steps, :, row]
-        ranked = [] if pruning is None else [(step, layer) for step, layer in pruning.ranked if step < steps]
-        tiles = int(reduced.n_tiles[row])
-        flops = count_answer(text_config, text[row], held, ranked) + count_projector(
-            config, int(reduced.n_visual[row])
+        prompt = row // answers
+        held = np.full((steps, layers), visual[prompt]) if left is None else left[:steps, :, row]
+        ranked = [] if pruning is None else pruning.ranked_in(row, steps)
+        tiles = int(reduced.n_tiles[prompt])
+        flops = count_answer(text_config, text[prompt], held, ranked) + count_projector(
+            config, int(reduced.n_visual[prompt])
         )
         if tiles:
             flops += count_vision(config.vision_config, tiles, layers_read(config), reduced.cells)
             flops += count_trunk(selector, reduced.cells, tiles) if selector is not None else 0
         per_layer = kv_bytes(text_config, 1, itemsize) / layers
-        costs.append((flops, float(held_tokens(text[row], held).sum(1).mean() * per_layer)))
+        costs.append((flops, float(held_tokens(text[prompt], held).sum(1).mean() * per_layer)))
     return costs

@@ -234,11 +234,14 @@ def counted(
         keep = variant.keep if row.chooses else 1.0
         cost = first_token(model, tiles, visual, text, keep, newlines, selector, read)
     if (schedule := schedule_of(variant, config)) is not None:
+        # a schedule counts cells; of the newlines, all are there, whatever chose the cells
+        cells = length - text - newlines
         entering, share = [], 1.0
         for layer in range(model.text_config.num_hidden_layers):
             # in the prefill every schedule that is measured gives one number for all rows
             share = float(schedule.entering(layer)) if layer in schedule.layers() else share
-            entering.append(round(share * (length - text)))
+            kept = max(1, round(share * cells)) if share > 0 else 0
+            entering.append(kept + (newlines if share == 1 or schedule.newline == "keep" else 0))
         cost = replace(cost, prefill=count_answer(model.text_config, text, np.array([entering])))
     return Cost(*(rows * part for part in asdict(cost).values()))
 

@@ -187,5 +187,5 @@ class MeasuredModel:
         if schedule is None or not isinstance(prepared, Reduced):
             yield
         else:
-            with pruned(self.model, prepared.visual, prepared["attention_mask"], schedule):
+            with pruned(self.model, prepared.prompt, schedule):
                 yield

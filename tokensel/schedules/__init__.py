@@ -1,6 +1,6 @@
 """Everything that drops visual tokens inside the language model, behind one signature.
 
-A schedule returns which fraction of the prompt's visual tokens enters each layer at each generation step. No
+A schedule returns which fraction of the prompt's visual cells enters each layer at each generation step. No
 caller asks which one it holds. A new schedule is a new file and a new row in :data:`SCHEDULES`.
 """
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from tokensel.schedules.dyrate import DyRate, RatePredictor
 from tokensel.schedules.fastv import FastV
+from tokensel.schedules.prompt import Prompt
 from tokensel.schedules.prune import Pruning, pruned
 from tokensel.schedules.rates import Exponential, Fixed
 from tokensel.schedules.schedule import Schedule
@@ -21,6 +22,7 @@ __all__ = [
     "Exponential",
     "FastV",
     "Fixed",
+    "Prompt",
     "Pruning",
     "RatePredictor",
     "Schedule",
@@ -52,7 +54,7 @@ def make_schedule(name: str, **options: Any) -> Schedule:
     """Make the schedule called ``name``.
 
     >>> make_schedule("fastv", layer=2, keep=0.5)
-    FastV(layer=2, keep=0.5)
+    FastV(layer=2, keep=0.5, newline='keep')
 
     Raises:
         TokenselError: there is none of this name, it has no such option, an option is missing or of another

@@ -2,7 +2,7 @@
 
 The abstract leaves much open. Our choices: the predictor reads the attention of the newest token in the layer
 before the drop; from that layer on, tokens are ranked by the same attention and the rate holds for all
-layers; a rate is a fraction of all visual tokens of the prompt; an evicted token does not come back, so a
+layers; a rate is a fraction of all visual cells of the prompt; an evicted token does not come back, so a
 rate that rises again changes nothing; and the first rate is picked in the prefill, as in FastV.
 """
 
@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from tokensel.model.base import CoreModel
 from tokensel.schedules.attention import TYPES
-from tokensel.schedules.schedule import Mass
+from tokensel.schedules.schedule import Mass, check_newline
 from tokensel.utils.errors import TokenselError
 
 __all__ = ["DyRate", "RateConfig", "RatePredictor"]
@@ -139,11 +139,17 @@ class RatePredictor(CoreModel):
 class DyRate:
     """The schedule of a trained predictor.
 
+    Attributes:
+        predictor: picks the rates.
+        newline: "keep", "drop" or "row", see :class:`~tokensel.schedules.Schedule`; it was trained with
+            "keep".
+
     Raises:
-        TokenselError: ``predictor`` is not a :class:`RatePredictor`.
+        TokenselError: ``predictor`` is not a :class:`RatePredictor`, or ``newline`` unknown.
     """
 
     predictor: RatePredictor
+    newline: str = "keep"
     name: ClassVar[str] = "dyrate"
     uses_keep: ClassVar[bool] = False
 
@@ -153,6 +159,7 @@ class DyRate:
                 f"predictor is a {type(self.predictor).__name__}: give a RatePredictor, such as "
                 "RatePredictor.from_pretrained(folder or hub id)"
             )
+        check_newline(self.newline)
 
     @torch.no_grad()
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float | Float[Tensor, "rows"]:

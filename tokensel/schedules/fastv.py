@@ -11,7 +11,7 @@ __all__ = ["FastV"]
 @no_type_check  # __post_init__ checks the options, with one line for the user
 @dataclass(frozen=True)
 class FastV(Ranked):
-    """The first ``layer`` layers see all visual tokens, the others the best fraction ``keep`` of them.
+    """The first ``layer`` layers see all visual tokens, the others the best fraction ``keep`` of the cells.
 
     Tokens are ranked by the attention that the prompt's last token pays in layer ``layer``, averaged over its
     heads. The paper names what is dropped ("R = 50 %"); here ``keep`` is what stays, as everywhere in this
@@ -21,5 +21,5 @@ class FastV(Ranked):
     name: ClassVar[str] = "fastv"
 
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float:
-        """Fraction of the prompt's visual tokens that enters ``layer``, the same at every step."""
+        """Fraction of the prompt's visual cells that enters ``layer``, the same at every step."""
         return 1.0 if layer < self.layer else self.keep

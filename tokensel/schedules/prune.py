@@ -5,12 +5,16 @@ are gathered, and the layers from there on cache only what reaches them. In deco
 more: then the caches of those layers are gathered too. The model's attention stays as fast as it was. The one
 row of attention that ranks the tokens is computed in addition, at the one layer that needs it, and only when
 tokens are dropped.
+
+Which columns are left is known on the host. The row of attention is the one thing that is fetched from the
+device.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,43 +22,49 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tokensel.budget import fraction_count, top_count
+from tokensel.budget import fraction_count
 from tokensel.schedules.attention import RESPONSE, last_rows, token_types, type_mass
 from tokensel.schedules.decoder import Decoder, attention_of, decoder_of
+from tokensel.schedules.options import check_cache, check_window
+from tokensel.schedules.prompt import Prompt
 from tokensel.schedules.schedule import Schedule
-from tokensel.schedules.stages import Drop, Stage, evict, gather_columns
+from tokensel.schedules.stages import Drop, Stage, evict, gather_columns, stay_columns
 from tokensel.utils.errors import TokenselError, check_layers
 
 __all__ = ["Pruning", "pruned"]
 
+Changed = (
+    tuple[tuple, dict[str, Any]] | None
+)  # what a hook returns: arguments of the layer, None to leave them
+
 
 @contextmanager
-def pruned(
-    model: PreTrainedModel,
-    visual: Bool[Tensor, "rows length"],
-    attention_mask: Int[Tensor, "rows length"],
-    schedule: Schedule,
-) -> Iterator["Pruning"]:
+def pruned(model: PreTrainedModel, prompt: Prompt, schedule: Schedule) -> Iterator["Pruning"]:
     """While this context lasts, ``model`` drops visual tokens of one prompt as ``schedule`` asks.
 
-    >>> with pruned(model, reduced.visual, reduced["attention_mask"], FastV(layer=2, keep=0.5)):
+    >>> with pruned(model, reduced.prompt, FastV(layer=2, keep=0.5)):
     ...     model.generate(**reduced)
+
+    The last column of the prompt always stays, even if it is a visual token: the answer is predicted from it.
+    Rows without an image pass unchanged. Only the thread that enters the context is affected, so other
+    threads may use the model at the same time, with another schedule or with none.
 
     Args:
         model: a LLaVA whose language model is a Llama, Mistral or Qwen2, or such a language model.
-        visual: True at the prompt's visual tokens, newlines among them.
-        attention_mask: 1 at real tokens, 0 at padding.
+        prompt: what the columns of the prompt hold, such as ``reduced.prompt``.
         schedule: which tokens stay.
 
     Raises:
-        TokenselError: another language model, a schedule that names layers it does not have, a prompt without
-            visual tokens, or attention in a sliding window.
+        TokenselError: another language model, a schedule that names layers it does not have, a prompt padded
+            on the right, a way to generate in which tokens cannot be dropped, a second schedule within the
+            first, or (at the end) a model that was used in other threads only.
     """
-    pruning = Pruning(decoder_of(model), visual, attention_mask, schedule)
+    pruning = Pruning(decoder_of(model), prompt, schedule)
     try:
         yield pruning
     finally:
         pruning.remove()
+    pruning.check_used()
 
 
 class Pruning:
@@ -64,40 +74,53 @@ class Pruning:
         drops: each time that tokens were dropped.
         left: for each generation step the visual tokens that every layer holds, ``[layers, rows]``; newlines
             count.
-        ranked: step and layer of every row of attention that was computed in addition to the model's own.
+        cells: the same without newlines, which is what a fraction to keep counts.
+        ranked: step and layer of every row of attention that was computed in addition to the model's own, and
+            which rows of the batch needed it.
     """
 
-    def __init__(self, decoder: Decoder, visual: Tensor, attention_mask: Tensor, schedule: Schedule):
+    def __init__(self, decoder: Decoder, prompt: Prompt, schedule: Schedule):
         count = len(decoder.layers)
         check_layers(schedule.name, schedule.layers(), count)
-        if not bool(visual.any(1).all()):
-            raise TokenselError(f"{schedule.name}: a prompt has no visual tokens, there is nothing to drop")
-        windowed = getattr(decoder.config, "use_sliding_window", True)
-        window = getattr(decoder.config, "sliding_window", None) if windowed else None
-        if window is not None and visual.shape[1] >= window:
-            raise TokenselError(
-                f"{schedule.name}: a prompt of {visual.shape[1]} tokens is longer than the sliding window of "
-                f"{window}, which dropped tokens would shift; give shorter prompts, or another model"
-            )
-        self.decoder, self.schedule = decoder, schedule
-        self.visual, self.prompt = visual, attention_mask.bool()
-        self.types, self.total = token_types(visual, self.prompt), visual.sum(1)
+        self.decoder, self.schedule, self.thread = decoder, schedule, get_ident()
+        self.given = self.prompt = prompt.on_host()
+        self.length = self.given.visual.shape[1]
+        check_window(schedule.name, decoder, self.length)
         self.drops: list[Drop] = []
         self.left: list[Int[Tensor, "layers rows"]] = []
-        self.ranked: list[tuple[int, int]] = []
-        self.step = 0
+        self.cells: list[Int[Tensor, "layers rows"]] = []
+        self.ranked: dict[tuple[int, int], Tensor] = {}
+        self.step = -1  # no prefill yet
+        self.answer_keys: Tensor | None = None  # of the first layer, where rows are copies of one prompt
+        self.used, self.used_elsewhere = False, False
         self.starts = (0, *sorted(schedule.layers()))
         self.stages: dict[int, Stage] = {}  # by the first of their layers
         self.changed: dict[str, Any] = {}  # keyword arguments of a stage's layers at this step, computed once
         self.attention_inputs: dict[int, tuple] = {}  # of the attention before a drop, at this step
         self.rows: dict[int, Tensor] = {}  # the attention its last token paid
-        self.hooks = [decoder.layers[0].register_forward_pre_hook(self._begin)]
-        for layer in schedule.layers():
-            hook = self._remember(layer)
-            self.hooks.append(attention_of(decoder, layer - 1).register_forward_hook(hook, with_kwargs=True))
-        for index in range(min(schedule.layers(), default=count), count):
+        self.hooks: list[Any] = []
+        try:
+            self._register(count)
+        except BaseException:
+            self.remove()  # a hook without its Pruning would break the model for good
+            raise
+
+    def _register(self, count: int) -> None:
+        layers = self.decoder.layers
+        for hook in layers[0]._forward_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Pruning) and other.thread == self.thread:
+                raise TokenselError(
+                    f"{self.schedule.name}: {other.schedule.name} drops tokens of this model already; leave "
+                    "its pruned() first"
+                )
+        self.hooks.append(layers[0].register_forward_pre_hook(self._begin, with_kwargs=True))
+        for layer in self.schedule.layers():
+            attention, hook = attention_of(self.decoder, layer - 1), self._remember(layer)
+            self.hooks.append(attention.register_forward_hook(hook, with_kwargs=True))
+        for index in range(min(self.schedule.layers(), default=count), count):
             hook = self._enter(index)
-            self.hooks.append(decoder.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
+            self.hooks.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Remove the hooks: the model is what it was."""
@@ -105,42 +128,113 @@ class Pruning:
             hook.remove()
         self.hooks.clear()
 
-    def _begin(self, _layer: nn.Module, args: tuple) -> None:
-        """One more token is one more step; a prompt starts from the beginning, with nothing dropped yet."""
+    def ranked_in(self, row: int, steps: int) -> list[tuple[int, int]]:
+        """Where one row of the batch needed its attention in its first ``steps`` steps: step and layer."""
+        return [place for place, rows in self.ranked.items() if place[0] < steps and bool(rows[row])]
+
+    def check_used(self) -> None:
+        """Raise where only other threads used the model, so that nothing was dropped.
+
+        Raises:
+            TokenselError: that is so.
+        """
+        if self.used_elsewhere and not self.used:
+            raise TokenselError(
+                f"{self.schedule.name}: another thread used the model, and nothing was dropped there: enter "
+                "pruned() in the thread that generates"
+            )
+
+    def _is_mine(self) -> bool:
+        mine = get_ident() == self.thread
+        self.used, self.used_elsewhere = self.used or mine, self.used_elsewhere or not mine
+        return mine
+
+    # Hooks take ``kwargs`` as an option: a second thread may call one while it is being registered or
+    # removed, and then without them. It gets None, that is, it is left alone.
+    def _begin(self, _layer: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> Changed:
+        """Before the first layer: is this the prefill or a decode step? The cache knows."""
+        if not self._is_mine() or kwargs is None:
+            return None
+        cache, (rows, length) = kwargs.get("past_key_values"), args[0].shape[:2]
+        check_cache(self.schedule.name, cache)
+        past = (
+            0 if cache is None else cache.get_seq_length()
+        )  # of the first layer, from which nothing is dropped
+        check_window(self.schedule.name, self.decoder, past + length)
         self.rows.clear()
-        if args[0].shape[1] == 1:
+        if past == 0:
+            self._begin_prefill(rows, length)
+        elif length == 1 and self.step >= 0 and past == self.length + self.step:
             self.step += 1
+            self._check_rows(cache)
             self.left.append(self.left[-1])
-            return
+            self.cells.append(self.cells[-1])
+        else:
+            raise TokenselError(
+                f"{self.schedule.name}: the model reads {length} tokens after {past}, where the prompt has "
+                f"{self.length}: one pass has to read the whole prompt, every other pass one token more"
+            )
+        return None
+
+    def _begin_prefill(self, rows: int, length: int) -> None:
+        times, rest = divmod(rows, len(self.given.visual))
+        if length != self.length or rest or not times:
+            raise TokenselError(
+                f"{self.schedule.name}: the model reads {rows} rows of {length} tokens, where the prompt has "
+                f"{len(self.given.visual)} of {self.length}: give it that prompt, in one pass, with a cache"
+            )
+        self.prompt = self.given.repeat(times)
+        self.types = token_types(self.prompt.visual, self.prompt.real)
+        self.total = self.prompt.cells.sum(1)
         ends = (*self.starts[1:], len(self.decoder.layers))
-        columns = torch.arange(self.prompt.shape[1], device=self.prompt.device).expand_as(self.prompt)
+        columns = torch.arange(length).expand(rows, -1)
         self.stages = {
-            start: Stage(range(start, end), order=columns, real=self.prompt, visual=self.total)
+            start: Stage(range(start, end), order=columns, real=self.prompt.real)
             for start, end in zip(self.starts, ends)
         }
-        self.step, self.left = 0, [self.total.expand(len(self.decoder.layers), -1)]
-        self.drops, self.ranked = [], []
+        layers = len(self.decoder.layers)
+        self.step, self.drops, self.ranked, self.answer_keys = 0, [], {}, None
+        self.left = [self.prompt.visual.sum(1).expand(layers, -1)]
+        self.cells = [self.total.expand(layers, -1)]
+
+    def _check_rows(self, cache: Any) -> None:
+        """Raise if copies of one prompt changed places: what is left is known row by row."""
+        if len(self.prompt.visual) == len(self.given.visual):
+            return
+        keys = cache.layers[0].keys[
+            :, 0, self.length :, 0
+        ]  # [rows, answer so far], one number for each token
+        if self.answer_keys is not None and not torch.equal(
+            keys[:, : self.answer_keys.shape[1]], self.answer_keys
+        ):
+            raise TokenselError(
+                f"{self.schedule.name}: beam search reorders the cache's rows; leave num_beams out"
+            )
+        self.answer_keys = keys.clone()
 
     def _remember(self, index: int) -> Callable:
         """A hook that keeps the inputs of the attention before layer ``index``, in case they are needed."""
 
-        def hook(_attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any) -> None:
-            names = ("hidden_states", "position_embeddings", "past_key_values")
-            self.attention_inputs[index] = tuple(kwargs[name] for name in names)
+        def hook(_attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any = None) -> None:
+            if self._is_mine():
+                names = ("hidden_states", "position_embeddings", "past_key_values")
+                self.attention_inputs[index] = tuple(kwargs[name] for name in names)
 
         return hook
 
-    def _attention(self, index: int) -> Float[Tensor, "rows heads keys"]:
+    def _attention(self, index: int, needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows heads keys"]:
         """What the newest token attended to in the layer before ``index``, computed at most once a step."""
         if index not in self.rows:
             hidden, rotation, cache = self.attention_inputs[index]
-            attention = attention_of(self.decoder, index - 1)
             real = self._before(index).real
             # the newest token sees what is left of the prompt, and every token of the answer: one a decode
             # step
-            attn_mask = torch.cat([real, real.new_ones(len(real), self.step)], 1)[:, None]
+            attn_mask = torch.cat([real, real.new_ones(len(real), self.step)], 1)[:, None].to(hidden.device)
+            attention = attention_of(self.decoder, index - 1)
             self.rows[index] = last_rows(attention, hidden, rotation, cache, attn_mask)[:, :, 0]
-            self.ranked.append((self.step, index - 1))
+        # a row counts for itself: its cost must not depend on which other rows are in the batch
+        place = (self.step, index - 1)
+        self.ranked[place] = self.ranked.get(place, torch.zeros_like(needed)) | needed
         return self.rows[index]
 
     def _before(self, index: int) -> Stage:
@@ -148,28 +242,34 @@ class Pruning:
 
     def _mass(self, index: int) -> Float[Tensor, "rows heads types"]:
         """The same by type of token, as a schedule may read it."""
+        attention = self._attention(index, torch.ones_like(self.total, dtype=torch.bool))
         types = self.types.gather(1, self._before(index).order)
         types = torch.cat([types, types.new_full((len(types), self.step), RESPONSE)], 1)
-        return type_mass(self._attention(index)[:, :, None], types)[:, 0]
+        return type_mass(attention[:, :, None], types.to(attention.device))[:, 0]
 
-    def _scores(self, index: int) -> Float[Tensor, "rows left"]:
+    def _scores(self, index: int, needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows left"]:
         """The same averaged over heads (FastV's ranking), for the columns that layer ``index`` may keep."""
         before = self._before(index).order
-        rows = self._attention(index).mean(1)[:, : before.shape[1]]  # without the answer's tokens
+        rows = (
+            self._attention(index, needed).mean(1).cpu()[:, : before.shape[1]]
+        )  # without the answer's tokens
         # the layer before may hold more columns than this stage: go through the prompt's own numbering
-        prompt = torch.zeros_like(self.visual, dtype=rows.dtype).scatter(1, before, rows)
+        prompt = torch.zeros(self.prompt.visual.shape, dtype=rows.dtype).scatter(1, before, rows)
+        prompt[:, -1] = torch.inf  # the answer is predicted from the last column: it comes first
         return prompt.gather(1, self.stages[index].order)
 
     def _enter(self, index: int) -> Callable:
         """A hook that hands layer ``index`` what is left, after a drop at its entrance if there is one."""
 
-        def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> Changed:
+            if not self._is_mine() or kwargs is None:
+                return None
             hidden = args[0]
             if index in self.stages:
                 hidden = self._shorten(index, hidden, kwargs)
-                stage, attn = self.stages[index], self.decoder.config._attn_implementation
-                change = stage.prefill_kwargs if hidden.shape[1] > 1 else stage.decode_kwargs
-                self.changed = {} if stage.whole else change(hidden, kwargs, str(attn))
+                stage, attn = self.stages[index], str(self.decoder.config._attn_implementation)
+                change = stage.prefill_kwargs if self.step == 0 else stage.decode_kwargs
+                self.changed = {} if stage.whole else change(hidden, kwargs, attn)
             return (hidden, *args[1:]), kwargs | self.changed
 
         return hook
@@ -178,11 +278,11 @@ class Pruning:
         self, index: int, hidden: Float[Tensor, "rows length width"], kwargs: dict[str, Any]
     ) -> Tensor:
         """Choose what stays in the layers from ``index`` on; gather it, from ``hidden`` or from the cache."""
-        stage, prefill = self.stages[index], hidden.shape[1] > 1
+        stage, prefill = self.stages[index], self.step == 0
         if prefill:  # takes over what earlier layers left
             stage = self.stages[index] = replace(self._before(index), layers=stage.layers)
         stay = self._choose(index, stage)
-        if stay is None:
+        if torch.equal(stay, stage.real):
             return hidden
         length = int(stay.sum(1).max())
         if prefill or length < stay.shape[1]:
@@ -196,25 +296,24 @@ class Pruning:
                 evict(caches, chosen, stay.shape[1])
             stage.order, stay = stage.order.gather(1, chosen), stay.gather(1, chosen)
         stage.real, stage.whole = stay, False
-        stage.visual = (self.visual.gather(1, stage.order) & stay).sum(1)
         stage.maskless = self.decoder.config._attn_implementation == "sdpa" and bool(stay.all())
         self.drops.append(Drop(self.step, index, stage.order.masked_fill(~stay, -1)))
-        self.left[-1] = self.left[-1].clone()  # it may be the tensor of the step before
-        self.left[-1][stage.layers.start :] = stage.visual
+        for counts, columns in ((self.left, self.prompt.visual), (self.cells, self.prompt.cells)):
+            counts[-1] = counts[-1].clone()  # it may be the tensor of the step before
+            counts[-1][stage.layers.start :] = (columns.gather(1, stage.order) & stay).sum(1)
         return hidden
 
-    def _choose(self, index: int, stage: Stage) -> Bool[Tensor, "rows left"] | None:
-        """Which of the stage's columns stay; ``None`` where all do. An evicted column never comes back."""
+    def _choose(self, index: int, stage: Stage) -> Bool[Tensor, "rows left"]:
+        """Which of the stage's columns stay. An evicted column never comes back."""
         keep = self.schedule.entering(index, self.step, partial(self._mass, index))
         if isinstance(keep, Tensor):
-            count = torch.minimum(fraction_count(self.total, keep), stage.visual)
-            if bool((count == stage.visual).all()):
-                return None
+            keep = keep.cpu()
+            count = fraction_count(self.total, keep)
         elif keep >= stage.keep:
-            return None
+            return stage.real
         else:
             stage.keep = keep
             count = fraction_count(self.total, keep) if keep > 0 else torch.zeros_like(self.total)
-        visual = self.visual.gather(1, stage.order) & stage.real
-        stay = stage.real & ~visual
-        return stay | top_count(self._scores(index), count, visual) if bool(count.any()) else stay
+            keep = torch.full((len(self.total),), keep)
+        scores = partial(self._scores, index)
+        return stay_columns(self.prompt, stage, count, keep < 1, scores, self.schedule.newline)

@@ -15,19 +15,19 @@ __all__ = ["Exponential", "Fixed"]
 @no_type_check  # __post_init__ checks the options, with one line for the user
 @dataclass(frozen=True)
 class Fixed(Ranked):
-    """In decode steps, the layers from ``layer`` on keep the fraction ``keep`` of the visual tokens."""
+    """In decode steps, the layers from ``layer`` on keep the fraction ``keep`` of the visual cells."""
 
     name: ClassVar[str] = "fixed"
 
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float:
-        """All visual tokens in the prefill, ``keep`` of them afterwards."""
+        """All visual cells in the prefill, ``keep`` of them afterwards."""
         return 1.0 if layer < self.layer or step == 0 else self.keep
 
 
 @no_type_check  # __post_init__ checks the options, with one line for the user
 @dataclass(frozen=True)
 class Exponential(Ranked):
-    """Every decode step keeps the fraction ``keep`` of the visual tokens that the step before it kept."""
+    """Every decode step keeps the fraction ``keep`` of the visual cells that the step before it kept."""
 
     keep: float = 0.9
     name: ClassVar[str] = "exponential"

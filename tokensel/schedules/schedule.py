@@ -1,4 +1,4 @@
-"""What a schedule is, options that several schedules share, and ways to generate in which none can work."""
+"""What a schedule is, and the options that several schedules share."""
 
 import operator
 from collections.abc import Callable
@@ -11,15 +11,9 @@ from torch import Tensor
 
 from tokensel.utils.errors import TokenselError
 
-__all__ = ["Mass", "Ranked", "Schedule", "check_fraction", "check_layer", "check_options"]
+__all__ = ["Mass", "Ranked", "Schedule", "check_fraction", "check_layer", "check_newline"]
 
-UNSUPPORTED = {
-    "num_beams": "beam search reorders the cache's rows",
-    "assistant_model": "assisted decoding cuts the cache",
-    "prompt_lookup_num_tokens": "prompt lookup cuts the cache",
-    "cache_implementation": "a cache of fixed size has no room to shrink",
-    "use_cache": "without a cache every token would be computed again",
-}
+NEWLINES = ("keep", "drop", "row")
 
 Mass = Callable[[], Float[Tensor, "rows heads types"]]
 """Returns how the newest token's attention in the layer before is shared among the types of tokens.
@@ -35,16 +29,21 @@ class Schedule(Protocol):
     Attributes:
         name: its row in the table of schedules.
         uses_keep: whether it takes the fraction to keep as an option.
+        newline: what becomes of an image's newlines where some of its cells are dropped: "keep" all, "drop"
+            all, or "row": keep the newline of a row in which a cell stays.
     """
 
     name: ClassVar[str]
     uses_keep: ClassVar[bool]
 
+    @property
+    def newline(self) -> str: ...
+
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float | Float[Tensor, "rows"]:
-        """Fraction of the prompt's visual tokens that enters ``layer``, counted from 0.
+        """Fraction of the prompt's visual cells that enters ``layer``, newlines not counted.
 
         Args:
-            layer: one of :meth:`layers`.
+            layer: one of :meth:`layers`, counted from 0.
             step: 0 in the prefill, then one more for each decode step. An evicted token never comes back, so
                 a fraction that rises again changes nothing.
             mass: what the newest token attends to.
@@ -96,6 +95,16 @@ def check_fraction(keep: Any) -> float:
     return fraction
 
 
+def check_newline(newline: Any) -> None:
+    """Check what is to become of newlines.
+
+    Raises:
+        TokenselError: it is none of "keep", "drop" and "row".
+    """
+    if newline not in NEWLINES:
+        raise TokenselError(f"newline is {newline!r}: choose one of {', '.join(NEWLINES)}")
+
+
 @no_type_check  # __post_init__ checks the options, with one line for the user
 @dataclass(frozen=True)
 class Ranked:
@@ -103,33 +112,25 @@ class Ranked:
 
     Attributes:
         layer: the first layer that is given fewer tokens, counted from 0.
-        keep: the fraction, in [0, 1].
+        keep: the fraction of the visual cells, in [0, 1]; newlines are not counted.
+        newline: "keep", "drop" or "row", see :class:`Schedule`.
 
     Raises:
-        TokenselError: ``layer`` is not a whole number of at least 1, or ``keep`` not a fraction in [0, 1].
+        TokenselError: ``layer`` is not a whole number of at least 1, ``keep`` not a fraction in [0, 1], or
+            ``newline`` unknown.
     """
 
     layer: int = 2
     keep: float = 0.5
+    newline: str = "keep"
     uses_keep: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # a frozen dataclass takes assignments only this way
         object.__setattr__(self, "layer", check_layer(self.layer, "ranking needs the attention of one layer"))
         object.__setattr__(self, "keep", check_fraction(self.keep))
+        check_newline(self.newline)
 
     def layers(self) -> tuple[int, ...]:
         """Layers at whose entrance tokens are dropped."""
         return () if self.keep == 1.0 else (self.layer,)
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Raise on ways to generate in which tokens cannot be dropped inside the model.
-
-    Raises:
-        TokenselError: ``options`` asks for one of them.
-    """
-    for name, why in UNSUPPORTED.items():
-        harmless = {"num_beams": 1, "use_cache": True}.get(name)
-        if options.get(name) not in (None, harmless):
-            raise TokenselError(f"{name}={options[name]!r}: {why}; leave it out when a schedule drops tokens")

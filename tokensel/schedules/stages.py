@@ -1,13 +1,21 @@
-"""What is left of a prompt between two drops, and the tensor operations of a drop."""
+"""What is left of a prompt between two drops, and the tensor operations of a drop.
 
+What is left is known on the host. Indices and masks made of it move to the device of the tensors they are
+applied to, which may differ from layer to layer.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Drop", "Stage", "evict", "gather_columns"]
+from tokensel.budget import top_count
+from tokensel.schedules.prompt import Prompt
+
+__all__ = ["Drop", "Stage", "evict", "gather_columns", "stay_columns"]
 
 
 @dataclass
@@ -16,9 +24,8 @@ class Stage:
 
     Attributes:
         layers: those layers.
-        order: columns of the prompt that are left, in their old order.
+        order: columns of the prompt that are left, in their old order; on the host, as ``real``.
         real: True where such a column is a token, False where it is padding.
-        visual: how many of them are visual tokens, row by row.
         keep: the smallest fraction asked for so far, where all rows were asked for the same.
         whole: nothing was dropped yet, here or in earlier layers.
         maskless: every column is real and the attention implementation does without a mask.
@@ -27,7 +34,6 @@ class Stage:
     layers: range
     order: Int[Tensor, "rows left"]
     real: Bool[Tensor, "rows left"]
-    visual: Int[Tensor, "rows"]
     keep: float = 1.0
     whole: bool = True
     maskless: bool = False
@@ -50,7 +56,8 @@ class Stage:
         causal = torch.ones(square, dtype=torch.bool, device=hidden.device).tril()
         # padding may attend to itself: a softmax over nothing would be NaN
         itself = torch.eye(hidden.shape[1], dtype=torch.bool, device=hidden.device)
-        allowed = causal & self.real[:, None, :] | itself  # [rows, queries, keys]
+        real = self.real.to(hidden.device)
+        allowed = causal & real[:, None, :] | itself  # [rows, queries, keys]
         return changed | {"attention_mask": as_given(allowed[:, None], hidden, attn)}
 
     def decode_kwargs(self, hidden: Tensor, kwargs: dict[str, Any], attn: str) -> dict[str, Any]:
@@ -61,7 +68,7 @@ class Stage:
         keys = kwargs["past_key_values"].layers[self.layers.start].keys.shape[-2] + 1
         answer = self.real.new_ones(len(self.real), keys - self.real.shape[1])
         allowed = torch.cat([self.real, answer], 1)[:, None, None]  # [rows, 1, 1 query, keys]
-        return {"attention_mask": as_given(allowed, hidden, attn)}
+        return {"attention_mask": as_given(allowed.to(hidden.device), hidden, attn)}
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,43 @@ class Drop:
     step: int
     layer: int
     columns: Int[Tensor, "rows left"]
+
+
+def stay_columns(
+    prompt: Prompt,
+    stage: Stage,
+    count: Int[Tensor, "rows"],
+    dropping: Bool[Tensor, "rows"],
+    scores: Callable[[Bool[Tensor, "rows"]], Float[Tensor, "rows left"]],
+    newline: str,
+) -> Bool[Tensor, "rows left"]:
+    """Which columns of a stage stay, on the host.
+
+    Args:
+        prompt: what its columns hold.
+        stage: which of them are left.
+        count: cells that each row keeps at most.
+        dropping: False for rows that keep every cell, and with them every newline.
+        scores: computes what cells are ranked by, given the rows that need it: some cells stay, but not all.
+        newline: "keep", "drop" or "row".
+    """
+    cells = prompt.cells.gather(1, stage.order) & stage.real
+    newlines = (prompt.visual & ~prompt.cells).gather(1, stage.order) & stage.real
+    some = (count > 0) & (count < cells.sum(1))
+    kept = top_count(scores(some) if bool(some.any()) else torch.zeros(cells.shape), count, cells)
+    stay = stage.real & ~cells & ~newlines | kept
+    if newline == "keep":
+        stay |= newlines
+    else:
+        stay |= newlines & ~dropping[:, None]
+    if newline == "row":
+        # count the kept cells of every row of the map, then look the count up at the row's newline
+        map_row, map_cells = prompt.map_row.gather(1, stage.order), prompt.map_cells.gather(1, stage.order)
+        hits = torch.zeros(len(stay), int(prompt.map_row.max()) + 1, dtype=torch.long)
+        hits.scatter_add_(1, map_row, (kept & map_cells).long())
+        stay |= newlines & (hits.gather(1, map_row) > 0)
+    stay[:, -1] = True  # the next token is predicted from the prompt's last column, whatever it holds
+    return stay
 
 
 def as_given(allowed: Bool[Tensor, "rows 1 queries keys"], hidden: Tensor, attn: str) -> Tensor:
@@ -99,7 +143,7 @@ def evict(layers: list[Any], chosen: Int[Tensor, "rows kept"], prompt: int) -> N
 
 def gather_columns(states: Tensor, order: Int[Tensor, "rows kept"]) -> Tensor:
     """``states`` [rows or 1, length, ...] at the columns of ``order``."""
-    states = states.expand(len(order), *states.shape[1:])
+    states, order = states.expand(len(order), *states.shape[1:]), order.to(states.device)
     # gather wants an index of as many dimensions as the states, repeated over all but the columns
     index = order.view(*order.shape, *[1] * (states.ndim - 2)).expand(-1, -1, *states.shape[2:])
     return states.gather(1, index)

@@ -37,8 +37,13 @@ class Vtw:
         # a frozen dataclass takes assignments only this way
         object.__setattr__(self, "layer", check_layer(self.layer, "or the model sees no image at all"))
 
+    @property
+    def newline(self) -> str:
+        """Newlines are dropped: the method withdraws everything that is visual."""
+        return "drop"
+
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float:
-        """Fraction of the prompt's visual tokens that enters ``layer``, the same at every step."""
+        """Fraction of the prompt's visual cells that enters ``layer``, the same at every step."""
         return 1.0 if layer < self.layer else 0.0
 
     def layers(self) -> tuple[int, ...]:
@@ -58,7 +63,7 @@ def withdrawal_divergence(model: PreTrainedModel, samples: Iterable[Any]) -> dic
         samples: :class:`~tokensel.vlm.Reduced` prompts, in batches, from which nothing is dropped.
 
     Raises:
-        TokenselError: no samples, or a prompt without visual tokens.
+        TokenselError: no samples.
     """
 
     def first_token(reduced: Any) -> Float[Tensor, "rows vocabulary"]:
@@ -70,7 +75,7 @@ def withdrawal_divergence(model: PreTrainedModel, samples: Iterable[Any]) -> dic
         full = first_token(reduced)
         rows += len(full)
         for layer in total:
-            with pruned(model, reduced.visual, reduced["attention_mask"], Vtw(layer)):
+            with pruned(model, reduced.prompt, Vtw(layer)):
                 withdrawn = first_token(reduced)
             # log_target: both are log probabilities; the sum runs over rows and vocabulary
             total[layer] += float(kl_div(full, withdrawn, reduction="sum", log_target=True))

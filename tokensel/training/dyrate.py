@@ -46,7 +46,7 @@ from tokensel.training.optim import adamw, optimizer_step, seeded, temperature
 from tokensel.utils.errors import check_layers
 from tokensel.utils.files import write_json
 from tokensel.utils.progress import progress_bar
-from tokensel.utils.provenance import checkpoint_digest, digest
+from tokensel.utils.provenance import checkpoint_digest, json_digest
 from tokensel.utils.seeds import generator
 from tokensel.vlm.forced import IGNORED, Forced, force
 from tokensel.vlm.load import Vlm, load_vlm
@@ -80,19 +80,21 @@ def soft_masks(
     logits = predictor(mass)
     soft = ((logits if noise is None else logits + noise) / tau).softmax(-1)
     gate = one_hot(soft.argmax(-1), soft.shape[-1]) + soft - soft.detach()
-    visual, total = forced.visual, forced.visual.sum(1)
+    cells, total = forced.cells, forced.cells.sum(1)
     # how many tokens each rate keeps: [rows, rates, 1]
     counts = torch.stack([fraction_count(total, keep) for keep in predictor.keeps.tolist()], 1)[..., None]
-    mask, remaining, masks = torch.ones_like(scores[:, 0]), visual, []
+    mask, remaining, masks = torch.ones_like(scores[:, 0]), cells, []
+    # the answer is predicted from the prompt's last column: if that is a cell, it ranks first and always stays
+    scores = torch.cat([scores[..., :-1], torch.full_like(scores[..., -1:], torch.inf)], -1)
     for step in range(forced.steps):
         # what each rate would keep: the best-ranked of those that remain, [rows, rates, prompt]
         kept = (rank(scores[:, step], remaining)[:, None] < counts) & remaining[:, None]
         chosen = torch.einsum("rk,rkp->rp", gate[:, step], kept.to(gate))
-        mask = mask * torch.where(visual, chosen, 1.0)  # a token that was dropped stays dropped
-        remaining = visual & (mask.detach() > 0.5)
+        mask = mask * torch.where(cells, chosen, 1.0)  # a token that was dropped stays dropped
+        remaining = cells & (mask.detach() > 0.5)
         masks.append(mask)
     masks = torch.stack(masks, 1)
-    return masks, (masks * visual[:, None]).sum(-1) / total[:, None]
+    return masks, (masks * cells[:, None]).sum(-1) / total.clamp(min=1)[:, None]
 
 
 class MaskedForward:
@@ -262,7 +264,7 @@ def train_dyrate(
 def _identity(config: DyRateConfig, model: PreTrainedModel, data: list[Questions]) -> str:
     """Equal for the same model and the same questions with the same answers."""
     weights = checkpoint_digest(config.model, getattr(model.config, "_commit_hash", None))
-    asked = digest([[questions.ids, questions.prompts, questions.answers] for questions in data])
+    asked = json_digest([[questions.ids, questions.prompts, questions.answers] for questions in data])
     names = " ".join(f"{questions.benchmark.name}:{len(questions)}" for questions in data)
     return f"model {weights}, {config.suite} {config.split}: {names} {asked}"
 

@@ -27,6 +27,7 @@ class Forced:
     Attributes:
         inputs: embeddings, mask and positions of prompt and answer; the answer's last token is never read.
         visual: True at the prompt's visual tokens, newlines among them.
+        cells: True at its visual tokens without newlines, which is what a rate counts.
         types: of each column, see :data:`~tokensel.schedules.attention.TYPES`; -1 at padding.
         attn_mask: for each step, True at the columns that its token may attend to.
         labels: the token to predict at each step, ``IGNORED`` after a row's end.
@@ -34,6 +35,7 @@ class Forced:
 
     inputs: dict[str, Tensor]
     visual: Bool[Tensor, "rows prompt"]
+    cells: Bool[Tensor, "rows prompt"]
     types: Int[Tensor, "rows columns"]
     attn_mask: Bool[Tensor, "rows steps columns"]
     labels: Int[Tensor, "rows steps"]
@@ -70,6 +72,7 @@ def force(
     return Forced(
         inputs={"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions},
         visual=reduced.visual,
+        cells=reduced.prompt.cells,
         types=torch.cat([token_types(reduced.visual, prompt.bool()), response], 1),
         attn_mask=causal & mask.bool()[:, None],
         labels=tokens.masked_fill(~labelled, IGNORED),

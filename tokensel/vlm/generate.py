@@ -1,5 +1,7 @@
 """Generate answers from a reduced prompt, with or without a schedule inside the language model."""
 
+import copy
+import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -7,30 +9,98 @@ from typing import Any, cast
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.generic import ModelOutput
 
+from tokensel.schedules.decoder import decoder_of
+from tokensel.schedules.options import check_options, check_window
 from tokensel.schedules.prune import Pruning, pruned
-from tokensel.schedules.schedule import Schedule, check_options
+from tokensel.schedules.schedule import Schedule
+from tokensel.utils.errors import TokenselError
 from tokensel.vlm.reduce import Reduced
 
 __all__ = ["GenerationOutput", "generate"]
 
+# what a checkpoint may set otherwise; an answer is the likeliest token at each step unless the call asks for
+# more
+GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+
+# options of generate that read the prompt's token ids, of which a reduced prompt has none
+UNSUPPORTED = {
+    "guidance_scale": "guidance needs a second prompt",
+    "prefill_chunk_size": "the prefill is cut into chunks of ids",
+    "assistant_model": "the assistant reads the prompt's ids",
+    "assistant_early_exit": "the assistant reads the prompt's ids",
+    "token_healing": "it changes the prompt's ids",
+    "input_ids": "the prompt is in the reduced inputs",
+    "inputs": "the prompt is in the reduced inputs",
+    "inputs_embeds": "the prompt is in the reduced inputs",
+    "attention_mask": "it is in the reduced inputs",
+    "position_ids": "they are in the reduced inputs",
+}
+HARMLESS = {"guidance_scale": 1, "token_healing": False}
+
 
 @dataclass
 class GenerationOutput:
-    """The generated text of a batch.
+    """The generated text of a batch; ``num_return_sequences`` rows for each prompt, one after the other.
 
     Attributes:
         texts: one a row, without special tokens.
         tokens: the same as the model put it out, with its end token and the padding behind it.
         lengths: how many tokens each row really has, its end token included.
         pruning: what the schedule did, if there was one.
+        model_output: all that ``model.generate`` returned, if ``return_dict_in_generate`` was asked for.
     """
 
     texts: list[str]
     tokens: Int[Tensor, "rows new"]
     lengths: Int[Tensor, "rows"]
     pruning: Pruning | None = None
+    model_output: ModelOutput | None = None
+
+
+class _Options:
+    """The options of one call of ``generate``, and what the checkpoint sets where the call does not."""
+
+    def __init__(self, model: PreTrainedModel, max_new_tokens: int, options: dict[str, Any]):
+        given = options.pop("generation_config", None)
+        self.config: GenerationConfig = copy.deepcopy(given) or GenerationConfig()
+        unset = {name: value for name, value in GREEDY.items() if getattr(self.config, name) is None}
+        # update() validates, and returns what is no option of the configuration: arguments for the model and
+        # others
+        self.other: dict[str, Any] = self.config.update(
+            **{**unset, **options, "max_new_tokens": max_new_tokens}
+        )
+        self.checkpoint = cast(GenerationConfig, model.generation_config)
+
+    def effective(self, name: str) -> Any:
+        """The value of an option; ``None`` where neither call nor checkpoint sets it."""
+        if self.other.get(name) is not None:
+            return self.other[name]
+        own = getattr(self.config, name, None)
+        return getattr(self.checkpoint, name, None) if own is None else own
+
+    def check(self) -> None:
+        """Raise on options that need the prompt's token ids.
+
+        Raises:
+            TokenselError: one of them is given, or set by the checkpoint.
+        """
+        for name, why in UNSUPPORTED.items():
+            value = self.effective(name)
+            if value is not None and value != HARMLESS.get(name):
+                raise TokenselError(f"{name} was given, or set by the checkpoint: {why}; leave it out")
+
+
+def _check_max_new_tokens(number: Any) -> int:
+    try:
+        count = operator.index(number)  # integers of any library, but no 2.5 and no "5"
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise TokenselError(f"max_new_tokens is {number!r}: give a whole number of at least 1, such as 64")
+    return count
 
 
 @torch.no_grad()
@@ -42,30 +112,34 @@ def generate(
     schedule: Schedule | None = None,
     **options: Any,
 ) -> GenerationOutput:
-    """Generate an answer for each row of a reduced prompt; greedy by default.
+    """Generate an answer for each row of a reduced prompt; greedy unless ``options`` ask for more.
 
     Args:
         model: the vision-language model.
         tokenizer: decodes the generated tokens.
         reduced: the prompts.
-        max_new_tokens: where to stop at the latest.
+        max_new_tokens: the most tokens to generate.
         schedule: drops further visual tokens inside the language model, see :mod:`tokensel.schedules`.
         options: for ``model.generate``.
 
     Raises:
-        TokenselError: options under which a schedule cannot work, or a schedule that does not fit the model.
+        TokenselError: options under which a reduced prompt or a schedule cannot work, whether they come from
+            the call or from the checkpoint; a schedule that does not fit the model.
     """
-    options = {"do_sample": False} | options
-    inside = nullcontext()
+    given = _Options(model, _check_max_new_tokens(max_new_tokens), options)
+    given.check()
+    context = nullcontext()
     if schedule is not None:
-        check_options(options)
-        inside = pruned(model, reduced.visual, reduced["attention_mask"], schedule)
-    with inside as pruning:
-        tokens = cast(Any, model).generate(**reduced, max_new_tokens=max_new_tokens, **options)
+        check_options(given.effective)
+        prompt = reduced.prompt
+        check_window(schedule.name, decoder_of(model), prompt.visual.shape[1], max_new_tokens)
+        context = pruned(model, prompt, schedule)
+    with context as pruning:
+        result: Any = cast(Any, model).generate(**reduced, generation_config=given.config, **given.other)
+    whole = result if isinstance(result, ModelOutput) else None
+    tokens = cast(Tensor, result if whole is None else whole["sequences"])
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    ends = torch.as_tensor(
-        model.generation_config.eos_token_id or [], dtype=tokens.dtype, device=tokens.device
-    )
-    ended = torch.isin(tokens, ends).long().cumsum(1)
-    lengths = (ended - torch.isin(tokens, ends).long() == 0).sum(1)  # up to the first end and with it
-    return GenerationOutput([text.strip() for text in texts], tokens, lengths, pruning)
+    ends = torch.as_tensor(given.effective("eos_token_id") or [], dtype=tokens.dtype, device=tokens.device)
+    is_end = torch.isin(tokens, ends).long()
+    lengths = (is_end.cumsum(1) - is_end == 0).sum(1)  # up to the first end token and with it
+    return GenerationOutput([text.strip() for text in texts], tokens, lengths, pruning, whole)

@@ -87,7 +87,7 @@ def native(encoded: Encoded, ratio: str | None) -> Reduced:
         kept = torch.arange(len(kept), device=kept.device) - first[layout.image] < lengths[layout.image]
         cells[kept] = torch.cat(marks)
     return Reduced(
-        *assemble(encoded, kept, visual, "compact"),
+        *assemble(encoded, kept, visual, "compact", cells),
         n_visual=encoded.per_row(cells),
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~cells),

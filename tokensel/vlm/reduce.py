@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokensel.schedules.prompt import Prompt
 from tokensel.scorers import Scorer
 from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
@@ -32,7 +33,9 @@ class Reduced(Mapping[str, Any]):
 
     Attributes:
         inputs: what ``generate`` is given, by name; on the device of the model's embeddings.
-        visual: True in the prompt's columns that hold visual tokens or newlines.
+        visual: True in the prompt's columns that hold visual tokens: cells or newlines.
+        newlines: True in those that hold newlines.
+        thumbnail: True in those that hold cells of a thumbnail.
         n_visual: visual tokens that reach the language model, row by row; newlines are not counted. On the host, as
             are the other counts and ``kept``.
         n_visual_full: the same when nothing is dropped.
@@ -44,6 +47,8 @@ class Reduced(Mapping[str, Any]):
 
     inputs: dict[str, Any]
     visual: Bool[Tensor, "rows length"]
+    newlines: Bool[Tensor, "rows length"]
+    thumbnail: Bool[Tensor, "rows length"]
     n_visual: Int[Tensor, "rows"]
     n_visual_full: Int[Tensor, "rows"]
     n_newline: Int[Tensor, "rows"]
@@ -66,6 +71,11 @@ class Reduced(Mapping[str, Any]):
     def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
         return {**other, **self.inputs}
 
+    @property
+    def prompt(self) -> Prompt:
+        """What the columns hold, for :func:`tokensel.schedules.pruned`."""
+        return Prompt(self["attention_mask"], self.visual, self.newlines, self.thumbnail)
+
     def copy(self) -> "Reduced":
         """The same tensors in a mapping of its own."""
         return replace(self, inputs=dict(self.inputs))
@@ -74,8 +84,17 @@ class Reduced(Mapping[str, Any]):
 
 
 def assemble(
-    encoded: Encoded, kept: Bool[Tensor, "packed"], visual: Float[Tensor, "kept width"], positions: str
-) -> tuple[dict[str, Tensor], Bool[Tensor, "rows length"]]:
+    encoded: Encoded,
+    kept: Bool[Tensor, "packed"],
+    visual: Float[Tensor, "kept width"],
+    positions: str,
+    cells: Bool[Tensor, "packed"] | None = None,
+) -> tuple[
+    dict[str, Tensor],
+    Bool[Tensor, "rows length"],
+    Bool[Tensor, "rows length"],
+    Bool[Tensor, "rows length"],
+]:
     """Build the shortened prompt: text and kept visual tokens in their old order, padded anew on the left.
 
     Args:
@@ -83,9 +102,10 @@ def assemble(
         kept: packed tokens that stay.
         visual: their embeddings, in packed order.
         positions: "compact" or "original".
+        cells: packed tokens that are cells, the others being newlines; by default as the layout has it.
 
     Returns:
-        Inputs for ``generate``, and True where a visual token or newline stands.
+        Inputs for ``generate``, and the columns that hold visual tokens, newlines, and cells of a thumbnail.
     """
     stay = encoded.attention_mask.clone()
     stay[encoded.places[:, 0], encoded.places[:, 1]] = kept
@@ -111,7 +131,11 @@ def assemble(
     ):  # with nothing gone they are the model's own, which it makes itself
         place = (encoded.attention_mask.long().cumsum(1) - 1).clamp(min=0)
         out["position_ids"] = place.gather(1, order).masked_fill(~mask, 0).to(device)
-    return out, slots.to(device)
+    # columns and packed tokens are both in the order of the prompts, so that one mask fills the other
+    newlines, thumbnail = torch.zeros_like(slots), torch.zeros_like(slots)
+    newlines[slots] = ~(encoded.layout.cell if cells is None else cells)[kept]
+    thumbnail[slots] = encoded.layout.thumbnail[kept]
+    return out, slots.to(device), newlines.to(device), thumbnail.to(device)
 
 
 def _pad_id(encoded: Encoded) -> int:
