@@ -44,6 +44,16 @@ def test_lines_carry_their_interval_and_the_word_of_their_colour():
     assert flat["y"] == 4.0 and np.isnan(flat["x"])
 
 
+def test_lines_are_named_by_a_legend_that_takes_the_place_of_labels():
+    figure, ax = plt.subplots()
+    lines = [
+        ax.plot([0.0, 1.0], [0.0, y], color=colour)[0]
+        for y, colour in ((1.0, style.ORANGE), (2.0, style.BLUE))
+    ]
+    ax.legend(lines, ["selector", "random"])
+    assert series(numbers.table(figure), "random", "y") == [[0.0], [2.0]]
+
+
 def test_error_bars_bars_and_dots_have_the_word_at_their_tick():
     figure, (left, middle, right) = plt.subplots(1, 3)
     left.errorbar([5.0, 6.0], [1.0, 0.0], xerr=[[1.0, 2.0], [3.0, 4.0]], fmt="o", label="gap")

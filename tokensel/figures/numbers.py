@@ -12,6 +12,7 @@ from matplotlib.collections import FillBetweenPolyCollection, LineCollection, Pa
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
@@ -32,14 +33,16 @@ def table(figure: Figure) -> pd.DataFrame:
     Images without an overlay, decoration and artists of other kinds add nothing.
     """
     axes = [ax for ax in figure.axes if ax.get_visible()]
-    everywhere = _names_by_colour([text for ax in axes for text in ax.texts])
+    legends = [legend for ax in axes if (legend := ax.get_legend())] + list(figure.legends)
+    everywhere = _names_by_colour([text for ax in axes for text in ax.texts], legends)
     points: list[pd.DataFrame] = []
     cells: list[pd.DataFrame] = []
     for ax in axes:
         if ax.images:  # lines over an image are its borders
             cells += _cells(ax)
         else:
-            names = everywhere | _names_by_colour(list(ax.texts))
+            own = [legend for legend in [ax.get_legend()] if legend is not None]
+            names = everywhere | _names_by_colour(list(ax.texts), own)
             points += [_described(ax, *series) for series in _distinct(list(_series(ax, names)))]
     if points:
         joined = pd.concat(points, ignore_index=True).replace("", np.nan)
@@ -170,11 +173,16 @@ def _hex(colour: Any) -> str:
     return to_hex(colour)
 
 
-def _names_by_colour(texts: list[Text]) -> dict[str, str]:
-    """What each colour of words names, where it names one thing only."""
+def _names_by_colour(texts: list[Text], legends: list[Legend]) -> dict[str, str]:
+    """What each colour of text names, in labels and legends, where it names one thing only."""
     words: dict[str, set[str]] = {}
     for text in texts:
         words.setdefault(_hex(text.get_color()), set()).add(text.get_text().strip())
+    for legend in legends:
+        for handle, text in zip(legend.legend_handles, legend.get_texts()):
+            if isinstance(handle, Line2D):
+                colour = style.text_colour(_hex(handle.get_color()))
+                words.setdefault(colour, set()).add(text.get_text().strip())
     return {colour: next(iter(every)) for colour, every in words.items() if len(every) == 1}
 
 
