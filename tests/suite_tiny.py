@@ -1,4 +1,4 @@
-"""A suite for tests: drawn pictures of three sizes, questions of different length, nonsense answers."""
+"""A suite for tests: drawn images of three sizes, questions of different length, nonsense answers."""
 
 import json
 import string
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as Pictures
+from PIL import Image as PilImage
 from tiny import WIDTH, tiny_llava
 
 from tokensel.benchmarks import Benchmark
@@ -23,13 +23,13 @@ COLUMNS = Features(
 )
 
 
-def picture(seed: int) -> Pictures.Image:
+def page(seed: int) -> PilImage.Image:
     """A page of one colour with a bar across it."""
     rng = np.random.default_rng(seed)
     height, width = SIZES[seed % len(SIZES)]
     pixels = np.broadcast_to(rng.integers(0, 256, 3), (height, width, 3)).astype(np.uint8)
     pixels[height // 3 : height // 2] = rng.integers(0, 256, 3)
-    return Pictures.fromarray(pixels)
+    return PilImage.fromarray(pixels)
 
 
 def load(split: str, n: int | None, options: int = 0, salt: int = 0) -> Dataset:
@@ -40,7 +40,7 @@ def load(split: str, n: int | None, options: int = 0, salt: int = 0) -> Dataset:
         words = ["".join(rng.choice(list(string.printable[:94]), 8)) for _ in range(20)]
         rows.append(
             dict(
-                image=picture(int(rng.integers(1000))),
+                image=page(int(rng.integers(1000))),
                 question="what" + "?" * int(rng.integers(1, 9)),
                 answers=["B"] if options else words,
                 question_id=f"{split}-{i}",

@@ -1,7 +1,8 @@
-"""The path from pixels to the prompt's embeddings on a device of its own: who waits for it, and what is where.
+"""The path from pixels to the prompt's embeddings on a device of its own: who waits for it, and what is
+where.
 
-PyTorch's "meta" device stands in for a GPU. Its tensors have no values, so that reading one on the host, as a wait for the
-device would, raises, and so does an operation whose operands are on two devices.
+PyTorch's "meta" device stands in for a GPU. Its tensors have no values, so that reading one on the host, as a
+wait for the device would, raises, and so does an operation whose operands are on two devices.
 """
 
 import pytest

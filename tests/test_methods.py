@@ -1,4 +1,4 @@
-"""All methods behind one call."""
+"""All methods through one call."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_every_method_gives_generate_what_it_needs(vlm, selector, method):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_alone_gets_the_whole_picture_and_behind_a_scorer_what_it_chose(vlm, schedule):
+def test_a_schedule_alone_gets_the_whole_image_and_after_a_scorer_what_it_chose(vlm, schedule):
     row = check_method(schedule)
     assert row.schedule == schedule and row.uses_keep == SCHEDULES[schedule].uses_keep and not row.chooses
     assert torch.equal(ask(vlm, schedule)["inputs_embeds"], ask(vlm, "full")["inputs_embeds"])
@@ -115,16 +115,16 @@ def test_bad_input(vlm, selector):
     for name in ("fast", "none+fastv", "full+fastv", "fastv+selector", "selector+norm", "+fastv"):
         with pytest.raises(
             TokenselError, match="is unknown: choose one of full, none, selector, random"
-        ) as told:
+        ) as caught:
             ask(vlm, name)
-        assert name in str(told.value)
+        assert name in str(caught.value)
     for method in methods():
         for keep in (0.0, 1.5, float("nan")):
             with pytest.raises(TokenselError, match="keep is"):
                 ask(vlm, method, keep, scorer=selector if method == "selector" else None)
     with pytest.raises(TokenselError, match="needs one: pass selector="):
         ask(vlm, "selector")
-    with pytest.raises(TokenselError, match="no choice"):
+    with pytest.raises(TokenselError, match="not an option"):
         ask(vlm, "norm", choices={"colour": "red"})
     with pytest.raises(TokenselError, match="1 rows of images for 2 questions"):
         prepare(Batch(vlm, IMAGES[:1], QUESTIONS), "norm", 0.3)

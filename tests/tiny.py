@@ -1,6 +1,8 @@
-"""A tiny LLaVA-NeXT and LLaVA-OneVision in stock classes, with their processors: random weights, no network, seconds on one core.
+"""A tiny LLaVA-NeXT and LLaVA-OneVision in stock classes, with their processors.
 
-The weights are scaled up so that logits depend on what is in the picture and where; with the usual
+Random weights, no network, seconds on one core.
+
+The weights are scaled up so that logits depend on what is in the image and where; with the usual
 initialisation every test of equality would pass by being near zero.
 """
 
@@ -91,7 +93,7 @@ def tiny_config(
     pinpoints: list[list[int]] = PINPOINTS,
     **text_shape: int,
 ) -> LlavaNextConfig:
-    """Three vision layers and two language layers of width 32, unless told otherwise."""
+    """Three vision layers and two language layers of width 32, by default."""
     vocabulary = 4 + len(SPECIAL) + len(string.printable)
     shape = dict(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     shape |= dict(num_key_value_heads=2, vocab_size=vocabulary, max_position_embeddings=4096)
@@ -119,7 +121,7 @@ def tiny_config(
 
 
 def scale_up(model: torch.nn.Module) -> None:
-    """Make every matrix an approximate isometry, so that pictures and places show in the logits."""
+    """Make every matrix an approximate isometry, so that images and positions show in the logits."""
     for name, weight in model.named_parameters():
         if weight.dim() == 2 and "embed" not in name:
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
@@ -139,7 +141,7 @@ def tiny_llava(
 
 
 def tiny_vlm(text: str = "llama", attn: str = "sdpa") -> Vlm:
-    """:func:`tiny_llava` as the seam takes it."""
+    """:func:`tiny_llava` as the library takes it."""
     return Vlm(*tiny_llava(text, attn), "tiny")
 
 
@@ -163,19 +165,33 @@ def onevision_processor(
 
 
 def tiny_onevision(ratio: str = "anyres_max_9", seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
-    """A LLaVA-OneVision with a SigLIP tower and a Qwen2, that interpolates as ``ratio`` says."""
+    """A LLaVA-OneVision with a SigLIP tower and a Qwen2 that interpolates by the rule ``ratio``."""
     vision = SiglipVisionConfig(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        image_size=TILE, patch_size=PATCH, vision_use_head=False,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=TILE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
     text = Qwen2Config(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=110, max_position_embeddings=4096,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=110,
+        max_position_embeddings=4096,
+    )
     config = LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, image_token_index=SPECIAL.index("<image>"), video_token_index=109,
-        vision_aspect_ratio=ratio, image_grid_pinpoints=MANY_PINPOINTS,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=SPECIAL.index("<image>"),
+        video_token_index=109,
+        vision_aspect_ratio=ratio,
+        image_grid_pinpoints=MANY_PINPOINTS,
+    )
     torch.manual_seed(seed)
     model = LlavaOnevisionForConditionalGeneration(config).eval()
     scale_up(model)
@@ -184,7 +200,7 @@ def tiny_onevision(ratio: str = "anyres_max_9", seed: int = 0) -> LlavaOnevision
 
 
 def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A picture of coloured noise, different for every seed."""
+    """An image of coloured noise, different for every seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -216,7 +232,7 @@ def tiny_selector(width: int = WIDTH) -> TokenSelector:
 
 
 class GivenScores:
-    """A scorer that says what it is told, whatever it is shown."""
+    """A scorer that returns given scores, whatever the features are."""
 
     name, needs_cls_attention, scope, adaptive = "given", False, "tile", True
 

@@ -1,4 +1,4 @@
-"""Every way to answer that is compared, behind one signature.
+"""Every method that is compared, with one signature.
 
 Full image, no image, the scorers, a smaller image, the model's own compression, and the schedules.
 """
@@ -29,7 +29,7 @@ class EncodedBatch(ABC):
     """Questions about images as the methods see them: encoded at most once, whatever is tried on them.
 
     Attributes:
-        native: how the model would compress on its own, see :mod:`tokensel.vlm.native`; ``None`` if it would not.
+        native: how the model would compress on its own (:mod:`tokensel.vlm.native`), or ``None``.
     """
 
     native: str | None = None
@@ -64,7 +64,8 @@ class Batch(EncodedBatch):
             vlm: the model to ask.
             images: for each question an image, a list of several, or ``None``; see :meth:`Vlm.inputs`.
             questions: the users' turns; the chat template is put around them here.
-            keys: a stable number for each row, the seed of its random selection; made from the pixels by default.
+            keys: a stable number for each row, the seed of its random selection; made from the pixels by
+                default.
 
         Raises:
             TokenselError: images and questions differ in number.
@@ -160,7 +161,7 @@ def methods() -> dict[str, Method]:
 
 
 def check_method(name: str) -> Method:
-    """The method called ``name``: one of :func:`methods`, a schedule, or one after the other, as ``selector+fastv``.
+    """The method called ``name``: one of :func:`methods`, a schedule, or both, as ``selector+fastv``.
 
     Raises:
         TokenselError: there is none; the line lists those there are.
@@ -174,8 +175,8 @@ def check_method(name: str) -> Method:
     if inside in SCHEDULES and before in rows and rows[before].chooses:
         return replace(rows[before], schedule=inside)
     raise TokenselError(
-        f"method '{name}' is unknown: choose one of {', '.join([*rows, *SCHEDULES])}, or one that chooses tokens "
-        "and one that drops them with a plus between, such as selector+fastv"
+        f"method '{name}' is unknown: choose one of {', '.join([*rows, *SCHEDULES])}, or one that chooses "
+        "tokens and one that drops them with a plus between, such as selector+fastv"
     )
 
 
@@ -193,8 +194,8 @@ def prepare(
     ...     answers = vlm.generate(prepare(batch, "norm", keep))
 
     Args:
-        batch: the questions and their images; it remembers their features, so that further methods and budgets on the
-            same batch do not run the vision tower again.
+        batch: the questions and their images; it remembers their features, so that further methods and
+            budgets on the same batch do not run the vision tower again.
         method: see :func:`check_method`; what a schedule does later is for ``vlm.generate(schedule=)``.
         keep: fraction of the visual tokens to keep, in (0, 1]; ``None`` lets an adaptive scorer decide.
             Checked for "full" and "none" too, which do not depend on it.
@@ -202,7 +203,7 @@ def prepare(
         scorer: the scorer of the method; made here where it needs no selector, with seed 0.
 
     Returns:
-        Inputs for generation; ``n_visual`` says how many visual tokens each row has left.
+        Inputs for generation; ``n_visual`` is the number of visual tokens left in each row.
 
     Raises:
         TokenselError: an unknown method or choice, ``keep`` outside (0, 1], a scorer that is missing or does

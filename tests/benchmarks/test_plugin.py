@@ -21,9 +21,9 @@ def folder(tmp_path_factory):
 
 def documents():
     pictures = [
-        [suite_tiny.picture(0)],
-        [suite_tiny.picture(1)],
-        [suite_tiny.picture(2), suite_tiny.picture(4)],
+        [suite_tiny.page(0)],
+        [suite_tiny.page(1)],
+        [suite_tiny.page(2), suite_tiny.page(4)],
         [],
     ]
     return [{"pictures": each, "text": f"what{'?' * number}"} for number, each in enumerate(pictures)]

@@ -71,7 +71,7 @@ def test_changed_questions_or_pictures_are_refused(config, monkeypatch):
     with pytest.raises(TokenselError, match="the data has changed"):
         evaluate(config, progress=False)
     monkeypatch.setitem(suite_tiny.BENCHMARKS, "page", page)
-    monkeypatch.setattr(suite_tiny, "picture", lambda seed, draw=suite_tiny.picture: draw(seed).rotate(180))
+    monkeypatch.setattr(suite_tiny, "page", lambda seed, draw=suite_tiny.page: draw(seed).rotate(180))
     with pytest.raises(TokenselError, match="the data has changed"):
         evaluate(config, progress=False)
 
@@ -206,7 +206,7 @@ def test_the_code_digest_covers_what_answering_imports():
         waiting |= named - reached
     covered = {name.removesuffix(".py").replace("/", ".") for name in CODE}
     missed = {name for name in reached if not any(f"{name}.".startswith(f"{part}.") for part in covered)}
-    assert missed == {"model.base", "utils.errors", "utils.files", "utils.loading"}
+    assert missed == {"model.base", "utils.devices", "utils.errors", "utils.files", "utils.loading"}
 
 
 def test_comments_and_docstrings_do_not_change_the_code_digest():

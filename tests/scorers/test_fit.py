@@ -33,7 +33,7 @@ def test_feature_layer_and_cls_rule_have_to_be_those_of_the_model(vlm, layer, dr
     if fits:
         scorer.check_model(vlm.model.config)
     else:
-        with pytest.raises(TokenselError, match="these have .*: give the selector that belongs to"):
+        with pytest.raises(TokenselError, match=r"these have .*: give the selector that belongs to"):
             scorer.check_model(vlm.model.config)
 
 
@@ -60,7 +60,11 @@ def test_an_evaluation_checks_it_before_any_question(tmp_path):
     model = suite_tiny.save_models(tmp_path)
     TokenSelector(SelectorConfig(width=WIDTH, heads=4, feature_layer=-1)).save_pretrained(tmp_path / "other")
     config = EvalConfig(
-        model=str(model), suite="suite_tiny", selector=str(tmp_path / "other"), methods=("selector",), keeps=(0.5,)
+        model=str(model),
+        suite="suite_tiny",
+        selector=str(tmp_path / "other"),
+        methods=("selector",),
+        keeps=(0.5,),
     )
     with pytest.raises(TokenselError, match="other was trained for features of feature layer"):
         Asker(config).check_fit()

@@ -1,4 +1,4 @@
-"""The scorers behind their one signature."""
+"""The scorers and their common signature."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_mix_matches_splitmix64():
 
 
 def test_random_without_keys_says_what_is_missing():
-    with pytest.raises(TokenselError, match="needs Features.keys"):
+    with pytest.raises(TokenselError, match=r"needs Features\.keys"):
         RandomScorer(0)(Features(torch.zeros(1, 4, 2)))
 
 

@@ -34,14 +34,14 @@ def test_counts_follow_the_budget(vlm):
             room = [n - t if thumbnail == "drop" else n for n, t in zip(cells.tolist(), small, strict=True)]
             assert counts == [min(w, r) for w, r in zip(wanted, room, strict=True)]
             assert not (chosen & ~layout.cell).any()
-            mine = torch.bincount(layout.image[chosen & layout.thumbnail], minlength=4).tolist()
+            small_kept = torch.bincount(layout.image[chosen & layout.thumbnail], minlength=4).tolist()
             if thumbnail == "drop":
-                assert mine == [0, 0, 0, 0]
+                assert small_kept == [0, 0, 0, 0]
             if thumbnail == "keep":
-                assert mine == [min(w, t) for w, t in zip(wanted, small, strict=True)]
+                assert small_kept == [min(w, t) for w, t in zip(wanted, small, strict=True)]
             if thumbnail == "last":
                 pages = [n - t for n, t in zip(cells.tolist(), small, strict=True)]
-                assert mine == [max(w - p, 0) for w, p in zip(wanted, pages, strict=True)]
+                assert small_kept == [max(w - p, 0) for w, p in zip(wanted, pages, strict=True)]
 
 
 def test_a_budget_per_tile_gives_every_tile_its_share(vlm):
@@ -63,7 +63,7 @@ def test_newlines_of_rows_stay_with_their_rows(vlm):
         cells = (torch.rand(len(layout.source), generator=generator) > 0.93) & layout.cell
         kept = add_newlines(layout, cells, "row")
         row_has_cell = False
-        for i in range(len(layout.source)):  # the rule, spelt out one token at a time
+        for i in range(len(layout.source)):  # the rule, one token at a time
             if layout.cell[i]:
                 assert kept[i] == cells[i]
                 row_has_cell |= bool(cells[i]) and not bool(layout.thumbnail[i])
@@ -122,7 +122,7 @@ def test_diversity_ranges_over_all_tokens_of_an_image(vlm):
 # Bad input
 
 
-def test_what_does_not_fit_is_told_in_one_line(vlm):
+def test_what_does_not_fit_is_refused_in_one_line(vlm):
     inputs = ask(vlm, [0, 1])
     encoded = encode(vlm.model, inputs)
     norm = make_scorer("norm")
@@ -131,9 +131,9 @@ def test_what_does_not_fit_is_told_in_one_line(vlm):
             reduce(encoded, norm, keep)
         with pytest.raises(TokenselError, match="keep is"):
             downsample(encoded, keep)
-    with pytest.raises(TokenselError, match="no scorer says which"):
+    with pytest.raises(TokenselError, match="no scorer to rank"):
         reduce(encoded, None, 0.5)
-    with pytest.raises(TokenselError, match="'budgets' is no choice: the choices are budget, thumbnail"):
+    with pytest.raises(TokenselError, match="'budgets' is not an option: choose among budget, thumbnail"):
         reduce(encoded, norm, 0.5, budgets="tile")
     with pytest.raises(TokenselError, match="newline is 'maybe': choose one of keep, drop, row"):
         reduce(encoded, norm, 0.5, newline="maybe")
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_told_in_one_line(vlm):
         vlm.inputs([None, None], ["x"])
 
 
-def test_the_defaults_are_the_same_wherever_they_are_said():
+def test_the_defaults_are_the_same_wherever_they_are_written():
     assert EvalConfig(model="m", suite="s", methods=("full",)).choices() == vars(Choices())
     options = inspect.signature(cli.evaluate).parameters
     assert {name: options[name].default for name in vars(Choices())} == vars(Choices())

@@ -1,7 +1,8 @@
 """The four published models in their own shapes: load, keep all, select, answer in a batch of two, score.
 
-Random weights; what is cut is the number of layers, the inner width of the language model's MLPs and the vocabulary, none of
-which the seam ever sees. Widths, heads, tiles, patches, feature layers and pinpoints are those of the hub.
+Random weights; what is cut is the number of layers, the inner width of the language model's MLPs and the
+vocabulary, none of which matters here. Widths, heads, tiles, patches, feature layers and pinpoints are those
+of the hub.
 """
 
 import csv
@@ -78,7 +79,7 @@ def test_from_loading_to_scoring(vlm, tmp_path):
             n=2,
             batch_size=2,
             out=str(tmp_path / "out"),
-        ),  # fmt: skip
+        ),
         progress=False,
     )
     rows = list(csv.DictReader(done.table.read_text().splitlines()))

@@ -1,4 +1,4 @@
-"""Questions and images of every kind: they are answered, or one line says what to give."""
+"""Questions and images of every kind: they are answered, or refused in one line."""
 
 import io
 import string

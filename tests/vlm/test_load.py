@@ -41,7 +41,7 @@ def test_three_lines_put_a_selector_in_front_of_a_llava(folder, tmp_path):
 
 
 def test_missing_and_damaged_models(folder, tmp_path):
-    with pytest.raises(TokenselError, match="'nobody/no-such-llava'.*give a local folder") as caught:
+    with pytest.raises(TokenselError, match=r"'nobody/no-such-llava'.*give a local folder") as caught:
         load_vlm("nobody/no-such-llava")
     assert "\n" not in str(caught.value)
     with pytest.raises(TokenselError, match="holds no LLaVA with its processor"):

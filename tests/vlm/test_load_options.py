@@ -1,4 +1,4 @@
-"""Loading from a private repository, over several devices, quantised, in another precision; and what cannot be loaded."""
+"""Loading from a private repository, over several devices, quantised; and what cannot be loaded."""
 
 import shutil
 from functools import partial
@@ -48,7 +48,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def private(folders, tmp_path, monkeypatch):
-    """A cache that holds one revision of the models ``us/<name>``, and the requests to the Hub with their tokens.
+    """A cache that holds one revision of the models ``us/<name>``, and the requests to the Hub with their
+    tokens.
 
     What asks for another revision, or in another cache, finds nothing there.
     """

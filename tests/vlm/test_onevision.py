@@ -1,4 +1,4 @@
-"""LLaVA-OneVision through the same seam as LLaVA-NeXT, and its own compression as a method of its own."""
+"""LLaVA-OneVision through the same functions as LLaVA-NeXT, and its own compression as a method."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, count_tokens, encode, load_vlm, reduce_inputs
 from tokensel.vlm.native import OFF
 
-NATIVE = "anyres_max_2"  # so that pictures of a few tiles are compressed already
+NATIVE = "anyres_max_2"  # so that images of a few tiles are compressed already
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_loading_switches_the_interpolation_off_in_model_and_processor(vlm):
 
 
 def test_what_the_processor_saves_names_the_stock_class(folder):
-    told = json.loads((folder / "processor_config.json").read_text())
-    assert told["processor_class"] == "LlavaOnevisionProcessor" and told["vision_aspect_ratio"] == NATIVE
+    saved = json.loads((folder / "processor_config.json").read_text())
+    assert saved["processor_class"] == "LlavaOnevisionProcessor" and saved["vision_aspect_ratio"] == NATIVE
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 3, 1], [None, 2], [[1, 3], 0]])
@@ -136,9 +136,15 @@ def test_scorers_choose_and_those_without_a_signal_refuse(vlm):
 def test_the_runner_asks_it_in_every_way(folder, tmp_path):
     TokenSelector(SelectorConfig(width=WIDTH, layers=1, heads=2)).save_pretrained(tmp_path / "selector")
     config = dict(
-        model=str(folder), suite="suite_tiny", benchmarks=("page",), n=3, batch_size=2, out=str(tmp_path / "out"),
-        selector=str(tmp_path / "selector"), compare=("selector:native",),
-    )  # fmt: skip
+        model=str(folder),
+        suite="suite_tiny",
+        benchmarks=("page",),
+        n=3,
+        batch_size=2,
+        out=str(tmp_path / "out"),
+        selector=str(tmp_path / "selector"),
+        compare=("selector:native",),
+    )
     methods = ("full", "native", "none", "random", "selector", "downsample")
     done = evaluate(EvalConfig(**config, methods=methods), progress=False)
     rows = list(csv.DictReader(done.table.read_text().splitlines()))
@@ -154,8 +160,8 @@ def test_the_runner_asks_it_in_every_way(folder, tmp_path):
     assert [row["keep"] for row in rows if row["method"] == "native"] == ["1"]
     against = list(csv.DictReader(done.differences.read_text().splitlines()))
     assert [row["keep"] for row in against] == ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6"]
-    with pytest.raises(TokenselError, match="method cls: .* has no CLS token"):
+    with pytest.raises(TokenselError, match=r"method cls: .* has no CLS token"):
         evaluate(EvalConfig(**config, methods=("cls",)), progress=False)
     next_model = suite_tiny.save_models(tmp_path)
-    with pytest.raises(TokenselError, match="method native: .* has no compression of its own"):
+    with pytest.raises(TokenselError, match=r"method native: .* has no compression of its own"):
         evaluate(EvalConfig(**(config | {"model": str(next_model)}), methods=("native",)), progress=False)

@@ -36,7 +36,7 @@ def test_copies_and_unions_keep_the_counts_and_generate_the_same(vlm, reduced, c
     assert torch.equal(vlm.model.generate(**changed, **options), vlm.model.generate(**reduced, **options))
 
 
-def test_a_union_replaces_inputs_and_behind_a_dictionary_gives_one(reduced):
+def test_a_union_replaces_inputs_and_with_a_dictionary_first_gives_a_dictionary(reduced):
     mask = torch.zeros_like(reduced["attention_mask"])
     assert (reduced | {"attention_mask": mask})["attention_mask"] is mask
     assert reduced["attention_mask"] is not mask

@@ -1,4 +1,4 @@
-"""The seam with LLaVA-NeXT against the stock model: nothing changes but what is dropped."""
+"""The integration with LLaVA-NeXT against the stock model: nothing changes but what is dropped."""
 
 from itertools import product
 
@@ -134,7 +134,7 @@ def test_keeping_everything_changes_no_logit(text, attn):
             assert torch.equal(vlm.model.generate(**reduced, max_new_tokens=8, do_sample=False), wanted)
 
 
-def test_logits_depend_on_the_picture(vlm):
+def test_logits_depend_on_the_image(vlm):
     # without this, all of the above would hold for a model that sees nothing
     one, other = ask(vlm, [0]), ask(vlm, [0], seed=50)
     assert (logits(vlm.model, one)[:, -1] - logits(vlm.model, other)[:, -1]).abs().max() > 0.05
@@ -333,8 +333,8 @@ def test_true_vision_and_projector_of_llava_next_7b(tmp_path):
     assert vlm.model.generate(**reduced, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 3)
 
 
-def test_a_siglip_tower_without_cls_goes_through_the_same_seam():
-    """LLaVA-OneVision packs like LLaVA-NeXT while its interpolation is off, and says so while it is on."""
+def test_a_siglip_tower_without_cls_goes_through_the_same_functions():
+    """LLaVA-OneVision packs like LLaVA-NeXT while its interpolation is off, and is refused while it is on."""
     model, sizes = tiny_onevision("anyres_max_1000"), torch.tensor([[90, 130], [24, 24]])
     counts = tile_counts(model, {"image_sizes": sizes})
     lengths = torch.bincount(read_layout(model.model, counts, 36, sizes).image).tolist()
@@ -357,5 +357,5 @@ def test_a_siglip_tower_without_cls_goes_through_the_same_seam():
     assert bool(logits(model, reduced).isfinite().all())
     with pytest.raises(TokenselError, match="no CLS attention"):
         reduce(encoded, make_scorer("cls"), 0.3)
-    with pytest.raises(TokenselError, match="interpolates visual tokens.*load_vlm.*anyres_max_1000"):
+    with pytest.raises(TokenselError, match=r"interpolates visual tokens.*load_vlm.*anyres_max_1000"):
         encode(tiny_onevision("anyres_max_1"), inputs)

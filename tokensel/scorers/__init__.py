@@ -1,11 +1,14 @@
-"""Everything that ranks visual tokens before the language model, behind one signature.
+"""Everything that ranks visual tokens before the language model, with one signature.
 
-A scorer is a callable from :class:`~tokensel.data.features.Features` to scores ``[tiles, tokens]``, higher = keep first.
-No caller asks which scorer it holds. A new scorer is one class in a file of its own and one row in :data:`SCORERS`. What its
-constructor takes are its options. Two of them reach every scorer from the command line and the evaluation:
+A scorer is a callable from :class:`~tokensel.data.features.Features` to scores ``[tiles, tokens]``, higher =
+keep first. No caller asks which scorer it holds. A new scorer is one class in a file of its own and one row
+in :data:`SCORERS`. What its constructor takes are its options. Two of them reach every scorer from the
+command line and the evaluation:
 
-- ``seed``: the scorer is stochastic; the evaluation runs it once for each seed and lists each as a row of its own;
-- ``selector``: the scorer has a learned part, the :class:`~tokensel.model.selector.TokenSelector` under this name.
+- ``seed``: the scorer is stochastic; the evaluation runs it once for each seed and lists each as a row of its
+    own;
+- ``selector``: the scorer has a learned part, the :class:`~tokensel.model.selector.TokenSelector` under this
+    name.
 """
 
 import inspect
@@ -33,12 +36,14 @@ class Scorer(Protocol):
 
     Attributes:
         name: its name in tables and records.
-        needs_cls_attention: whether it reads ``Features.cls_attention``, which is computed only for those that do.
+        needs_cls_attention: whether it reads ``Features.cls_attention``, which is computed only for those
+            that do.
         scope: "tile" when each row it is given is one tile of the encoder; "image" when each row must be
             all the visual tokens of one image, padded where ``Features.valid`` is False.
         adaptive: whether a score above zero means "keep", so that no budget is needed.
 
-    A scorer that fits only some models may also have ``check_model(config)``, which raises ``TokenselError`` for others.
+    A scorer that fits only some models may also have ``check_model(config)``, which raises ``TokenselError``
+    for others.
     """
 
     name: str
@@ -75,12 +80,13 @@ def make_scorer(name: str, **options: Any) -> Scorer:
 
     Args:
         name: a key of :data:`SCORERS`.
-        options: for the scorer's constructor, such as ``seed`` (of "random") and ``selector`` (of "selector": a
-            :class:`~tokensel.model.selector.TokenSelector`, or the folder or hub id of one). Options of other
-            scorers are ignored, so that a caller may pass all it has whichever scorer it makes.
+        options: for the scorer's constructor, such as ``seed`` (of "random") and ``selector`` (of "selector":
+            a :class:`~tokensel.model.selector.TokenSelector`, or the folder or hub id of one). Options of
+            other scorers are ignored, so that a caller may pass all it has whichever scorer it makes.
 
     Raises:
-        TokenselError: an unknown name, an option that no scorer has, a selector that is missing or cannot be loaded.
+        TokenselError: an unknown name, an option that no scorer has, a selector that is missing or cannot be
+            loaded.
     """
     own = scorer_options(name)
     check_names(options, {option for other in SCORERS for option in scorer_options(other)})

@@ -1,4 +1,4 @@
-"""CLS attention: which tokens the encoder itself looks at."""
+"""CLS attention: which tokens the encoder itself attends to."""
 
 from jaxtyping import Float
 from torch import Tensor

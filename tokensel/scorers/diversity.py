@@ -17,7 +17,7 @@ def max_min_order(
     budget. Exact ties (blank areas with identical features) go to the earlier token.
 
     Cost: one ``[rows, tokens, tokens]`` matrix and ``tokens`` steps of ``O(rows * tokens)``: quadratic in
-    the tokens of an image, sequential by nature, and not free beside the prefill it saves.
+    the tokens of an image, sequential by nature, and not free compared with the prefill that it saves.
     """
     rows, count, _ = tokens.shape
     if count == 0:

@@ -1,4 +1,4 @@
-"""Feature norm: how long each token's vector is."""
+"""Feature norm: the length of each token's vector."""
 
 import torch
 from jaxtyping import Float

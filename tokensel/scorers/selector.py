@@ -1,4 +1,4 @@
-"""The trained selector of the paper behind the scorers' signature."""
+"""The trained selector of the paper as a scorer."""
 
 import os
 import warnings
@@ -85,20 +85,24 @@ class SelectorScorer:
         for what, (trained, given) in pairs.items():
             if trained not in (None, given):
                 raise TokenselError(
-                    f"{name} was trained for features of {what} {trained}, these have {given}: give the selector that "
-                    f"belongs to {config.name_or_path or 'this model'}"
+                    f"{name} was trained for features of {what} {trained}, these have {given}: give the "
+                    f"selector that belongs to {config.name_or_path or 'this model'}"
                 )
         # folders are moved and copied: the last part of their path is what a model is known by
         encoder, model = PurePath(own.encoder).name, PurePath(config.name_or_path or "").name
         if encoder and model and encoder != model:
             warnings.warn(
-                f"{name} was trained on the vision tower of {own.encoder}, and is used with {config.name_or_path}",
+                f"{name} was trained on the vision tower of {own.encoder}, and is used with "
+                f"{config.name_or_path}",
                 stacklevel=2,
             )
 
     def _fit(self, tokens: Float[Tensor, "tiles tokens channels"]) -> TokenSelector:
-        """The selector on the features' device and in their precision: single precision beside a model in half would cost
-        several times the time. The statistics of the features stay in single precision."""
+        """The selector on the features' device and in their precision.
+
+        In single precision next to a 16-bit model it would take several times as long. The statistics of the
+        features stay in single precision.
+        """
         key = (tokens.device, tokens.dtype)
         if key not in self._fitted:
             if key == (self.selector.device, self.selector.dtype):

@@ -1,4 +1,4 @@
-"""Uniform grid: any budget spread evenly over the tile, whatever the picture shows."""
+"""Uniform grid: any budget spread evenly over the tile, whatever the image shows."""
 
 from functools import lru_cache
 from math import isqrt
@@ -15,7 +15,7 @@ def even_order(tokens: int) -> Int[Tensor, "tokens"]:
     """Order the cells of a square grid so that the first k are spread evenly, for every k.
 
     Farthest-point order on a torus: each next cell is the one farthest from all cells taken before;
-    among equals the one that feels the least crowding (sum of inverse fourth powers of the distances),
+    among equals the one with the least crowding (sum of inverse fourth powers of the distances),
     then the first in raster order. The torus makes the pattern continue across the borders of
     neighbouring tiles, where a plain farthest-point order would crowd. On grids whose side is a power of
     two it visits the same lattices as an ordered dither. A number of tokens that is no square is
@@ -28,7 +28,7 @@ def even_order(tokens: int) -> Int[Tensor, "tokens"]:
     height, width = (side, side) if side * side == tokens else (1, tokens)
     dy = torch.arange(height, dtype=torch.float64).reshape(-1, 1)
     dx = torch.arange(width, dtype=torch.float64).reshape(1, -1)
-    # squared torus distance of every cell to cell 0; other cells see the same picture, rolled
+    # squared torus distance of every cell to cell 0; for other cells it is the same map, rolled
     base = torch.minimum(dy, height - dy) ** 2 + torch.minimum(dx, width - dx) ** 2
     crowd = 1.0 / base.clamp(min=0.5) ** 2
     nearest = torch.full((height, width), float("inf"), dtype=torch.float64)

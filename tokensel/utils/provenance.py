@@ -21,6 +21,7 @@ CODE = (
     "budget.py",
     "cost",
     "data/features.py",
+    "data/images.py",
     "data/tower.py",
     "methods.py",
     "model/gumbel.py",

@@ -16,20 +16,22 @@ from tokensel.vlm.layout import Layout
 class Choices:
     """What the paper leaves open about dropping tokens inside LLaVA.
 
-    The default of ``thumbnail`` is the literal reading of the paper: one competition among all visual tokens. The
-    book's chapters pass ``thumbnail="last"``, which a measurement on the book's small model chose, alike for all
-    scorers and on questions that no other result is counted on (``data/results/choices.csv``). The thumbnail of
-    that model shows no letter; that of a real LLaVA does, so repeat the measurement before you pass it there.
+    The default of ``thumbnail`` is the literal reading of the paper: one competition among all visual tokens.
+    The book's chapters pass ``thumbnail="last"``, which a measurement on the book's small model chose, alike
+    for all scorers and on questions that no other result is counted on (``data/results/choices.csv``). The
+    thumbnail of that model shows no letter; that of a real LLaVA does, so repeat the measurement before you
+    pass it there.
 
     Attributes:
-        budget: "image": one contest among all visual cells of an image; "tile": every tile keeps the same
+        budget: "image": one competition among all visual cells of an image; "tile": every tile keeps the same
             share of its own (the two keep equally many in total).
-        thumbnail: "compete": its cells are cells like any other; "keep": they are served first, and the
+        thumbnail: "compete": its cells are treated like all others; "keep": they are kept first, and the
             high-resolution cells share what is left; "last": they share what the high-resolution cells leave;
-            "drop": only high-resolution cells are kept. All four keep the same number, as far as there are enough
-            cells to take. A selector that decides on its own leaves nothing over: "last" is "compete" then.
+            "drop": only high-resolution cells are kept, where there are any. All four keep the same number,
+            as far as there are enough cells. With ``keep=None``, where a selector decides by itself, "last"
+            equals "compete".
         newline: "keep" all, "drop" all, or "row": keep the newline of a row where a cell of the row stays.
-        positions: "compact": kept tokens are numbered anew without gaps; "original": every token keeps the
+        positions: "compact": kept tokens are renumbered without gaps; "original": every token keeps the
             position it has in the full sequence.
     """
 
@@ -40,10 +42,10 @@ class Choices:
 
     @classmethod
     def of(cls, values: "dict[str, Any] | Choices | None") -> "Choices":
-        """Choices from a mapping; those not named take their default.
+        """Choices from a mapping; options that are missing take their default.
 
         Raises:
-            TokenselError: an unknown choice, or a value that is not one of its options.
+            TokenselError: an unknown option, or a value that is not one of its options.
         """
         if isinstance(values, Choices):
             return values
@@ -51,7 +53,7 @@ class Choices:
         options = {field.name: get_args(field.type) for field in fields(cls)}
         for name, value in given.items():
             if name not in options:
-                raise TokenselError(f"'{name}' is no choice: the choices are {', '.join(options)}")
+                raise TokenselError(f"'{name}' is not an option: choose among {', '.join(options)}")
             if value not in options[name]:
                 raise TokenselError(f"{name} is '{value}': choose one of {', '.join(options[name])}")
         return cls(**given)
@@ -75,7 +77,7 @@ def _quota(
 def _only_thumbnail(
     thumbnail: Bool[Tensor, "cells"], image: Int[Tensor, "cells"], images: int
 ) -> Bool[Tensor, "cells"]:
-    """True for cells of images that have none but their thumbnail: of very thin images, unpadding leaves no row."""
+    """True for cells of images that only have a thumbnail: of a very thin image, unpadding leaves no row."""
     others = torch.bincount(image[~thumbnail], minlength=images)
     return others[image] == 0
 

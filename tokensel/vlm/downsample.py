@@ -1,4 +1,4 @@
-"""Image down-sampling: the baseline that gets its smaller number of tokens from fewer pixels."""
+"""Image down-sampling: the baseline that gets fewer tokens from fewer pixels."""
 
 from typing import Any
 
@@ -43,8 +43,8 @@ def _pack_coarse(
     config, tiles = encoded.model.config, encoded.layout.tiles[image]
     base = torch.arange(rows * cols)
     base_place = (_spots(rows, side)[:, None] * side + _spots(cols, side)[None, :]).flatten()
-    mine = encoded.layout.image == image
-    ends = int((~encoded.layout.cell[mine]).sum())  # rows of the full map, each ended by a newline
+    own = encoded.layout.image == image
+    ends = int((~encoded.layout.cell[own]).sum())  # rows of the full map, each ended by a newline
     newline = torch.tensor([-1])
     if tiles == 1:
         return torch.cat([base, newline]), torch.cat([base_place, newline + 1 + side * side])
@@ -57,7 +57,7 @@ def _pack_coarse(
     cells = cells.transpose(1, 2).reshape(1, high * rows, wide * cols)
     # The model's rule for cutting off the letterbox, given the image's shape in cells that may not be square.
     cells = unpad_image(cells, (size[0] * rows, size[1] * cols))[0]
-    across = (int(mine.sum()) - side * side) // max(ends, 1) - 1  # columns of the full map
+    across = (int(own.sum()) - side * side) // max(ends, 1) - 1  # columns of the full map
     # rounding may leave the coarse map one row or column of letterbox more than the full one
     cells = cells[:ends, : max(across, 0)]
     down = _spots(cells.shape[0], ends)[:, None] * (across + 1)
@@ -72,16 +72,17 @@ def _shrink(pixels: Float[Tensor, "tiles 3 height width"], height: int, width: i
 
 @torch.no_grad()
 def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
-    """Encode every tile again at a lower resolution, so that about ``keep`` of the visual tokens come out.
+    """Encode every tile again at a lower resolution, for about the fraction ``keep`` of the visual tokens.
 
     The tower reads the smaller tiles with interpolated position embeddings; thumbnail, letterbox and newlines
     are treated as at full size. With original positions a coarse token takes the place of the full-size token
-    at its centre. The budget falls on whole grids: ``n_visual`` of the result says how many tokens came out.
+    at its centre. The budget falls on whole grids: ``n_visual`` of the result is the number of tokens that
+    came out.
 
     Args:
         encoded: the batch.
         keep: fraction of the tokens of a tile to approach, in (0, 1].
-        choices: newline ("drop" leaves them out) and positions; budget and thumbnail have no meaning here.
+        choices: newline ("drop" leaves them out) and positions; budget and thumbnail have no effect here.
 
     Raises:
         TokenselError: ``keep`` outside (0, 1], or an unknown choice.

@@ -1,4 +1,4 @@
-"""Run the vision tower of a LLaVA over a batch at most once, and score its tokens, without projecting any of them."""
+"""Run the vision tower of a LLaVA over a batch at most once and score its tokens, without projecting them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,17 +24,18 @@ from tokensel.vlm.layout import Layout, empty_layout, read_layout, real_tiles, t
 class Encoded:
     """A processed batch as the adapter sees it: everything that does not depend on what is kept.
 
-    Pixels and features are on the model's device. What is made of a few thousand whole numbers is on the host, where
-    choosing and assembling wait for nothing: the scores are the one thing that is fetched from the device.
+    Pixels and features are on the model's device. Layouts and masks, a few thousand whole numbers, are on the
+    host, so that choosing and assembling never wait for the device: only the scores are copied from it.
 
     Attributes:
-        model: the model it was encoded with.
+        model: the model that it was encoded with.
         input_ids, attention_mask: as the processor made them, a placeholder for every packed token.
         places: row and column in ``input_ids`` of each packed token.
         layout: where each packed token comes from.
         pixel_values: the real tiles, for the tower and for methods that encode the image again.
         image_sizes: height and width of each image in pixels.
-        keys: a stable number for each row, the seed of its random selection; ``None`` to make one from the pixels.
+        keys: a stable number for each row, the seed of its random selection; ``None`` to make one from the
+            pixels.
     """
 
     model: PreTrainedModel
@@ -74,7 +75,7 @@ class Encoded:
 
     @cached_property
     def cls_attention(self) -> Float[Tensor, "tiles tokens"] | None:
-        """The CLS token's attention to each token, computed when first asked for; ``None`` without a CLS token."""
+        """The CLS token's attention to each token, computed on first use; ``None`` without a CLS token."""
         _, attention = self._tower_output
         return None if attention is None else attention()
 
@@ -127,7 +128,7 @@ class Encoded:
     def by_image(
         self, features: Features | None = None
     ) -> tuple[Int[Tensor, "cells"], Int[Tensor, "cells"], Features]:
-        """The visual cells regrouped so that a row is an image, padded: row and slot of each, and the features.
+        """The visual cells with one row for each image, padded: row and slot of each, and the features.
 
         Args:
             features: by tile; those of :attr:`features` by default.
@@ -222,7 +223,7 @@ def _tile_keys(
 def encode(
     model: PreTrainedModel, inputs: Mapping[str, Any], keys: Int[Tensor, "rows"] | Sequence[int] | None = None
 ) -> Encoded:
-    """Find out where the visual tokens of a batch stand and where they come from; the tower runs when it is needed.
+    """Find where the visual tokens of a batch are and which tiles they come from; the tower runs later.
 
     The features are those that the model's own forward hands to its projector: same tiles, same layer, same
     rule about the CLS token. Rows without an image, with several, or no image at all are fine.
@@ -235,15 +236,16 @@ def encode(
             pixels, so that an image is treated alike in every batch.
 
     Raises:
-        TokenselError: the model packs no tiles, the inputs hold a video or are incomplete, the placeholders do not
-            match the images, or keys and rows differ in number.
+        TokenselError: the model packs no tiles, the inputs hold a video or are incomplete, the placeholders
+            do not match the images, or keys and rows differ in number.
     """
     check_model(model)
     core: Any = model.base_model
     config = model.config
     if inputs.get("pixel_values_videos") is not None:
         raise TokenselError(
-            "videos cannot be reduced: give their frames as images, or the inputs to model.generate as they are"
+            "videos cannot be reduced: give their frames as images, or the inputs to model.generate as they "
+            "are"
         )
     # read on the host, and before the device is given anything to do: one short wait in place of many later
     ids, mask, sizes = (_host(inputs, name) for name in ("input_ids", "attention_mask", "image_sizes"))

@@ -117,7 +117,8 @@ def pack(
         features: tiles of each image.
         image_sizes: ``[images, 2]``, height and width in pixels.
         newline: what ends a row.
-        ratio: ``vision_aspect_ratio`` to pack with, where the model knows one; by default that of its configuration.
+        ratio: ``vision_aspect_ratio`` to pack with, where the model knows one; by default that of its
+            configuration.
     """
     options = {
         "vision_feature_select_strategy": getattr(core.config, "vision_feature_select_strategy", None),
@@ -158,8 +159,9 @@ def read_layout(core: Any, counts: Sequence[int], tokens: int, image_sizes: Tens
     packed = [image[:, 0] for image in pack(core, numbers.split(list(counts)), image_sizes, newline)]
     if any(not torch.equal(image, image.round()) for image in packed):
         raise TokenselError(
-            "the model interpolates visual tokens while packing them: load it with load_vlm, which turns that off, or set "
-            "vision_aspect_ratio='anyres_max_1000' in the configurations of model and processor"
+            "the model interpolates visual tokens while packing them: load it with load_vlm, which turns that "
+            "off, or set vision_aspect_ratio='anyres_max_1000' in the configurations of model and "
+            "processor"
         )
     source = torch.cat(packed).long()
     image = torch.repeat_interleave(torch.arange(len(packed)), torch.tensor([len(p) for p in packed]))

@@ -32,7 +32,8 @@ def load_vlm(
 ) -> Vlm:
     """Load a LLaVA-NeXT or LLaVA-OneVision and its processor from a local folder or the Hugging Face Hub.
 
-    OneVision's interpolation of visual tokens is switched off (Sec. 5.2 of the paper), see :mod:`tokensel.vlm.native`.
+    OneVision's interpolation of visual tokens is switched off (Sec. 5.2 of the paper), see
+    :mod:`tokensel.vlm.native`.
 
     Args:
         name: folder or hub id, such as ``llava-hf/llava-v1.6-mistral-7b-hf``.
@@ -41,7 +42,8 @@ def load_vlm(
         attn: attention implementation of transformers, such as "sdpa" or "eager".
         device_map: spread the model over several devices, "auto" or a map as accelerate takes it.
         quantization_config: load quantised weights, such as a ``BitsAndBytesConfig``.
-        token, revision, local_files_only, cache_dir: for the Hub, see :func:`~tokensel.utils.loading.hub_options`.
+        token, revision, local_files_only, cache_dir: for the Hub, see
+            :func:`~tokensel.utils.loading.hub_options`.
 
     Raises:
         TokenselError: nothing there under this name (or the Hub is out of reach), weights cut short or

@@ -1,4 +1,4 @@
-"""A vision-language model with its processor: from questions and images to inputs, and from inputs to answers."""
+"""A vision-language model with its processor: from questions and images to inputs, and on to answers."""
 
 import os
 from collections.abc import Sequence
@@ -32,7 +32,8 @@ class Vlm:
 
     Attributes:
         model, processor, name: the model, its processor, and the folder or hub id they came from.
-        native: how the model would compress on its own, now switched off (see :mod:`tokensel.vlm.native`); or ``None``.
+        native: how the model would compress on its own, now switched off (see :mod:`tokensel.vlm.native`); or
+            ``None``.
 
     >>> vlm = load_vlm("llava-hf/llava-v1.6-mistral-7b-hf")
     >>> selector = make_scorer("selector", selector="folder or hub id")
@@ -54,12 +55,12 @@ class Vlm:
             raise TokenselError(
                 f"{self.name} has no chat template: write the prompts yourself and pass them to inputs()"
             )
-        for kind in ("image", "video"):
+        for article, kind in (("an", "image"), ("a", "video")):
             token = getattr(self.processor, f"{kind}_token", None)
             if token is not None and token in question:
                 raise TokenselError(
-                    f"the question {question!r} contains {token}, which stands for {'an image' if kind == 'image' else 'a video'}: write it in another "
-                    "way, and pass images beside the question"
+                    f"the question {question!r} contains {token}, which stands for {article} {kind}: write "
+                    "it in another way, and pass images separately"
                 )
         content = [{"type": "image"}] * int(image) + [{"type": "text", "text": question}]
         turns = [{"role": "user", "content": content}]
@@ -67,21 +68,22 @@ class Vlm:
             return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except jinja2.TemplateError as error:
             raise TokenselError(
-                f"{self.name}: its chat template is broken ({reason(error)}); repair chat_template.jinja, or pass "
-                "prompts to inputs()"
+                f"{self.name}: its chat template is broken ({reason(error)}); repair chat_template.jinja, or "
+                "pass prompts to inputs()"
             ) from None
 
     def inputs(self, images: Sequence[Any] | None, prompts: Sequence[str]) -> BatchFeature:
         """Process a batch, padded on the left, on the model's device.
 
         Args:
-            images: for each prompt an image, a list of several, or ``None``; ``None`` for a batch without any. An
-                image is whatever :func:`~tokensel.data.images.as_image` takes: a PIL image, path, bytes or array.
+            images: for each prompt an image, a list of several, or ``None``; ``None`` for a batch without
+                any. An image is whatever :func:`~tokensel.data.images.as_image` takes: a PIL image, path,
+                bytes or array.
             prompts: as :meth:`prompt` makes them, with a placeholder for every image.
 
         Raises:
-            TokenselError: no prompts, a row whose images and placeholders differ in number, an image that cannot be
-                read, or prompts of several lengths where the tokenizer has no token to pad with.
+            TokenselError: no prompts, a row whose images and placeholders differ in number, an image that
+                cannot be read, or prompts of several lengths where the tokenizer has no token to pad with.
         """
         rows = [[]] * len(prompts) if images is None else [images_of_row(row) for row in images]
         if not len(prompts):
@@ -95,8 +97,8 @@ class Vlm:
             # row by row: a sum that fits would give one row's image to another
             if (places := prompt.count(token)) != len(row):
                 raise TokenselError(
-                    f"prompt {number} has {places} image placeholders ({token}) and {len(row)} images: give one for "
-                    "each"
+                    f"prompt {number} has {places} image placeholders ({token}) and {len(row)} images: give "
+                    "one for each"
                 )
             if video is not None and video in prompt:
                 raise TokenselError(
@@ -147,7 +149,8 @@ class Vlm:
         """Answer one question about one image, with only the visual tokens that ``scorer`` ranks highest.
 
         Args:
-            image: the image (a PIL image, path, bytes or array), a list of several, or ``None`` for the question alone.
+            image: the image (a PIL image, path, bytes or array), a list of several, or ``None`` for the
+                question alone.
             question: the question; the chat template is put around it.
             scorer: ranks the tokens, see :func:`~tokensel.scorers.make_scorer`; ``None`` keeps all.
             keep: fraction of the visual tokens to keep, or ``None`` for as many as the selector would keep.
@@ -155,7 +158,8 @@ class Vlm:
             choices: see :class:`~tokensel.vlm.choose.Choices`.
 
         Raises:
-            TokenselError: an image that cannot be read, a question with an image placeholder, an unknown choice.
+            TokenselError: an image that cannot be read, a question with an image placeholder, an unknown
+                choice.
         """
         inputs = self.inputs([image], [self.prompt(question, len(images_of_row(image)))])
         return self.generate(reduce_inputs(self.model, inputs, scorer, keep, **choices), max_new_tokens)[0]

@@ -1,19 +1,20 @@
-"""LLaVA-OneVision's own compression: switched off when the model is loaded, and here as a method of its own.
+"""LLaVA-OneVision's own compression: switched off when the model is loaded, and available as a method.
 
-OneVision cuts an image into up to 36 tiles. Where their joined map is larger than nine tiles, it is shrunk by bilinear
-interpolation until it is about that large. The paper (Sec. 5.2) switches this off, and so does
+OneVision cuts an image into up to 36 tiles. Where their joined map is larger than nine tiles, it is shrunk by
+bilinear interpolation until it is about that large. The paper (Sec. 5.2) switches this off, and so does
 :func:`~tokensel.vlm.load.load_vlm`, in the configurations of model and processor alike.
 
-The "compression ratios of 1.7 to 2" for larger documents that the paper gives are the factor by which *each side* of the map
-shrinks. In tokens it counts twice: a ratio of 1.7 leaves a third of the map's tokens, a ratio of 2 a quarter. So a budget of
-``keep=0.6`` on OneVision, the paper's largest, which it equates with 1/1.7, keeps more tokens of a page than the interpolating
-model sees, not as many; ``keep`` 1/1.7² would be the like of it. :func:`count_tokens` says how many tokens there are either way.
+The "compression ratios of 1.7 to 2" for larger documents that the paper gives are the factor by which *each
+side* of the map shrinks. The number of tokens shrinks by its square: a ratio of 1.7 leaves a third of the
+map's tokens, a ratio of 2 a quarter. The paper's largest budget on OneVision, ``keep=0.6``, is 1/1.7, so it
+keeps more tokens of a page than the interpolating model sees; ``keep`` 1/1.7² would match it.
+:func:`count_tokens` counts the tokens with and without.
 """
 
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import LlavaOnevisionProcessor as StockProcessor
 from transformers import PreTrainedModel
@@ -28,9 +29,9 @@ OFF = "anyres_max_1000"  # more tiles than there ever are
 
 
 class LlavaOnevisionProcessor(StockProcessor):
-    """The stock processor for images and text alone: its half for videos needs torchvision.
+    """The stock processor for images and text alone: its part for videos needs torchvision.
 
-    Of the same name, so that what it saves is read by the stock class, too.
+    It has the name of the stock class, so that the stock class reads what it saves.
     """
 
     @classmethod
@@ -39,7 +40,7 @@ class LlavaOnevisionProcessor(StockProcessor):
 
     @property
     def video_token_id(self) -> int | None:
-        """``None`` where the tokenizer has no such token: its id would be that of unknown words, each a video then."""
+        """``None`` if the tokenizer has no video token: else every unknown word would count as one."""
         known = self.video_token in self.tokenizer.get_vocab()
         return self._video_token_id if known else None
 
@@ -49,7 +50,7 @@ class LlavaOnevisionProcessor(StockProcessor):
 
 
 def switch_off(model: PreTrainedModel, processor: Any) -> str | None:
-    """Switch the interpolation off in model and processor; returns how they did it, ``None`` if the model never does."""
+    """Switch interpolation off in model and processor; returns their rule, ``None`` if they have none."""
     native = getattr(model.config, "vision_aspect_ratio", None)
     if native is not None:
         model.config.vision_aspect_ratio = processor.vision_aspect_ratio = OFF
@@ -58,7 +59,7 @@ def switch_off(model: PreTrainedModel, processor: Any) -> str | None:
 
 @torch.no_grad()
 def native(encoded: Encoded, ratio: str | None) -> Reduced:
-    """The prompt as the model as shipped would make it: the joined map interpolated to a bounded size.
+    """The prompt as the shipped model makes it: the joined map interpolated to a bounded size.
 
     Args:
         encoded: the batch, its placeholders counted without interpolation.
@@ -69,8 +70,8 @@ def native(encoded: Encoded, ratio: str | None) -> Reduced:
     """
     if ratio is None:
         raise TokenselError(
-            f"method native: a {encoded.model.config.model_type} has no compression of its own; leave it out, or give a "
-            "LLaVA-OneVision"
+            f"method native: a {encoded.model.config.model_type} has no compression of its own; leave it "
+            "out, or give a LLaVA-OneVision"
         )
     core, layout, sizes = encoded.core, encoded.layout, encoded.image_sizes
     kept, cells = torch.zeros_like(layout.cell), torch.zeros_like(layout.cell)
@@ -99,7 +100,7 @@ def native(encoded: Encoded, ratio: str | None) -> Reduced:
 def count_tokens(
     model: PreTrainedModel, height: int, width: int, ratio: str | None = None
 ) -> tuple[int, int, int]:
-    """Tiles, visual tokens and newlines of one image, by the model's own code; weights are not looked at.
+    """Tiles, visual tokens and newlines of one image, by the model's own code; weights are not used.
 
     Args:
         model: a LLaVA, which may live on the meta device.
@@ -110,7 +111,7 @@ def count_tokens(
     sizes: Int[Tensor, "1 2"] = torch.tensor([[height, width]])
     counts = tile_counts(model, {"image_sizes": sizes})
     vision = model.config.vision_config
-    mark: Bool[Tensor, "packed"] = mark_cells(
+    mark: Tensor = mark_cells(
         model.base_model, counts, (vision.image_size // vision.patch_size) ** 2, sizes, ratio
     )[0]
     return counts[0], int(mark.sum()), int((~mark).sum())

@@ -1,6 +1,6 @@
-"""The integration with LLaVA: drop visual tokens from embeddings, mask and positions; the stock model generates.
+"""Drop visual tokens from embeddings, mask and positions of a prompt; the stock model generates.
 
-Nothing of the model is replaced. :func:`reduce_inputs` takes what the processor made and returns what
+Nothing of the model is replaced. :func:`reduce_inputs` takes what the processor returns and returns what
 ``model.generate(**...)`` takes: embeddings of the prompt in which only the chosen visual tokens are left.
 """
 
@@ -24,25 +24,27 @@ from tokensel.vlm.layout import NEWLINE
 
 @dataclass(eq=False)
 class Reduced(Mapping[str, Any]):
-    """Inputs for ``model.generate(**reduced)``: embeddings, mask and, where positions have gaps, position ids.
+    """Inputs for ``model.generate(**reduced)``: embeddings, mask and, if they have gaps, position ids.
 
     There are no ``input_ids`` among them, so ``generate`` returns new tokens only.
 
-    It is a mapping of these inputs that also has the counts below. ``copy``, ``copy.copy`` and ``copy.deepcopy`` keep
-    them; so does ``reduced | {...}``, which adds or replaces inputs (``{...} | reduced`` is a plain dictionary).
+    It is a mapping of these inputs that also has the counts below. ``copy``, ``copy.copy`` and
+    ``copy.deepcopy`` keep them; so does ``reduced | {...}``, which adds or replaces inputs (``{...} |
+    reduced`` is a plain dictionary).
 
     Attributes:
         inputs: what ``generate`` is given, by name; on the device of the model's embeddings.
         visual: True in the prompt's columns that hold visual tokens: cells or newlines.
         newlines: True in those that hold newlines.
         thumbnail: True in those that hold cells of a thumbnail.
-        n_visual: visual tokens that reach the language model, row by row; newlines are not counted. On the host, as
-            are the other counts and ``kept``.
+        n_visual: visual tokens that reach the language model, row by row; newlines are not counted. On the
+            host, as are the other counts and ``kept``.
         n_visual_full: the same when nothing is dropped.
         n_newline: newlines that reach the language model.
         n_tiles: tiles that the tower reads for each row.
         cells: tokens that it makes of each tile.
-        kept: True for the cells of each tile that are kept (``None`` where the tiles were encoded anew).
+        kept: True for the cells of each tile that are kept (``None`` where the tiles were encoded again at
+            another size).
     """
 
     inputs: dict[str, Any]
@@ -95,7 +97,7 @@ def assemble(
     Bool[Tensor, "rows length"],
     Bool[Tensor, "rows length"],
 ]:
-    """Build the shortened prompt: text and kept visual tokens in their old order, padded anew on the left.
+    """Build the shortened prompt: text and kept visual tokens in their old order, padded on the left.
 
     Args:
         encoded: the batch.
@@ -110,7 +112,7 @@ def assemble(
     stay = encoded.attention_mask.clone()
     stay[encoded.places[:, 0], encoded.places[:, 1]] = kept
     length = int(stay.sum(1).max())
-    # A stable sort by "stays" sends what goes, padding included, to the left and moves nothing past another.
+    # A stable sort by "stays" moves dropped tokens and padding to the left and keeps all others in order.
     order = stay.to(torch.uint8).argsort(dim=1, stable=True)[:, stay.shape[1] - length :]
     mask = stay.gather(1, order)
     ids = encoded.input_ids.gather(1, order).masked_fill(~mask, _pad_id(encoded))
@@ -126,9 +128,7 @@ def assemble(
         # always given: without it, gaps in the positions would be read as several packed sequences
         "attention_mask": mask.long().to(device),
     }
-    if positions == "original" and not bool(
-        kept.all()
-    ):  # with nothing gone they are the model's own, which it makes itself
+    if positions == "original" and not bool(kept.all()):  # with nothing dropped the model makes them itself
         place = (encoded.attention_mask.long().cumsum(1) - 1).clamp(min=0)
         out["position_ids"] = place.gather(1, order).masked_fill(~mask, 0).to(device)
     # columns and packed tokens are both in the order of the prompts, so that one mask fills the other
@@ -193,7 +193,7 @@ def reduce(
     options = Choices.of(choices)
     layout = encoded.layout
     if scorer is None and keep != 1.0:
-        raise TokenselError(f"keep is {keep} but no scorer says which tokens: pass scorer=")
+        raise TokenselError(f"keep is {keep} but there is no scorer to rank the tokens: pass scorer=")
     if scorer is not None and keep is None and not scorer.adaptive:
         raise TokenselError(f"scorer '{scorer.name}' has no threshold of its own: give keep, such as 0.3")
     scores = torch.zeros(len(layout.source)) if scorer is None else encoded.score(scorer)
