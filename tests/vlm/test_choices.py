@@ -1,7 +1,11 @@
 """What the paper leaves open: budget, thumbnail, newlines, the selector's own threshold."""
 
+import ast
 import inspect
+import json
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +161,28 @@ def test_the_defaults_are_the_same_wherever_they_are_written():
     assert EvalConfig(model="m", suite="s", methods=("full",)).choices() == vars(Choices())
     options = inspect.signature(cli.evaluate).parameters
     assert {name: options[name].default for name in vars(Choices())} == vars(Choices())
+
+
+def test_chapters_name_the_thumbnail_that_was_measured_for_them():
+    """The library's default is another, so that a call that leaves it out would change the book's numbers."""
+    assert Choices().thumbnail == "compete"
+    calls = 0
+    for path in sorted(Path("chapters").glob("*.ipynb")):
+        if path.name.startswith("13"):  # about the reader's own model, with the library's default
+            continue
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code" or not re.search(r"EvalConfig\(|reduce\(|reduce_inputs\(", source):
+                continue
+            for node in ast.walk(ast.parse(source)):
+                name = getattr(getattr(node, "func", None), "id", None)
+                chooses = name == "EvalConfig" or (
+                    name in ("reduce", "reduce_inputs") and len(node.args) + len(node.keywords) > 2
+                )
+                if not chooses:
+                    continue
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if options.get("keep") != "None":  # then the selector decides, and no budget is shared
+                    calls += 1
+                    assert "thumbnail" in options, (path, ast.unparse(node))
+    assert calls > 10

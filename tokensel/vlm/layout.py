@@ -159,8 +159,8 @@ def read_layout(core: Any, counts: Sequence[int], tokens: int, image_sizes: Tens
     packed = [image[:, 0] for image in pack(core, numbers.split(list(counts)), image_sizes, newline)]
     if any(not torch.equal(image, image.round()) for image in packed):
         raise TokenselError(
-            "the model interpolates visual tokens while packing them: load it with load_vlm, which turns that "
-            "off, or set vision_aspect_ratio='anyres_max_1000' in the configurations of model and "
+            "the model interpolates visual tokens while packing them: load it with load_vlm, which turns "
+            "that off, or set vision_aspect_ratio='anyres_max_1000' in the configurations of model and "
             "processor"
         )
     source = torch.cat(packed).long()
