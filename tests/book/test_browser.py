@@ -190,12 +190,12 @@ def test_chapters_take_about_as_long_as_they_say():
     assert astray == {}
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("chapters")])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_figure_has_its_numbers_one_click_away(name, visit):
     page = visit(name)
     # the still figure of an explorer shows one of the explorer's steps: one link serves both
-    figures = page.locator(".cell_output :is(img:not(.explorer img), .explorer)").count()
-    links = page.locator(".cell_output p.numbers a")
+    figures = page.locator(":is(.cell_output, figure) :is(img:not(.explorer img), .explorer)").count()
+    links = page.locator("article :is(p.numbers a, figcaption a.download)")
     assert links.count() == figures
     for number in range(figures):
         file = Path(unquote(urlsplit(links.nth(number).evaluate("link => link.href")).path))

@@ -63,9 +63,8 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     run with the same model, selector, choices and code takes the answers that exist and generates the rest;
     with others it keeps separate records. Scores depend neither on batch size nor on order, nor on the number
     of interruptions, processes and machines: each shard writes files of its own, all shards read all files,
-        and the last shard to finish writes the
-    tables. Where two evaluations want answers of the same model to the same benchmark in the same ``out``,
-    one waits for the other and takes what it computed.
+    and the last shard to finish writes the tables. Where two evaluations want answers of the same model to
+    the same benchmark in the same ``out``, one waits for the other and takes what it computed.
 
     Args:
         config: what to run.

@@ -28,8 +28,7 @@ def bootstrap(
     """Mean and percentile interval of each column of ``scores``.
 
     Questions are drawn with replacement, the same draw for every column: columns stay paired, so the interval
-        of a
-    column of differences is that of a paired comparison (Efron & Tibshirani, *An Introduction to the
+    of a column of differences is that of a paired comparison (Efron & Tibshirani, *An Introduction to the
     Bootstrap*, 1993).
 
     Args:

@@ -102,8 +102,8 @@ def pack_questions(
     """Pack the questions of each page behind its ``visual`` visual tokens.
 
     A row is: <s> USER: | visual tokens | newline, question, answer, question, answer, ... A share ``free`` of
-        the multiple-choice questions is asked without options and answered in words. A share ``drill``
-    asks for the letter of a given option, from which the model learns what the letters mean.
+    the multiple-choice questions is asked without options and answered in words. A share ``drill`` asks for
+    the letter of a given option, from which the model learns what the letters mean.
     """
     tokenizer = build_tokenizer()
     rows = [

@@ -51,8 +51,7 @@ def load(task: str, split: str = "test", n: int | None = None) -> datasets.Datas
     """The first ``n`` questions of a task's split (default 1000) as a ``datasets.Dataset``.
 
     Columns: ``image``, ``question``, ``answers``, ``question_id``, ``task``, ``category``, ``options`` (empty
-        where the
-    answer is free).
+    where the answer is free).
     """
     rows = [question(task, split, index) for index in range(n or ROWS)]
     return datasets.Dataset.from_list(rows, features=FEATURES)
