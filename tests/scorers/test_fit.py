@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import WIDTH, ask, tiny_onevision, tiny_vlm
 
-from tokensel.benchmarks.asker import Asker
 from tokensel.benchmarks.config import EvalConfig
+from tokensel.benchmarks.session import EvalSession
 from tokensel.model.selector import SelectorConfig, TokenSelector
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
@@ -67,4 +67,4 @@ def test_an_evaluation_checks_it_before_any_question(tmp_path):
         keeps=(0.5,),
     )
     with pytest.raises(TokenselError, match="other was trained for features of feature layer"):
-        Asker(config).check_fit()
+        EvalSession(config).check_fit()

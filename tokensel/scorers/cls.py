@@ -6,6 +6,8 @@ from torch import Tensor
 from tokensel.data.features import Features
 from tokensel.utils.errors import TokenselError
 
+__all__ = ["ClsScorer"]
+
 
 class ClsScorer:
     """Scores a token by the attention the CLS token pays to it, averaged over heads.

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from tokensel.data.features import Features
 
+__all__ = ["DiversityScorer", "max_min_order"]
+
 
 def max_min_order(
     tokens: Float[Tensor, "rows tokens channels"], valid: Bool[Tensor, "rows tokens"] | None = None

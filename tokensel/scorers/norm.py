@@ -6,6 +6,8 @@ from torch import Tensor
 
 from tokensel.data.features import Features
 
+__all__ = ["NormScorer"]
+
 
 class NormScorer:
     """Scores a token by the l2 norm of its feature vector: long vectors stay."""

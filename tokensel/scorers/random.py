@@ -9,6 +9,8 @@ from torch import Tensor
 from tokensel.data.features import Features
 from tokensel.utils.errors import TokenselError
 
+__all__ = ["RandomScorer", "mix"]
+
 _WORD = (1 << 64) - 1
 
 

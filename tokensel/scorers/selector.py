@@ -16,6 +16,8 @@ from tokensel.data.features import Features, feature_width
 from tokensel.model.selector import TokenSelector
 from tokensel.utils.errors import TokenselError
 
+__all__ = ["SelectorScorer"]
+
 
 class SelectorScorer:
     """Scores a token by the selector's keep logit minus its drop logit (paper Sec. 4.1.1, last paragraph).

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tokensel.data.features import Features
 
+__all__ = ["UniformScorer", "even_order"]
+
 
 @lru_cache(maxsize=32)
 def even_order(tokens: int) -> Int[Tensor, "tokens"]:

@@ -11,6 +11,8 @@ from tokensel.budget import fraction_count, top_count
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.layout import Layout
 
+__all__ = ["Choices", "adaptive_cells", "add_newlines", "choose_cells"]
+
 
 @dataclass(frozen=True)
 class Choices:

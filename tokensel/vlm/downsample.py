@@ -14,6 +14,8 @@ from tokensel.vlm.choose import Choices
 from tokensel.vlm.encode import Encoded
 from tokensel.vlm.reduce import Reduced, assemble
 
+__all__ = ["coarse_grid", "downsample"]
+
 
 def coarse_grid(keep: float, side: int) -> tuple[int, int]:
     """Rows and columns of the coarser grid whose number of cells is nearest to ``keep * side**2``.

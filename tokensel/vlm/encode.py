@@ -19,6 +19,8 @@ from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.layout import Layout, empty_layout, read_layout, real_tiles, tile_counts
 
+__all__ = ["Encoded", "check_model", "content_keys", "encode"]
+
 
 @dataclass
 class Encoded:

@@ -19,6 +19,17 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from tokensel.utils.errors import TokenselError
 
+__all__ = [
+    "NEWLINE",
+    "Layout",
+    "empty_layout",
+    "mark_cells",
+    "pack",
+    "read_layout",
+    "real_tiles",
+    "tile_counts",
+]
+
 NEWLINE = -1
 
 

@@ -25,6 +25,8 @@ from tokensel.vlm.encode import Encoded
 from tokensel.vlm.layout import mark_cells, pack, tile_counts
 from tokensel.vlm.reduce import Reduced, assemble
 
+__all__ = ["OFF", "LlavaOnevisionProcessor", "count_tokens", "native", "switch_off"]
+
 OFF = "anyres_max_1000"  # more tiles than there ever are
 
 

@@ -21,6 +21,8 @@ from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_ce
 from tokensel.vlm.encode import Encoded, encode
 from tokensel.vlm.layout import NEWLINE
 
+__all__ = ["Reduced", "assemble", "reduce", "reduce_inputs"]
+
 
 @dataclass(eq=False)
 class Reduced(Mapping[str, Any]):
