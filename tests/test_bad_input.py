@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -232,3 +233,17 @@ def test_records_changed_by_other_hands(models, tmp_path, tokensel, refused):
     path.unlink()
     assert tokensel(*command)[0] == 0
     assert len(read_records(path)) == 4
+
+
+def test_drawn_inputs_are_refused_in_one_line(tmp_path):
+    """500 bad inputs to command line and library; their kinds are the methods of ``drawn_inputs.Draws``."""
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, folder / "drawn_inputs.py", tmp_path, "500"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == []

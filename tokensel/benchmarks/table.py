@@ -82,6 +82,8 @@ def load_suite(suite: str, names: Iterable[str] = (), data: str | None = None) -
         raise TokenselError(
             f"suite {suite}: no module named {error.name}; give the dotted name of a module"
         ) from None
+    except ValueError:  # an empty name
+        raise TokenselError(f"suite is {suite!r}: give the dotted name of a module") from None
     except AttributeError:
         raise TokenselError(f"suite {suite}: the module has no table BENCHMARKS") from None
     names = tuple(names)

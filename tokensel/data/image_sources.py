@@ -1,6 +1,7 @@
 """Where the images of a training come from: a folder, a dataset, a Hub id, a parquet file, a list."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -166,7 +167,7 @@ def _may_hold_images(feature: Any) -> bool:
 def _find(name: str, streaming: bool) -> Any:
     """Rows behind a name: paths of a folder, or a dataset."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # False, and no error, for a name that is no path
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
             with needs("train"):
                 from datasets import load_from_disk
@@ -181,9 +182,9 @@ def _find(name: str, streaming: bool) -> Any:
                 f"{name}: a folder without images (looked for {', '.join(sorted(SUFFIXES))} and parquet)"
             )
         return _load("parquet", split="train", data_files=parquet, streaming=streaming)
-    if path.suffix == ".parquet" and path.exists():
+    if path.suffix == ".parquet" and os.path.exists(name):
         return _load("parquet", split="train", data_files=[name], streaming=streaming)
-    if path.is_absolute() or path.exists():
+    if path.is_absolute() or os.path.exists(name):
         raise TokenselError(f"{name}: neither a folder of images nor a parquet file")
     hub, *rest = name.split(":")
     if len(rest) > 2:

@@ -70,7 +70,7 @@ def scorer_options(name: str) -> tuple[str, ...]:
     Raises:
         TokenselError: an unknown name.
     """
-    if name not in SCORERS:
+    if not isinstance(name, str) or name not in SCORERS:
         raise TokenselError(f"scorer '{name}' is unknown: choose one of {', '.join(SCORERS)}")
     return tuple(inspect.signature(SCORERS[name]).parameters)
 

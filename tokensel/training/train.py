@@ -213,7 +213,7 @@ def open_loader(
     """
     if features is not None:
         return StoredFeatureLoader(features, encoder=encoder)
-    if images is None and not config.images:
+    if (isinstance(images, str) and not images) or (images is None and not config.images):
         raise TokenselError("images is empty: give a folder of images, a parquet file or a Hub dataset")
     if encoder is None and not config.encoder:
         raise TokenselError(

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
+from typing import Any
 
 
 class TokenselError(ValueError):
@@ -57,6 +58,16 @@ def check_keep(keep: float) -> float:
         shown = repr(keep) if isinstance(keep, str) else keep
         raise TokenselError(f"keep is {shown}: give a fraction in (0, 1], such as 0.3")
     return float(keep)
+
+
+def check_type(name: str, value: Any, kind: type | tuple[type, ...], give: str) -> None:
+    """Raise unless ``value`` is of a type, which for numbers is none that Python counts as one by accident.
+
+    Raises:
+        TokenselError: one line with ``name``, the value and ``give``, what to give.
+    """
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise TokenselError(f"{name} is {' '.join(repr(value).split())[:100]}: give {give}")
 
 
 def check_names(names: Iterable[str], known: Collection[str]) -> None:

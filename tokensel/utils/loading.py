@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers.utils import logging
 
-from tokensel.utils.errors import HubError, reason
+from tokensel.utils.errors import HubError, check_type, reason
 
 
 @contextmanager
@@ -49,11 +49,12 @@ def hub_options(
     Raises:
         HubError: no folder, not in the cache, and not on the Hub or the Hub out of reach.
     """
+    check_type("the name", name, (str, os.PathLike), "a folder or Hub id")
     given = {"token": token, "revision": revision, "cache_dir": cache_dir}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if local_files_only:
         options["local_files_only"] = True
-    if Path(name).is_dir() or local_files_only:
+    if os.path.isdir(name) or local_files_only:  # False, and no error, for a name that is no path
         return options
     try:
         HfApi().model_info(str(name), timeout=10, token=token, revision=revision)

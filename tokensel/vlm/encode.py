@@ -265,6 +265,10 @@ def encode(
         layout, pixels, sizes = empty_layout(tokens), None, None
     elif sizes is None:
         raise TokenselError("pixel_values without image_sizes: pass all that the processor returns")
+    elif sizes.dim() != 2 or sizes.shape[1] != 2:
+        raise TokenselError(
+            f"image_sizes has the shape {tuple(sizes.shape)}: give height and width of each image"
+        )
     else:
         counts = tile_counts(model, {**inputs, "image_sizes": sizes})
         pixels = real_tiles(pixels, counts).to(device_of(core.vision_tower))

@@ -129,6 +129,8 @@ def generate(
     given = _Options(model, _check_max_new_tokens(max_new_tokens), options)
     given.check()
     context = nullcontext()
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TokenselError(f"schedule is {schedule!r}: make one with make_schedule()")
     if schedule is not None:
         check_options(given.effective)
         prompt = reduced.prompt

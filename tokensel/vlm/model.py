@@ -12,7 +12,7 @@ from transformers import BatchFeature, PreTrainedModel
 from tokensel.data.images import as_image
 from tokensel.schedules.schedule import Schedule
 from tokensel.scorers import Scorer
-from tokensel.utils.errors import TokenselError, reason
+from tokensel.utils.errors import TokenselError, check_type, reason
 from tokensel.vlm.generate import GenerationOutput, generate
 from tokensel.vlm.reduce import Reduced, reduce_inputs
 
@@ -55,6 +55,7 @@ class Vlm:
             raise TokenselError(
                 f"{self.name} has no chat template: write the prompts yourself and pass them to inputs()"
             )
+        check_type("the question", question, str, "text")
         for article, kind in (("an", "image"), ("a", "video")):
             token = getattr(self.processor, f"{kind}_token", None)
             if token is not None and token in question:
@@ -85,6 +86,11 @@ class Vlm:
             TokenselError: no prompts, a row whose images and placeholders differ in number, an image that
                 cannot be read, or prompts of several lengths where the tokenizer has no token to pad with.
         """
+        check_type("prompts", prompts, (list, tuple), "a list of texts")
+        for prompt in prompts:
+            check_type("a prompt", prompt, str, "text")
+        if images is not None:
+            check_type("images", images, (list, tuple), "a list with an entry for each prompt")
         rows = [[]] * len(prompts) if images is None else [images_of_row(row) for row in images]
         if not len(prompts):
             raise TokenselError("no prompts: give at least one")

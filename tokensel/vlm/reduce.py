@@ -194,6 +194,8 @@ def reduce(
     """
     options = Choices.of(choices)
     layout = encoded.layout
+    if scorer is not None and not hasattr(scorer, "adaptive"):
+        raise TokenselError(f"scorer is {scorer!r}: make one with make_scorer()")
     if scorer is None and keep != 1.0:
         raise TokenselError(f"keep is {keep} but there is no scorer to rank the tokens: pass scorer=")
     if scorer is not None and keep is None and not scorer.adaptive:
