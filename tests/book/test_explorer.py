@@ -1,11 +1,14 @@
 """The explorer's dictionary, the page made of it, and the live one, with a tiny model."""
 
+import io
 import json
 import re
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import WIDTH, noise_image, tiny_selector, tiny_vlm
 
 from tokensel.book.explorer import Example, Exploration, embed, generation_steps
@@ -133,7 +136,7 @@ def uploaded(content: bytes) -> dict:
     return about | {"content": memoryview(content)}
 
 
-def test_live_explorer_answers_to_its_controls(parts, tmp_path):
+def test_live_explorer_answers_to_its_controls(parts):
     live = LiveExplorer(*parts, keeps=[0.25, 0.5, 1.0])
     first = bytes(live.drawing.value)
     assert (
@@ -146,8 +149,48 @@ def test_live_explorer_answers_to_its_controls(parts, tmp_path):
     assert bytes(live.drawing.value) != fewer
     live.image.value = "high"
     assert live.question.value == "who?" and "Right" not in live.words.value
-    noise_image(50, 50, 3).save(tmp_path / "own.png")
-    live.upload.value = (uploaded((tmp_path / "own.png").read_bytes()),)
+    live.upload.value = (uploaded(png(3)),)
     assert live.image.value == OWN and live.question.value == "who?"
-    live.upload.value = (uploaded(b"no picture"),)
+    own = bytes(live.drawing.value)
+    live.upload.value = (uploaded(png(4)),)
+    assert live.image.value == OWN and bytes(live.drawing.value) != own, "a second upload is drawn too"
+    again = bytes(live.drawing.value)
+    live.upload.value = ()
+    assert bytes(live.drawing.value) == again, "what was uploaded last stays"
+    live.upload.value = (uploaded(b"no image"),)
     assert "own.png: cannot be read" in live.words.value
+
+
+def png(seed: int, mode: str = "RGB", **options) -> bytes:
+    file = io.BytesIO()
+    noise_image(50, 40, seed).convert(mode).save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def test_an_upload_is_read_as_every_other_image(parts):
+    live = LiveExplorer(*parts, keeps=[0.5])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken sideways
+    live.upload.value = (uploaded(png(3, exif=exif)),)
+    assert live.current[0].image.size == (50, 40), "upright"
+    deep = Image.fromarray((np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16))
+    file = io.BytesIO()
+    deep.save(file, "PNG")
+    live.upload.value = (uploaded(file.getvalue()),)
+    assert len(np.unique(np.asarray(live.current[0].image))) > 200, "16 bits are scaled, not clipped"
+
+
+def test_an_error_is_shown_in_place_of_the_answers_and_does_not_stay(parts, monkeypatch):
+    live = LiveExplorer(*parts, keeps=[0.25, 0.5])
+
+    def fail(self, method, keep):
+        raise RuntimeError("out of <memory>")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Exploration, "step", fail)
+        live.keep.value = 0.25
+        assert live.words.value == "<p>out of &lt;memory&gt;</p>" and not live.drawing.value
+    live.keep.value = 0.5
+    assert "all tokens" in live.words.value and bytes(live.drawing.value).startswith(b"\x89PNG")
+    live.question.value = "is there an <image> tag?"
+    assert "computing" not in live.words.value
