@@ -49,6 +49,8 @@ MARKERS = {
     "diversity": "P",
     "downsample": "X",
     "full": "*",
+    "none": "o",
+    "native": "o",
     "fastv": "s",
     "vtw": "X",
     "dyrate": "P",
