@@ -40,6 +40,18 @@ COMMANDS = {"train": TrainConfig, "dyrate": DyRateConfig, "evaluate": EvalConfig
 DEVICES = ("gpu", "cuda:x", "cuda:99", "tpu:0", "cpu:", "0", "")
 NAMES = ("nobody/no-such-model", "/no/such/folder", "a b", "..", "x" * 300, "nobody/nothing:train", "é/ü")
 
+BAD_LISTS = (
+    "evaluate --keeps 0.3,0 | evaluate --keeps 0.3;0.5 | cost --keeps 2 | "
+    "cost --keeps 0.3,nan | evaluate --seeds 1,-1 | evaluate --seeds 1.5 | "
+    "evaluate --seeds 1180591620717411303424 | cost --batch-sizes 1,0 | cost --images 480 | "
+    "cost --images 0x5 | cost --images axb | cost --images 4x5x6 | evaluate --methods ful | "
+    "evaluate --methods fastv+fastv | evaluate --methods + | evaluate --methods selector | "
+    "evaluate --methods dyrate | cost --methods native | evaluate --compare full | "
+    "evaluate --compare a:b:c | evaluate --compare a@x:b | evaluate --shard 0/2 | "
+    "evaluate --shard 3/2 | evaluate --shard half | train --ps 0.3,2 | train --ps a | "
+    "evaluate --benchmarks pages | dyrate --benchmarks page,,pages"
+)
+
 
 class Draws:
     """Bad inputs of every kind. Each method draws one and returns what to call and how to describe it."""
@@ -93,39 +105,7 @@ class Draws:
         return self._command(name, option(field), self.random.choice(("", "x", "AUTO", "auto ", "None")))
 
     def cli_list_with_a_bad_entry(self):
-        name, flag, value = self.random.choice(
-            (
-                ("evaluate", "--keeps", "0.3,0"),
-                ("evaluate", "--keeps", "0.3;0.5"),
-                ("cost", "--keeps", "2"),
-                ("cost", "--keeps", "0.3,nan"),
-                ("evaluate", "--seeds", "1,-1"),
-                ("evaluate", "--seeds", "1.5"),
-                ("evaluate", "--seeds", str(2**70)),
-                ("cost", "--batch-sizes", "1,0"),
-                ("cost", "--images", "480"),
-                ("cost", "--images", "0x5"),
-                ("cost", "--images", "axb"),
-                ("cost", "--images", "4x5x6"),
-                ("evaluate", "--methods", "ful"),
-                ("evaluate", "--methods", "fastv+fastv"),
-                ("evaluate", "--methods", "+"),
-                ("evaluate", "--methods", "selector"),
-                ("evaluate", "--methods", "dyrate"),
-                ("cost", "--methods", "native"),
-                ("evaluate", "--compare", "full"),
-                ("evaluate", "--compare", "a:b:c"),
-                ("evaluate", "--compare", "a@x:b"),
-                ("evaluate", "--shard", "0/2"),
-                ("evaluate", "--shard", "3/2"),
-                ("evaluate", "--shard", "half"),
-                ("train", "--ps", "0.3,2"),
-                ("train", "--ps", "a"),
-                ("evaluate", "--benchmarks", "pages"),
-                ("dyrate", "--benchmarks", "page,,pages"),
-            )
-        )
-        return self._command(name, flag, value)
+        return self._command(*self.random.choice(BAD_LISTS.split(" | ")).split())
 
     def cli_option_that_is_none(self):
         name = self.random.choice(list(COMMANDS))

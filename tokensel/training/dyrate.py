@@ -84,7 +84,7 @@ def soft_masks(
     # how many tokens each rate keeps: [rows, rates, 1]
     counts = torch.stack([fraction_count(total, keep) for keep in predictor.keeps.tolist()], 1)[..., None]
     mask, remaining, masks = torch.ones_like(scores[:, 0]), cells, []
-    # the answer is predicted from the prompt's last column: if that is a cell, it ranks first and always stays
+    # the answer is predicted from the prompt's last column: if that is a cell, it ranks first and stays
     scores = torch.cat([scores[..., :-1], torch.full_like(scores[..., -1:], torch.inf)], -1)
     for step in range(forced.steps):
         # what each rate would keep: the best-ranked of those that remain, [rows, rates, prompt]
