@@ -7,6 +7,8 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as DatasetImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -105,6 +107,16 @@ def test_an_image_may_come_in_any_form(vlm, tmp_path):
     assert len(answers) == 1
     several = vlm.inputs([[path, image], np.asarray(image)], [vlm.prompt("?", 2), vlm.prompt("?")])
     assert len(several["image_sizes"]) == 3
+
+
+def test_images_may_be_a_column_of_a_dataset(vlm):
+    images = [noise_image(24, 24, seed) for seed in range(2)]
+    prompts = [vlm.prompt("what?")] * 2
+    column = Dataset.from_dict({"image": images}).cast_column("image", DatasetImage())["image"]
+    expected = vlm.inputs(images, prompts)
+    assert all(torch.equal(vlm.inputs(column, prompts)[name], value) for name, value in expected.items())
+    with pytest.raises((TokenselError, jaxtyping.TypeCheckError), match="images"):
+        vlm.inputs("ab", prompts)
 
 
 def test_an_image_that_cannot_be_read_is_refused_in_one_line(vlm, tmp_path):

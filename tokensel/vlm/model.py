@@ -90,7 +90,9 @@ class Vlm:
         for prompt in prompts:
             check_type("a prompt", prompt, str, "text")
         if images is not None:
-            check_type("images", images, (list, tuple), "a list with an entry for each prompt")
+            # any sequence, such as a column of a dataset, but a text would be read letter by letter
+            images = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else images
+            check_type("images", images, list, "a list with an entry for each prompt")
         rows = [[]] * len(prompts) if images is None else [images_of_row(row) for row in images]
         if not len(prompts):
             raise TokenselError("no prompts: give at least one")
