@@ -106,6 +106,11 @@ class Method:
     scorer: str | None = None
     schedule: str | None = None
 
+    def classes(self) -> list[Any]:
+        """The classes of its scorer and its schedule, as far as it has them."""
+        scorer = [] if self.scorer is None else [SCORERS[self.scorer]]
+        return scorer if self.schedule is None else [*scorer, SCHEDULES[self.schedule]]
+
     @property
     def uses_seed(self) -> bool:
         """Whether another seed gives another result."""

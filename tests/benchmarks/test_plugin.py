@@ -75,3 +75,39 @@ def test_what_it_does_not_do(folder):
         plain.loglikelihood([])
     with pytest.raises(TokenselError, match="single questions"):
         plain.generate_until_multi_round([])
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"selector": "FOLDER", "keep": 0.3}, "method full uses no selector: give method=selector"),
+        ({"keep": 0.3}, "method full keeps no fraction"),
+        ({"method": "norm", "keep": 0.0}, "keep is 0.0"),
+        ({"method": "norm", "budget": "page"}, "budget is 'page'"),
+        ({"batch_size": "auto"}, "batch_size is 'auto'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_loaded(options, line):
+    with pytest.raises(TokenselError, match=line):
+        Tokensel("no/such-model", device="cpu", **options)
+
+
+def test_sampling_tasks_are_refused_and_stop_strings_cut(folder):
+    plain = model(folder)
+    for options in ({"do_sample": True}, {"temperature": 0.7}, {"num_beams": 3}):
+        request = requests()[0]
+        request.args[1].update(options)
+        with pytest.raises(TokenselError, match="answers are greedy here"):
+            plain.generate_until([request])
+    request = requests(limits=(9, 9, 9, 9))[0]
+    (whole,) = plain.generate_until([request])
+    request.args[1]["until"] = [whole[2]]
+    assert plain.generate_until([request]) == [whole.split(whole[2])[0]]
+
+
+def test_placeholders_in_a_context_are_places_of_images_and_no_text(folder):
+    plain = model(folder)
+    marked, unmarked = requests()[2], requests()[2]
+    marked.args = ("<image> <image> " + marked.args[0], *marked.args[1:])
+    assert plain.generate_until([marked]) == plain.generate_until([unmarked])

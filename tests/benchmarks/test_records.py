@@ -1,5 +1,6 @@
 """Records of an evaluation: nothing is computed twice, nothing is lost, outdated answers are not reused."""
 
+import csv
 import json
 import os
 import re
@@ -15,16 +16,22 @@ from pathlib import Path
 
 import pytest
 import suite_tiny
+from datasets import Dataset, Image
 from suite_tiny import answers
 from tiny import WIDTH
 
-import tokensel
 from tokensel.benchmarks import answering, runner
+from tokensel.benchmarks.metrics import METRICS
+from tokensel.benchmarks.questions import load_questions
 from tokensel.benchmarks.records import append_records, read_records, sole_writer
 from tokensel.benchmarks.runner import evaluate
+from tokensel.benchmarks.session import ANSWERING
+from tokensel.benchmarks.table import load_suite
+from tokensel.methods import check_method
 from tokensel.model.selector import SelectorConfig, TokenSelector
 from tokensel.utils.errors import TokenselError
-from tokensel.utils.provenance import CODE, _meaning, checkpoint_digest
+from tokensel.utils.provenance import checkpoint_digest
+from tokensel.utils.source import reached_modules
 
 
 def test_a_second_run_asks_nothing_and_a_larger_one_only_what_is_new(config):
@@ -189,28 +196,101 @@ def test_an_evaluation_waits_for_another_and_takes_what_it_computed(config, tmp_
     assert second.result().table.read_bytes() == first.table.read_bytes()
 
 
-def test_the_code_digest_covers_what_answering_imports():
-    """Every module of the package that the methods reach, but those that only load and report."""
-    root = Path(tokensel.__file__).parent
-    reached, waiting = set(), {"methods"}
-    while waiting:
-        name = waiting.pop()
-        reached.add(name)
-        path = root / Path(*name.split("."))
-        source = (
-            path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
-        ).read_text()
-        named = {
-            found.removeprefix("tokensel.") for found in re.findall(r"from (tokensel\.[\w.]+) import", source)
-        }
-        waiting |= named - reached
-    covered = {name.removesuffix(".py").replace("/", ".") for name in CODE}
-    missed = {name for name in reached if not any(f"{name}.".startswith(f"{part}.") for part in covered)}
-    assert missed == {"model.base", "utils.devices", "utils.errors", "utils.files", "utils.loading"}
+def test_a_changed_metric_rescores_every_answer(config, monkeypatch):
+    config = replace(config, benchmarks=("page",), methods=("full",), compare=(), n=4)
+    evaluate(config, progress=False)
+    page = suite_tiny.BENCHMARKS["page"]
+    monkeypatch.setitem(METRICS, page.metric, lambda prediction, answers, options=(): 0.25)
+    done = evaluate(replace(config, n=9), progress=False)
+    (row,) = csv.DictReader(done.table.read_text().splitlines())
+    assert done.computed == 5 and float(row["score"]) == 0.25  # not the mean of old and new scores
+    monkeypatch.setitem(suite_tiny.BENCHMARKS, "page", replace(page, metric="item_f1"))
+    assert evaluate(config, progress=False).computed == 0
 
 
-def test_comments_and_docstrings_do_not_change_the_code_digest():
-    source = 'def f(x):\n    """Old."""\n    return x + 1  # why\n'
-    assert _meaning(source) == _meaning('def f(x):\n    """New."""\n\n    return (x + 1)\n')
-    assert _meaning(source) != _meaning(source.replace("+ 1", "+ 2"))
-    assert _meaning(source) != _meaning(source.replace("return", "y ="))
+def test_changed_cost_formulas_apply_to_every_answer_and_discard_none(config, monkeypatch):
+    config = replace(config, benchmarks=("page",), methods=("full",), compare=(), n=4)
+    evaluate(config, progress=False)
+    monkeypatch.setattr("tokensel.cost.answers.count_projector", lambda config, tokens: 10**15)
+    done = evaluate(replace(config, n=5), progress=False)
+    (row,) = csv.DictReader(done.table.read_text().splitlines())
+    assert done.computed == 1 and float(row["flops"]) >= 10**15
+
+
+def test_the_versions_that_generated_an_answer_stay_with_it(config, monkeypatch):
+    config = replace(config, benchmarks=("page",), methods=("full",), compare=(), n=4)
+    evaluate(config, progress=False)
+    monkeypatch.setattr(answering, "package_versions", lambda names: dict.fromkeys(names, "9.9"))
+    done = evaluate(replace(config, n=7), progress=False)
+    counts = json.loads(done.provenance.read_text())["answers_by_versions"]
+    assert counts.pop("torch 9.9, transformers 9.9") == 3 and list(counts.values()) == [4]
+
+
+def test_an_edit_discards_only_the_answers_that_reach_it():
+    random, diversity, fastv = (
+        reached_modules([*ANSWERING, *(part.__module__ for part in check_method(name).classes())])
+        for name in ("random", "diversity", "fastv")
+    )
+    assert {
+        "tokensel.methods",
+        "tokensel.vlm.encode",
+        "tokensel.vlm.load",
+        "tokensel.scorers.random",
+    } <= random
+    assert "tokensel.scorers.diversity" in diversity - random
+    assert "tokensel.schedules.fastv" in fastv - random and "tokensel.schedules.prune" in random
+    unrelated = (
+        "tokensel.cost",
+        "tokensel.benchmarks",
+        "tokensel.training",
+        "tokensel.book",
+        "tokensel.utils",
+    )
+    assert not [name for name in random | diversity | fastv if name.startswith(unrelated)]
+
+
+def test_comparisons_and_empty_lists_are_checked_before_anything_is_computed(config):
+    with pytest.raises(TokenselError, match="methods is empty"):
+        replace(config, methods=())
+    for pair, line in {
+        "selctor:random": "compare names 'selctor', which is not run",
+        "full:norm": "compare names 'norm', which is not run",
+        "selector@0.4:random": "selector is run at keep 0.2, 0.6",
+        "random@nan:full": "random is run at keep 0.2, 0.6",
+    }.items():
+        with pytest.raises(TokenselError, match=re.escape(line)):
+            evaluate(replace(config, compare=(pair,)), progress=False)
+    assert not answers(config.out)
+
+
+def test_categories_of_an_earlier_evaluation_do_not_stay(config, tmp_path):
+    config = replace(config, benchmarks=("page",), methods=("none",), compare=(), n=2)
+    Path(config.out).mkdir()
+    old = Path(config.out) / "evaluate.categories.csv"
+    old.write_text("model\n")
+    assert evaluate(config, progress=False).categories is None and not old.exists()
+
+
+@pytest.mark.parametrize("bad", [None, []])
+def test_missing_answers_name_their_question(monkeypatch, bad):
+    page = suite_tiny.BENCHMARKS["page"]
+
+    def load(split, n):
+        rows = page.load(split, n).cast_column("image", Image(decode=False)).to_list()
+        rows[1]["answers"] = bad
+        return Dataset.from_list(rows, features=suite_tiny.COLUMNS)
+
+    with pytest.raises(TokenselError, match=r"page, question test-1: its answers are"):
+        load_questions(replace(page, load=load), "test", 3)
+
+
+def test_a_suite_with_a_missing_field_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "suite_broken.py").write_text(
+        "from tokensel.benchmarks import Benchmark\nBENCHMARKS = {'a': Benchmark('a', 'reading', 'anls')}\n"
+    )
+    (tmp_path / "suite_listed.py").write_text("BENCHMARKS = ['a']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TokenselError, match=r"suite suite_broken: .*missing.*max_new_tokens"):
+        load_suite("suite_broken")
+    with pytest.raises(TokenselError, match="suite suite_listed: BENCHMARKS has to be a dictionary"):
+        load_suite("suite_listed")

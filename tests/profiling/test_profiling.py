@@ -242,3 +242,19 @@ def test_a_model_that_is_not_there_and_a_precision_that_does_not_train(model, co
     with pytest.raises(TokenselError, match="trains in float32 or bfloat16"):
         training.measure_training(replace(config, dtype="float16"), progress=False, model=model)
     assert image_size("1700x2200") == (1700, 2200)
+
+
+def test_threads_are_as_before_after_a_measurement(model, config, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+
+    def measured(*_):
+        seen.append(torch.get_num_threads())
+        return Path("report.json")
+
+    monkeypatch.setattr(inference, "_measure", measured)
+    monkeypatch.setattr(training, "_measure", measured)
+    wanted = 2 if before == 1 else 1
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for run in (inference.measure_inference, training.measure_training):
+        run(replace(config, threads=wanted), progress=False, model=model)
+    assert seen == [wanted, wanted] and torch.get_num_threads() == before

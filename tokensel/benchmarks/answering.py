@@ -12,12 +12,14 @@ from tokensel.benchmarks.record_files import RecordFile, missing_questions
 from tokensel.benchmarks.records import Record, append_records
 from tokensel.benchmarks.session import EvalSession
 from tokensel.benchmarks.shards import Shard
-from tokensel.cost import answer_costs
+from tokensel.cost import answer_work
 from tokensel.methods import Batch, check_method, prepare
 from tokensel.utils.errors import TokenselError
+from tokensel.utils.provenance import package_versions
 
 __all__ = ["answer_missing"]
 
+_MAKERS = ("torch", "transformers")  # their versions are recorded with each answer
 _WINDOW = 8  # batches within which questions are sorted by length
 
 
@@ -98,8 +100,7 @@ def _answer(
             "the answers so far are kept"
         ) from None
     seconds = round((time.perf_counter() - started) / len(indices), 4)
-    selector = session.selector.config if row.uses_selector else None
-    costs = answer_costs(session.vlm.model, reduced, output, selector)
+    work = answer_work(session.vlm.model, reduced, output)
     n_visual, n_visual_full = reduced.n_visual.tolist(), reduced.n_visual_full.tolist()
     return [
         {
@@ -113,12 +114,11 @@ def _answer(
             "answers": questions.answers[i],
             "image": image_digests[place],
             "prediction": output.texts[place],
-            "score": questions.score(i, output.texts[place]),
             "n_visual": n_visual[place],
             "n_visual_full": n_visual_full[place],
-            "flops": costs[place][0],
-            "kv_bytes": costs[place][1],
+            "work": work[place],
             "seconds": seconds,
+            "versions": package_versions(_MAKERS),
         }
         for place, i in enumerate(indices)
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tokensel.utils.errors import TokenselError
 
-__all__ = ["Condition", "parse_pairs", "split_keep"]
+__all__ = ["Condition", "check_pairs", "parse_pairs", "split_keep"]
 
 
 @dataclass(frozen=True, order=True)
@@ -46,3 +46,25 @@ def parse_pairs(pairs: Iterable[str]) -> list[tuple[str, str]]:
             raise TokenselError(f"compare is {pair!r}: give a number after @, such as fastv@0.3") from None
         parsed.append((method, against))
     return parsed
+
+
+def check_pairs(pairs: Iterable[str], conditions: Iterable[Condition]) -> None:
+    """Check that both sides of every pair are among the conditions.
+
+    Raises:
+        TokenselError: a method that is not run, or not at the keep that its side names.
+    """
+    keeps: dict[str, set[float]] = {}
+    for condition in conditions:
+        keeps.setdefault(condition.method, set()).add(condition.keep)
+    for side in (side for pair in parse_pairs(pairs) for side in pair):
+        method, keep = split_keep(side)
+        if method not in keeps:
+            raise TokenselError(
+                f"compare names {method!r}, which is not run: give methods among {', '.join(keeps)}"
+            )
+        if keep is not None and keep not in keeps[method]:
+            known = ", ".join(f"{known:g}" for known in sorted(keeps[method]))
+            raise TokenselError(
+                f"compare names {side!r}, but {method} is run at keep {known}: give one of these"
+            )

@@ -140,6 +140,8 @@ class EvalConfig:
         Shard.of(self.shard)
         from tokensel.methods import check_method  # after what needs no heavy import
 
+        if not self.methods:
+            raise TokenselError("methods is empty: give at least one, such as full")
         rows = [check_method(method) for method in self.methods]
         if self.selector is None and any(row.uses_selector for row in rows):
             raise TokenselError(

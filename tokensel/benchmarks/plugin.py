@@ -8,15 +8,17 @@ separate environment, since it installs some hundred packages), lmms-eval finds 
         --batch_size 8
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from tokensel.benchmarks.questions import stable_keys
+from tokensel.benchmarks.shards import local_device
 from tokensel.methods import Batch, check_method, prepare
 from tokensel.scorers import make_scorer
-from tokensel.utils.errors import TokenselError
-from tokensel.vlm import load_vlm
+from tokensel.utils.errors import TokenselError, check_keep
+from tokensel.vlm import Choices, load_vlm
 
 _Base: Any
 try:
@@ -24,6 +26,7 @@ try:
 except ImportError:  # the module can be imported and tested without it
     _Base = object
 
+PLACEHOLDER = "<image>"
 UNLIMITED = 1024  # where a task sets no limit, as lmms-eval's own LLaVA does
 
 
@@ -59,12 +62,13 @@ class Tokensel(_Base):
             selector: folder or hub id of the selector, for the method ``selector``.
             seed: of the method ``random``.
             batch_size: questions at a time.
-            device: of the model; by default a GPU if there is one.
+            device: of the model; by default the GPU of this process, if there is one.
             dtype: of the model; by default the checkpoint's own on a GPU.
             choices: see :class:`~tokensel.vlm.choose.Choices`.
 
         Raises:
-            TokenselError: an unknown method or a schedule, or a model or selector that cannot be loaded.
+            TokenselError: an unknown method or a schedule, an option that the method does not use or that is out of
+                range, or a model or selector that cannot be loaded.
         """
         super().__init__()
         row = check_method(method)
@@ -72,18 +76,33 @@ class Tokensel(_Base):
             raise TokenselError(
                 f"method {method} drops tokens inside the language model: give one that chooses before it"
             )
-        self.scorer = make_scorer(row.scorer, seed=int(seed), selector=selector) if row.scorer else None
-        self.vlm = load_vlm(pretrained, device, dtype)
-        self.method, self.keep, self.choices = method, float(keep), choices
+        self.method, self.keep, self.choices = method, check_keep(float(keep)), Choices.of(choices)
+        if selector is not None and not row.uses_selector:
+            raise TokenselError(
+                f"method {method} uses no selector: give method=selector, or leave selector out"
+            )
+        if self.keep < 1 and not row.uses_keep:
+            raise TokenselError(f"method {method} keeps no fraction of the tokens: leave keep={keep} out")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise TokenselError(f"batch_size is {batch_size!r}: give a whole number of at least 1")
         self.batch_size = int(batch_size)
+        options = {"seed": int(seed)} | ({"selector": selector} if row.uses_selector else {})
+        self.scorer = make_scorer(row.scorer, **options) if row.scorer else None
+        self.vlm = load_vlm(pretrained, local_device(str(device or "auto")), dtype)
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """The answer to each request: new text alone, however short the prompt has become."""
+        """The answer to each request: new text alone, however short the prompt has become.
+
+        Raises:
+            TokenselError: a task that samples or searches with beams; answers are greedy here.
+        """
         answers = {}
         by_limit: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
-            by_limit.setdefault(request.args[1].get("max_new_tokens", UNLIMITED), []).append(i)
+            options = request.args[1]
+            _check_greedy(options)
+            by_limit.setdefault(options.get("max_new_tokens", UNLIMITED), []).append(i)
         for limit, members in by_limit.items():
             for start in range(0, len(members), self.batch_size):
                 some = members[start : start + self.batch_size]
@@ -93,9 +112,11 @@ class Tokensel(_Base):
                     for _, _, look, doc, task, split in asked
                 ]
                 keys = stable_keys([f"{task} {split} {doc}" for *_, doc, task, split in asked])
-                batch = Batch(self.vlm, images, [question for question, *_ in asked], keys)
+                questions = [_without_placeholders(context) for context, *_ in asked]
+                batch = Batch(self.vlm, images, questions, keys)
                 reduced = prepare(batch, self.method, self.keep, self.choices, self.scorer)
-                answers |= dict(zip(some, self.vlm.generate(reduced, limit)))
+                texts = self.vlm.generate(reduced, limit)
+                answers |= {i: _cut(text, requests[i].args[1].get("until")) for i, text in zip(some, texts)}
         return [answers[i] for i in range(len(requests))]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -105,3 +126,23 @@ class Tokensel(_Base):
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not for conversations."""
         raise TokenselError("tokensel answers single questions: choose a task of one round")
+
+
+def _check_greedy(options: Mapping[str, Any]) -> None:
+    """Raise on options of a task that greedy decoding cannot follow."""
+    sampled = options.get("do_sample") or (options.get("temperature") or 0) > 0
+    if sampled or (options.get("num_beams") or 1) > 1:
+        given = {key: options[key] for key in ("do_sample", "temperature", "num_beams") if key in options}
+        raise TokenselError(f"the task asks for {given}: answers are greedy here, choose another task")
+
+
+def _cut(text: str, until: str | list[str] | None) -> str:
+    """The text before the first of the strings at which a task stops."""
+    for stop in [until] if isinstance(until, str) else until or []:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def _without_placeholders(context: str) -> str:
+    """The question of a context that marks the places of its images; here all images come first."""
+    return context.replace(PLACEHOLDER, "").strip() if PLACEHOLDER in context else context

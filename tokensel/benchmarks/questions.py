@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -113,7 +113,7 @@ def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions
     """Load a benchmark and write its prompts.
 
     Raises:
-        TokenselError: a missing column, no rows, or an id that occurs twice.
+        TokenselError: a missing column, no rows, an id that occurs twice, or a question without answers.
     """
     data = benchmark.load(split, n)
     if missing := [column for column in COLUMNS if column not in data.column_names]:
@@ -137,13 +137,23 @@ def load_questions(benchmark: Benchmark, split: str, n: int | None) -> Questions
         benchmark=benchmark,
         ids=ids,
         prompts=[benchmark.prompt(row) for row in rows],
-        answers=[list(row["answers"]) for row in rows],
+        answers=[_answers(benchmark, row) for row in rows],
         options=[list(row.get("options") or ()) for row in rows],
         categories=[row.get("category") or "" for row in rows],
         clusters=[row.get("cluster") or "" for row in rows],
         images=images,
         source=data.info.description or "",
     )
+
+
+def _answers(benchmark: Benchmark, row: Mapping[str, Any]) -> list[str]:
+    answers = row["answers"]
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise TokenselError(
+            f"{benchmark.name}, question {row['question_id']}: its answers are {answers!r}; "
+            "give a list with at least one text, or leave the question out of the split"
+        )
+    return list(answers)
 
 
 def _size(content: dict[str, Any]) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The record files of an evaluation: which answers they hold already, and which are missing."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from tokensel.benchmarks.questions import Questions
 from tokensel.benchmarks.records import Record, read_records
 from tokensel.benchmarks.session import EvalSession
 from tokensel.benchmarks.shards import Shard
+from tokensel.cost.answers import Work
 from tokensel.utils.provenance import json_digest
 
 __all__ = ["RecordFile", "count_missing", "load_records", "missing_questions"]
@@ -18,31 +20,31 @@ _SPOT_CHECKS = 16  # images of recorded questions that are compared before an ev
 
 @dataclass
 class RecordFile:
-    """The answers of one benchmark under one condition: complete on disk, in memory their scores and costs.
+    """The answers of one benchmark under one condition: complete on disk, and in memory what the tables need.
+
+    A record holds what was generated and what it took, not its score or cost: these are computed when the
+        tables
+    are written, so that a change of a metric or of a formula applies to every answer.
 
     Attributes:
         path: the file that this process writes.
-        scores: by question id, of all answers that exist, whichever process generated them.
-        flops, kv_bytes, seconds: sums over those answers.
+        predictions, work: by question id, of all answers that exist, whichever process generated them.
+        versions: how many answers were generated with which versions of packages.
+        seconds: sum over those answers.
     """
 
     path: Path
-    scores: dict[str, float] = field(default_factory=dict)
-    flops: int = 0
-    kv_bytes: float = 0.0
+    predictions: dict[str, str] = field(default_factory=dict)
+    work: dict[str, Work] = field(default_factory=dict)
+    versions: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
-    @property
-    def costs(self) -> tuple[float, float]:
-        """FLOPs and bytes of keys and values of an answer, on average."""
-        return self.flops / len(self.scores), self.kv_bytes / len(self.scores)
-
     def add(self, records: Iterable[Record]) -> None:
-        """Count records that are on the disk."""
+        """Take in records that are on the disk."""
         for record in records:
-            self.scores[record["question_id"]] = record["score"]
-            self.flops += record["flops"]
-            self.kv_bytes += record["kv_bytes"]
+            name = record["question_id"]
+            self.predictions[name], self.work[name] = record["prediction"], record["work"]
+            self.versions[", ".join(f"{key} {value}" for key, value in record["versions"].items())] += 1
             self.seconds += record["seconds"]
 
 
@@ -65,15 +67,14 @@ def load_records(
     number = {name: i for i, name in enumerate(questions.ids)}
     images: dict[int, str | None] = {}
     for condition in session.config.conditions():
-        task = {"metric": benchmark.metric, "max_new_tokens": benchmark.max_new_tokens}
-        identity = json_digest(session.identity(condition) | task)
+        identity = json_digest(session.identity(condition) | {"max_new_tokens": benchmark.max_new_tokens})
         stem = f"keep-{condition.keep:g}_seed-{condition.seed}_{identity}"
         place = folder / benchmark.name / condition.method
         file = files[condition] = RecordFile(place / f"{stem}{shard.name}.jsonl")
         # a whole evaluation and the shards of one all read each other's files
         for path in [place / f"{stem}.jsonl", *sorted(place.glob(f"{stem}.*-of-*.jsonl"))]:
             for name, record in read_records(path, locked=locked and path == file.path).items():
-                if name in number and name not in file.scores:
+                if name in number and name not in file.predictions:
                     questions.check_record(number[name], record)
                     images[number[name]] = record["image"]
                     file.add([record])
@@ -84,7 +85,7 @@ def load_records(
 
 def missing_questions(questions: Questions, file: RecordFile) -> list[int]:
     """The questions without an answer in ``file``."""
-    return [i for i, name in enumerate(questions.ids) if name not in file.scores]
+    return [i for i, name in enumerate(questions.ids) if name not in file.predictions]
 
 
 def count_missing(questions: Questions, files: dict[Condition, RecordFile]) -> int:

@@ -1,6 +1,7 @@
 """Answer every question under every condition, keep each answer at once, and write the tables at the end."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokensel.benchmarks.answering import answer_missing
-from tokensel.benchmarks.conditions import Condition, parse_pairs
+from tokensel.benchmarks.conditions import Condition, check_pairs, parse_pairs
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.questions import Questions, load_questions
 from tokensel.benchmarks.record_files import RecordFile, count_missing, load_records
@@ -82,6 +83,8 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     benchmarks = config.suite_benchmarks()
     session = EvalSession(config)
     config = session.config  # with the keeps of this model
+    if config.compare != EvalConfig.compare:  # the default compares methods that need not be run
+        check_pairs(config.compare, config.conditions())
     session.check_fit()
     questions = [load_questions(benchmark, config.split, config.n) for benchmark in benchmarks.values()]
     records = Path(config.out) / "records"
@@ -106,19 +109,19 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
         files = [load_records(session, part, records, shard) for part in questions]
         if left := sum(map(count_missing, questions, files)):
             return Evaluation(None, None, None, None, computed, left)
-    provenance = _provenance(session, questions, files)
+    all_files = [file for part_files in files for file in part_files.values()]
+    provenance = _provenance(session, questions)
     provenance |= {
         "answers": total,
         "answers_computed_now": computed,
         "wall_seconds_now": round(time.perf_counter() - started, 1),
-        "generation_seconds_in_all": round(
-            sum(file.seconds for part_files in files for file in part_files.values()), 1
-        ),
+        "generation_seconds_in_all": round(sum(file.seconds for file in all_files), 1),
+        "answers_by_versions": dict(sum((file.versions for file in all_files), Counter())),
     }
-    return _write_tables(session.name, config, questions, files, provenance, computed)
+    return _write_tables(session, questions, files, provenance, computed)
 
 
-def _provenance(session: EvalSession, questions: list[Questions], files: Files) -> dict[str, Any]:
+def _provenance(session: EvalSession, questions: list[Questions]) -> dict[str, Any]:
     """What was run, on what, and when."""
     config, vlm = session.config, session.vlm
     return {
@@ -135,26 +138,32 @@ def _provenance(session: EvalSession, questions: list[Questions], files: Files) 
 
 
 def _write_tables(
-    model: str,
-    config: EvalConfig,
+    session: EvalSession,
     questions: list[Questions],
     files: Files,
     provenance: dict[str, Any],
     computed: int,
 ) -> Evaluation:
-    """Write all tables of a finished evaluation."""
+    """Score all answers and write the tables of a finished evaluation."""
+    config, model = session.config, session.name
     pairs, seed, stem = parse_pairs(config.compare), config.seed, Path(config.out) / config.name
     rows, differences, categories = [], [], []
     for part, part_files in zip(questions, files):
         benchmark = part.benchmark
         scores = {
-            condition: [file.scores[name] for name in part.ids] for condition, file in part_files.items()
+            condition: [part.score(i, file.predictions[name]) for i, name in enumerate(part.ids)]
+            for condition, file in part_files.items()
         }
-        costs = {condition: file.costs for condition, file in part_files.items()}
+        costs = {
+            condition: session.mean_cost(condition, [file.work[name] for name in part.ids])
+            for condition, file in part_files.items()
+        }
         table = ScoreTable.of(benchmark, scores, part.clusters, part.categories)
         rows += score_rows(model, benchmark, table.scores, costs, seed=seed, strata=table.strata)
         differences += difference_rows(model, benchmark, table.scores, pairs, seed=seed, strata=table.strata)
         categories += category_rows(model, benchmark, table, seed=seed)
+    if not categories:  # those of an earlier evaluation would not belong to the new tables
+        Path(f"{stem}.categories.csv").unlink(missing_ok=True)
     return Evaluation(
         table=write_table(f"{stem}.csv", rows),
         differences=write_table(f"{stem}.differences.csv", differences, DIFFERENCES),

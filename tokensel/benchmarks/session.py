@@ -1,5 +1,6 @@
 """The model under evaluation with its scorers and schedules, and what identifies the answers it gives."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -9,15 +10,20 @@ from torch import nn
 from tokensel.benchmarks.conditions import Condition
 from tokensel.benchmarks.config import KEEPS, SHORT_KEEPS, EvalConfig
 from tokensel.benchmarks.shards import local_device
+from tokensel.cost.answers import Work, work_cost
 from tokensel.methods import check_method
 from tokensel.model.selector import TokenSelector
 from tokensel.schedules import DyRate, RatePredictor, Schedule, Vtw, make_schedule
 from tokensel.scorers import Scorer, make_scorer
 from tokensel.utils.errors import TokenselError, check_layers
-from tokensel.utils.provenance import checkpoint_digest, code_digest
+from tokensel.utils.provenance import checkpoint_digest
+from tokensel.utils.source import code_digest
 from tokensel.vlm import Vlm, load_vlm
 
-__all__ = ["EvalSession"]
+__all__ = ["ANSWERING", "EvalSession"]
+
+ANSWERING = ("tokensel.methods", "tokensel.vlm.load")
+"""Every answer depends on these and all that they import, and on the classes of its scorer and schedule."""
 
 
 class EvalSession:
@@ -117,6 +123,13 @@ class EvalSession:
             if (check := getattr(self.scorer(condition), "check_model", None)) is not None:
                 check(model)
 
+    def mean_cost(self, condition: Condition, work: Sequence[Work]) -> tuple[float, float]:
+        """FLOPs and bytes of keys and values of an answer under a condition, averaged over the answers."""
+        model = self.vlm.model
+        selector = self.selector.config if check_method(condition.method).uses_selector else None
+        costs = [work_cost(model.config, answer, model.dtype.itemsize, selector) for answer in work]
+        return sum(flops for flops, _ in costs) / len(costs), sum(kept for _, kept in costs) / len(costs)
+
     @cached_property
     def model_digest(self) -> str:
         """Identifies the model's files."""
@@ -135,7 +148,13 @@ class EvalSession:
     def identity(self, condition: Condition) -> dict[str, str]:
         """Everything that an answer under a condition depends on, apart from question, seed and keep."""
         row, schedule = check_method(condition.method), self.schedule(condition)
-        identity = {"model": self.model_digest, "dtype": str(self.vlm.model.dtype), "code": code_digest()}
+        classes = row.classes()
+        identity = {
+            "model": self.model_digest,
+            "dtype": str(self.vlm.model.dtype),
+            "code": code_digest(*ANSWERING, *(part.__module__ for part in classes)),
+            "classes": " ".join(f"{part.__module__}.{part.__qualname__}" for part in classes),
+        }
         if row.chooses:
             identity |= self.config.choices()
         if row.uses_selector:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokensel.benchmarks.metrics import METRICS
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import TokenselError, reason
 
 __all__ = ["AGGREGATES", "COLUMNS", "GROUPS", "Benchmark", "load_suite"]
 
@@ -86,6 +86,10 @@ def load_suite(suite: str, names: Iterable[str] = (), data: str | None = None) -
         raise TokenselError(f"suite is {suite!r}: give the dotted name of a module") from None
     except AttributeError:
         raise TokenselError(f"suite {suite}: the module has no table BENCHMARKS") from None
+    except TypeError as error:  # a Benchmark with a field that is missing or unknown
+        raise TokenselError(f"suite {suite}: {reason(error)}; see tokensel.benchmarks.Benchmark") from None
+    if not isinstance(table, Mapping) or not all(isinstance(row, Benchmark) for row in table.values()):
+        raise TokenselError(f"suite {suite}: BENCHMARKS has to be a dictionary from names to Benchmark rows")
     names = tuple(names)
     if unknown := [name for name in names if name not in table]:
         raise TokenselError(f"benchmark {unknown[0]}: not in {suite}, which has {', '.join(table)}")

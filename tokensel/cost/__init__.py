@@ -1,6 +1,6 @@
 """The cost of an answer: FLOPs and bytes, counted by formula."""
 
-from tokensel.cost.answers import answer_costs
+from tokensel.cost.answers import answer_costs, answer_work, work_cost
 from tokensel.cost.count import (
     Cost,
     count_answer,
@@ -19,6 +19,7 @@ from tokensel.cost.count import (
 __all__ = [
     "Cost",
     "answer_costs",
+    "answer_work",
     "count_answer",
     "count_decoder",
     "count_projector",
@@ -30,4 +31,5 @@ __all__ = [
     "kv_bytes",
     "layers_read",
     "step_bytes",
+    "work_cost",
 ]

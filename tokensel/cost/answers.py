@@ -1,6 +1,10 @@
 """The cost of each answer of a batch: the formulas, applied to what happened during generation."""
 
+from itertools import groupby
+from typing import Any
+
 import numpy as np
+from jaxtyping import Int
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tokensel.cost.count import (
@@ -15,6 +19,81 @@ from tokensel.cost.count import (
 from tokensel.vlm.generate import GenerationOutput
 from tokensel.vlm.reduce import Reduced
 
+__all__ = ["Work", "answer_costs", "answer_work", "work_cost"]
+
+
+Work = dict[str, Any]
+"""What one answer took, as plain JSON: enough to count its cost whenever the formulas change.
+
+``text``, ``visual``: tokens of the prompt besides the image, and visual tokens (newlines not counted).
+``tiles``, ``cells``: tiles that were encoded, and patches of each. ``held``: visual tokens in the cache of
+each layer as pairs of a number of generation steps and the counts during these steps. ``ranked``: step and
+layer of every additional row of attention.
+"""
+
+
+def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutput) -> list[Work]:
+    """What each answer of a batch took, see :data:`Work`.
+
+    A row is counted as if it were alone in the batch: without padding, and without the steps of longer rows.
+
+    Args:
+        model: the LLaVA that generated the answers.
+        reduced: the prompts.
+        output: the answers.
+    """
+    layers, pruning = model.config.text_config.num_hidden_layers, output.pruning
+    text = (reduced["attention_mask"].bool() & ~reduced.visual).sum(1).tolist()
+    packed = reduced.visual.sum(1).tolist()  # newlines included
+    # left: visual tokens that each layer holds, [steps, layers, rows]
+    left = None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
+    answers = len(output.lengths) // len(text)  # to each prompt, with num_return_sequences
+    work = []
+    for row, steps in enumerate(output.lengths.tolist()):
+        prompt = row // answers
+        ranked = [] if pruning is None else pruning.ranked_in(row, steps)
+        held = [[steps, [packed[prompt]] * layers]] if left is None else _runs(left[:steps, :, row])
+        work.append(
+            {
+                "text": text[prompt],
+                "visual": int(reduced.n_visual[prompt]),
+                "tiles": int(reduced.n_tiles[prompt]),
+                "cells": int(reduced.cells),
+                "held": held,
+                "ranked": [[int(step), int(layer)] for step, layer in ranked],
+            }
+        )
+    return work
+
+
+def _runs(held: Int[np.ndarray, "steps layers"]) -> list[list[Any]]:
+    """Pairs of a number of steps and the counts that stay the same during them."""
+    return [[len(list(group)), counts] for counts, group in groupby(held.tolist())]
+
+
+def work_cost(
+    config: PretrainedConfig, work: Work, itemsize: int, selector: PretrainedConfig | None = None
+) -> tuple[int, float]:
+    """FLOPs of one answer, from pixels to its end, and mean bytes of its keys and values over the steps.
+
+    The work of scorers other than the selector is negligible and not counted.
+
+    Args:
+        config: configuration of the LLaVA.
+        work: what the answer took.
+        itemsize: bytes of a number in the cache.
+        selector: configuration of the selector, if it was used.
+    """
+    text_config, tiles, cells = config.text_config, work["tiles"], work["cells"]
+    held = np.concatenate([np.tile(counts, (steps, 1)) for steps, counts in work["held"]])  # [steps, layers]
+    flops = count_answer(text_config, work["text"], held, [(step, layer) for step, layer in work["ranked"]])
+    flops += count_projector(config, work["visual"])
+    if tiles:
+        flops += count_vision(config.vision_config, tiles, layers_read(config), cells)
+        flops += count_trunk(selector, cells, tiles) if selector is not None else 0
+    per_layer = kv_bytes(text_config, 1, itemsize) / text_config.num_hidden_layers
+    return flops, float(held_tokens(work["text"], held).sum(1).mean() * per_layer)
+
 
 def answer_costs(
     model: PreTrainedModel,
@@ -22,10 +101,7 @@ def answer_costs(
     output: GenerationOutput,
     selector: PretrainedConfig | None = None,
 ) -> list[tuple[int, float]]:
-    """FLOPs of each answer, from pixels to its end, and mean bytes of its keys and values over the steps.
-
-    A row is counted as if it were alone in the batch: without padding, and without the steps of longer rows.
-    The work of scorers other than the selector is negligible and not counted.
+    """:func:`work_cost` of each answer of a batch.
 
     Args:
         model: the LLaVA that generated the answers.
@@ -33,26 +109,7 @@ def answer_costs(
         output: the answers.
         selector: configuration of the selector, if it was used.
     """
-    config, text_config = model.config, model.config.text_config
-    layers, itemsize = text_config.num_hidden_layers, model.dtype.itemsize
-    text = (reduced["attention_mask"].bool() & ~reduced.visual).sum(1).tolist()
-    visual = reduced.visual.sum(1).tolist()
-    answers = len(output.lengths) // len(text)  # to each prompt, with num_return_sequences
-    pruning = output.pruning
-    # left: visual tokens that each layer holds, [steps, layers, rows]
-    left = None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
-    costs = []
-    for row, steps in enumerate(output.lengths.tolist()):
-        prompt = row // answers
-        held = np.full((steps, layers), visual[prompt]) if left is None else left[:steps, :, row]
-        ranked = [] if pruning is None else pruning.ranked_in(row, steps)
-        tiles = int(reduced.n_tiles[prompt])
-        flops = count_answer(text_config, text[prompt], held, ranked) + count_projector(
-            config, int(reduced.n_visual[prompt])
-        )
-        if tiles:
-            flops += count_vision(config.vision_config, tiles, layers_read(config), reduced.cells)
-            flops += count_trunk(selector, reduced.cells, tiles) if selector is not None else 0
-        per_layer = kv_bytes(text_config, 1, itemsize) / layers
-        costs.append((flops, float(held_tokens(text[prompt], held).sum(1).mean() * per_layer)))
-    return costs
+    return [
+        work_cost(model.config, work, model.dtype.itemsize, selector)
+        for work in answer_work(model, reduced, output)
+    ]

@@ -27,11 +27,12 @@ from tokensel.cost.count import (
 from tokensel.methods import check_method
 from tokensel.profiling.config import CostConfig
 from tokensel.profiling.shapes import SHAPES
-from tokensel.profiling.timing import PHASES, time_answer
+from tokensel.profiling.timing import PHASES, cpu_threads, time_answer
 from tokensel.profiling.workload import FULL, MeasuredModel, Variant, make_inputs, schedule_of, variants
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import write_json
-from tokensel.utils.provenance import code_digest, command_line, environment, json_digest
+from tokensel.utils.provenance import command_line, environment, json_digest
+from tokensel.utils.source import code_digest
 from tokensel.vlm import Encoded, encode
 from tokensel.vlm.downsample import coarse_grid
 
@@ -79,8 +80,11 @@ def measure_inference(
         TokenselError: nothing to load under a name, a variant that the model does not allow, or not enough
             memory.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    with cpu_threads(config.threads):
+        return _measure(config, progress, model)
+
+
+def _measure(config: CostConfig, progress: bool, model: PreTrainedModel | None) -> Path:
     measured = MeasuredModel.of(config, model)
     machine = environment(measured.model.device) | {"threads": torch.get_num_threads()}
     rounds = Rounds.of_measurement("answers", config, machine)
@@ -124,6 +128,14 @@ def _answer(
         ) from None
 
 
+def _timed_code(config: CostConfig) -> str:
+    """Identifies the timed code: this room, the selector, and the scorers and schedules of the methods."""
+    timed = {"tokensel.profiling.training", "tokensel.profiling.timing", "tokensel.scorers.selector"}
+    for method in config.methods:
+        timed |= {part.__module__ for part in check_method(method).classes()}
+    return code_digest(*timed)
+
+
 class Rounds:
     """The rounds so far, written to disk after each one: the block and the times of each."""
 
@@ -131,7 +143,7 @@ class Rounds:
     def of_measurement(cls, what: str, config: CostConfig, machine: dict[str, Any]) -> "Rounds":
         """Those of one measurement; other options, another machine or other code have rounds of their own."""
         options = {key: value for key, value in asdict(config).items() if key not in ("out", "repetitions")}
-        identity = json_digest([what, options, machine, code_digest()])
+        identity = json_digest([what, options, machine, _timed_code(config)])
         return cls(Path(config.out) / f"{config.name}.rounds" / f"{identity}.json")
 
     def __init__(self, path: Path):

@@ -149,6 +149,18 @@ def time_answer(measured: MeasuredModel, variant: Variant, inputs: dict[str, Ten
     }
 
 
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Within this context, PyTorch uses ``count`` CPU threads; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -18,7 +18,7 @@ from tokensel.data.features import Features
 from tokensel.data.tower import run_tower
 from tokensel.profiling.config import CostConfig
 from tokensel.profiling.inference import Block, Rounds, quartiles, weights_of
-from tokensel.profiling.timing import watch_peak
+from tokensel.profiling.timing import cpu_threads, watch_peak
 from tokensel.profiling.workload import build_model
 from tokensel.training.autoencoder import Autoencoder
 from tokensel.training.config import TrainConfig
@@ -128,9 +128,11 @@ def measure_training(config: CostConfig, progress: bool = True, model: PreTraine
         TokenselError: nothing to load under the model's name, or a precision in which selectors are not
             trained.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    model = build_model(config) if model is None else model
+    with cpu_threads(config.threads):
+        return _measure(config, progress, build_model(config) if model is None else model)
+
+
+def _measure(config: CostConfig, progress: bool, model: PreTrainedModel) -> Path:
     machine = environment(model.device) | {"threads": torch.get_num_threads()}
     rounds = Rounds.of_measurement("training", config, machine)
     rows = []

@@ -1,6 +1,5 @@
 """What a record depends on, so that results of different code, checkpoints or machines never mix."""
 
-import ast
 import hashlib
 import importlib.metadata
 import json
@@ -8,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from functools import cache
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +15,14 @@ import torch
 
 import tokensel
 
-# The code that generates answers and counts their cost. Training, figures and tables change no record.
-CODE = (
-    "budget.py",
-    "cost",
-    "data/features.py",
-    "data/images.py",
-    "data/tower.py",
-    "methods.py",
-    "model/gumbel.py",
-    "model/layers.py",
-    "model/positions.py",
-    "model/selector.py",
-    "schedules",
-    "scorers",
-    "vlm",
-)
 _WHOLE = 64 * 2**20  # larger files are identified by their size, their first and their last mebibyte
 _END = 2**20
+_PACKAGES = ("torch", "transformers", "datasets", "numpy", "rapidfuzz", "pillow")
 
 
 def json_digest(value: Any) -> str:
     """Twelve hexadecimal digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@cache
-def code_digest() -> str:
-    """Identifies the code that generates answers; comments, docstrings and layout do not count."""
-    root = Path(tokensel.__file__).parent
-    files = [
-        path
-        for name in CODE
-        for path in ((root / name).rglob("*.py") if (root / name).is_dir() else [root / name])
-    ]
-    return json_digest(
-        [[path.relative_to(root).as_posix(), _meaning(path.read_text())] for path in sorted(files)]
-    )
-
-
-def _meaning(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value.value = ""  # a docstring
-    return ast.dump(tree)
 
 
 def checkpoint_digest(name: str, commit: str | None = None) -> str:
@@ -94,15 +50,24 @@ def _content(path: Path) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Machine and package versions, for the provenance."""
-    packages = ("torch", "transformers", "datasets", "numpy", "rapidfuzz", "pillow")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or f"{device.type} ({_processor()}, {torch.get_num_threads()} threads)",
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {"tokensel": tokensel.__version__}
-        | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"tokensel": tokensel.__version__} | package_versions(_PACKAGES),
     }
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """The installed version of each package; ``None`` where it is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def _processor() -> str:
