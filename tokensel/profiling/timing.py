@@ -109,8 +109,8 @@ def time_answer(measured: MeasuredModel, variant: Variant, inputs: dict[str, Ten
 
     Returns:
         ``first_token``: seconds from pixels on the device to the first token on the host; ``further_token``:
-        median seconds of each later token; ``answer``: seconds until the last token; ``peak_bytes``: peak of memory,
-        ``None`` where the platform does not report it; ``phases``: seconds to the first token by
+        median seconds of each later token; ``answer``: seconds until the last token; ``peak_bytes``: peak
+        memory, ``None`` where the platform does not report it; ``phases``: seconds to the first token by
         :data:`PHASES`, where "selection" is what turns scores into a shorter prompt, and "other" the overhead
         of ``generate``; ``n_visual``, ``length``: visual tokens and all tokens of a row that enter the
         language model.

@@ -5,8 +5,8 @@ dropped. ``static`` embeds either in a web page, where ``explorer.js`` draws it 
 computes each step on request.
 
 To add another kind of explorer, add three things: a dictionary with a new ``kind``, a function in
-``explorer.js`` that draws it, and an entry in :data:`tokensel.book.explorer.static.STILLS` for readers without
-JavaScript.
+``explorer.js`` that draws it, and an entry in :data:`tokensel.book.explorer.static.STILLS` for readers
+without JavaScript.
 """
 
 from pathlib import Path
