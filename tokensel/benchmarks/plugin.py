@@ -67,8 +67,8 @@ class Tokensel(_Base):
             choices: see :class:`~tokensel.vlm.choose.Choices`.
 
         Raises:
-            TokenselError: an unknown method or a schedule, an option that the method does not use or that is out of
-                range, or a model or selector that cannot be loaded.
+            TokenselError: an unknown method or a schedule, an option that the method does not use or that
+                is out of range, or a model or selector that cannot be loaded.
         """
         super().__init__()
         row = check_method(method)
