@@ -81,7 +81,7 @@ def test_what_fits_passes(pair):
 SCALARS = {
     "bool": st.booleans(),
     "int": st.integers(),
-    "float": st.floats(allow_nan=False),
+    "float": st.floats(allow_nan=False, allow_infinity=False),
     "str": st.text(max_size=9),
 }
 VALUES = {**SCALARS, "list": st.lists(st.one_of(*SCALARS.values()), max_size=3), "None": st.none()}
@@ -159,19 +159,27 @@ print(json.dumps([str(error), str(shell.user_ns.get("root")), shell.user_ns["mod
 """
 
 
-def kernel(here: Path, injected: str) -> list[str]:
+def kernel(here: Path, home: Path, injected: str) -> list[str]:
     """Error, root, ``model`` and working directory after open_chapter in a kernel started in ``here``."""
     done = subprocess.run(
         [sys.executable, "-c", IN_KERNEL, injected], cwd=here, capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(here), "MPLBACKEND": "Agg"},
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(home), "MPLBACKEND": "Agg"},
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_kernel_outside_any_clone_uses_that_of_the_package_and_its_own_paths(tmp_path):
     (tmp_path / "mine").mkdir()
-    assert kernel(tmp_path, "model = 'mine'") == ["None", str(ROOT), str(tmp_path / "mine"), str(ROOT)]
-    error, *_ = kernel(ROOT / "chapters", "keep = '0.2'")
+    assert kernel(tmp_path, tmp_path, "model = 'mine'") == [
+        "None",
+        str(ROOT),
+        str(tmp_path / "mine"),
+        str(ROOT),
+    ]
+    assert kernel(ROOT / "chapters", tmp_path, "keep = 1 / 3")[0] == "None", (
+        "computed in a cell written by hand"
+    )
+    error, *_ = kernel(ROOT / "chapters", tmp_path, "keep = '0.2'")
     assert error == "06_x: keep = '0.2' is not a number; give -p keep=0.3"
 
 

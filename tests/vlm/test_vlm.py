@@ -2,10 +2,12 @@
 
 from itertools import product
 
+import datasets
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny import (
     GivenScores,
     ask,
@@ -359,3 +361,12 @@ def test_a_siglip_tower_without_cls_goes_through_the_same_functions():
         reduce(encoded, make_scorer("cls"), 0.3)
     with pytest.raises(TokenselError, match=r"interpolates visual tokens.*load_vlm.*anyres_max_1000"):
         encode(tiny_onevision("anyres_max_1"), inputs)
+
+
+def test_the_image_column_of_a_dataset_is_a_list_of_images(vlm):
+    images = [Image.new("RGB", (40, 24), colour) for colour in ("red", "blue")]
+    column = datasets.Dataset.from_dict({"image": images}, datasets.Features(image=datasets.Image()))["image"]
+    prompts = [vlm.prompt("what?")] * 2
+    assert torch.equal(
+        vlm.inputs(column, prompts)["pixel_values"], vlm.inputs(images, prompts)["pixel_values"]
+    )

@@ -89,6 +89,8 @@ class Vlm:
         check_type("prompts", prompts, (list, tuple), "a list of texts")
         for prompt in prompts:
             check_type("a prompt", prompt, str, "text")
+        if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+            images = list(images)  # the column of a dataset, too
         if images is not None:
             # any sequence, such as a column of a dataset, but a text would be read letter by letter
             images = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else images

@@ -39,7 +39,7 @@ def build(root: Path) -> Path:
         TokenselError: a chapter has not been run, Sphinx warned, or a page would ask a network for something.
     """
     html, part = root / "_build" / "html", root / "_build" / "part"
-    _discard(html)  # pages of another state, if the build fails, would be taken for its result
+    _discard(html)  # if the build fails, old pages would be taken for its result
     # a kept environment would not repeat a warning that it already gave
     _discard(part)
     source = stage(root)
@@ -55,12 +55,12 @@ def build(root: Path) -> Path:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder in one step, as far as its own name is concerned."""
-    bin = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(bin, ignore_errors=True)
+    """Remove a folder; under its own name it disappears in one step."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        os.replace(folder, bin)
-        shutil.rmtree(bin, ignore_errors=True)
+        os.replace(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _jupyter_book(target: Path, source: Path, *options: str) -> subprocess.CompletedProcess[str]:

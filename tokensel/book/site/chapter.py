@@ -67,8 +67,8 @@ def open_chapter(name: str) -> Chapter:
     The figures that are shown from here on carry their numbers, see :mod:`tokensel.book.site.numbers`. The
     kernel moves to the root of the clone that it was started in, else of the clone that the package was
     installed from, so that ``data/...`` is found from everywhere. Paths that papermill injected are seen
-    from where the kernel was started. papermill on its own only prints a remark about an unknown parameter,
-    accepts every type, and goes on.
+    from where the kernel was started. papermill itself only warns of an unknown parameter, and accepts every
+    type.
 
     Args:
         name: the chapter's file name without its ending.
@@ -79,6 +79,8 @@ def open_chapter(name: str) -> Chapter:
     global _started_in
     shell = _shell()
     known, given = parameters.given_in(list(shell.user_ns.get("In", [])) if shell else [])
+    if shell:  # the values themselves, since a cell written by hand may compute them
+        given = {key: shell.user_ns.get(key, value) for key, value in given.items()}
     parameters.check(name, known, given)
     _started_in = _started_in or Path.cwd()
     root = _root_of_kernel(_started_in)

@@ -166,7 +166,9 @@ def _run_together(tasks: list[tuple], jobs: int) -> None:
         while True:
             # handed out one by one: after a failure what runs ends and is kept, and nothing else starts
             for task in islice(left, jobs - len(running)):
-                with _deaf_to_ctrl_c():  # a new process inherits that, and is interrupted in a chapter only
+                with (
+                    _ignoring_ctrl_c()
+                ):  # a new process inherits that; only a running chapter can be interrupted
                     running[pool.submit(_run_in_pool, *task)] = task[-1]
             if not running:
                 break
@@ -175,7 +177,7 @@ def _run_together(tasks: list[tuple], jobs: int) -> None:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
+def _ignoring_ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -248,7 +250,7 @@ def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> f
         ) from None
     except DeadKernelError:
         raise TokenselError(
-            f"{path.relative_to(root)}: its kernel died, for want of memory perhaps; its last words are in "
+            f"{path.relative_to(root)}: its kernel died, perhaps out of memory; its messages are in "
             f"{log.relative_to(root)}"
         ) from None
     seconds = time.monotonic() - started
