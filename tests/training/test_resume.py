@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,15 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from little import clip_tower, cut, dataset, random_features, same, save_images, small_config, weights
+from little import (
+    clip_tower,
+    cut,
+    dataset,
+    random_features,
+    same,
+    sample_images,
+    save_images,
+    small_config,
+    weights,
+)
 from safetensors.torch import load_file
 
 from tokensel.data.encoders import VisionEncoder
 from tokensel.training.train import train
 from tokensel.utils.errors import TokenselError
-from tokensel.utils.files import load_tensors
+from tokensel.utils.files import load_tensors, save_tensors
 
 ROOT = Path(__file__).parents[2]
+OTHER_DATA = r"was trained on .*give another out folder"
 
 CHILD = """
 import os, signal, sys
@@ -141,6 +153,52 @@ def test_other_options_or_other_data_are_refused(undisturbed):
         train(small_config(steps=20, batch_size=8, p=0.5, out=str(out)), features=random_features())
     with pytest.raises(TokenselError, match="give another out folder or delete it"):
         train(small_config(steps=20, batch_size=8, out=str(out)), features=random_features(seed=1))
+
+
+def test_the_same_tokens_with_other_padding_are_other_data(undisturbed):
+    features = random_features()
+    features.valid = torch.ones(features.tokens.shape[:2], dtype=torch.bool)
+    features.valid[0, 3:] = False
+    with pytest.raises(TokenselError, match=OTHER_DATA):
+        train(small_config(steps=20, batch_size=8, out=str(undisturbed[0])), features=features)
+
+
+def test_as_many_other_images_are_other_data_and_moved_ones_are_the_same(tmp_path):
+    clip_tower(tmp_path / "tower")
+    encoder = VisionEncoder.from_pretrained(tmp_path / "tower")
+    out, folder = str(tmp_path / "out"), save_images(tmp_path / "p", 5)
+    first = train(small_config(out=out), images=folder, encoder=encoder)
+    shutil.move(folder, tmp_path / "moved")
+    again = train(small_config(out=out), images=tmp_path / "moved", encoder=encoder)
+    assert same(weights(first), weights(again))
+    for option in ({"drop_cls": False}, {"feature_layer": -1}):
+        other = VisionEncoder.from_pretrained(tmp_path / "tower", **option)
+        with pytest.raises(TokenselError, match=OTHER_DATA):
+            train(small_config(out=out), images=tmp_path / "moved", encoder=other)
+    os.replace(tmp_path / "moved" / "0.jpg", tmp_path / "moved" / "4.jpg")
+    sample_images(9)[8].save(tmp_path / "moved" / "0.jpg")
+    for images in (tmp_path / "moved", sample_images(5)[::-1]):
+        with pytest.raises(TokenselError, match=OTHER_DATA):
+            train(small_config(out=out), images=images, encoder=encoder)
+
+
+def test_another_precision_is_another_training(tmp_path, monkeypatch):
+    train(small_config(out=str(tmp_path)), features=random_features())
+    train(small_config(out=str(tmp_path), precision="fp32"), features=random_features())  # auto, here
+    monkeypatch.setattr("tokensel.training.train.use_bf16", lambda *_: True)  # as on a GPU
+    with pytest.raises(TokenselError, match="was trained with precision fp32, not bf16"):
+        train(small_config(out=str(tmp_path)), features=random_features())
+
+
+def test_a_checkpoint_of_another_version_is_one_clear_line(undisturbed, tmp_path):
+    tensors, header = load_tensors(undisturbed[0] / "checkpoint.safetensors")
+    header["feed"] = header.pop("loader")
+    save_tensors(tmp_path / "checkpoint.safetensors", tensors, header)
+    with pytest.raises(
+        TokenselError, match="was written by another version of tokensel; give another"
+    ) as caught:
+        train(small_config(steps=20, batch_size=8, out=str(tmp_path)), features=random_features())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_cut_short_is_one_clear_line(undisturbed, tmp_path):
