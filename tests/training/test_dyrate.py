@@ -158,6 +158,20 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(config, tmp_
         train_dyrate(_with_other_model(other, tmp_path))
 
 
+@pytest.mark.parametrize("changed", ["prompts", "answers"])
+def test_as_many_other_questions_are_another_training(changed, config, monkeypatch):
+    train_dyrate(replace(config, steps=2))
+    load = dyrate_training.load_questions
+
+    def other(*args):
+        questions = load(*args)
+        return replace(questions, **{changed: getattr(questions, changed)[::-1]})
+
+    monkeypatch.setattr(dyrate_training, "load_questions", other)
+    with pytest.raises(TokenselError, match="was trained on"):
+        train_dyrate(replace(config, steps=2))
+
+
 def _with_other_model(config: DyRateConfig, folder: Path) -> DyRateConfig:
     same = folder / "model"
     same.mkdir()

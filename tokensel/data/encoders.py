@@ -55,7 +55,7 @@ class VisionEncoder:
         name: where it came from.
         width: channels of a token.
         tokens, grid: tokens of a tile; their rows and columns.
-        size: pixels a side of a tile.
+        size: pixels per side of a tile.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class VisionEncoder:
         drop_cls: bool | None = None,
         **hub: Any,
     ) -> "VisionEncoder":
-        """Load from a hub id or folder: a vision tower, a CLIP or SigLIP model, or a LLaVA checkpoint.
+        """Load from a Hub id or folder: a vision tower, a CLIP or SigLIP model, or a LLaVA checkpoint.
 
         From a LLaVA checkpoint only the files that hold the vision tower are fetched and read; its feature
         layer, CLS choice and image processor come with it. ``hub`` are options of
@@ -106,7 +106,7 @@ class VisionEncoder:
         every download.
 
         Raises:
-            TokenselError: nothing there (or the hub out of reach), no vision tower in it, damaged weights.
+            TokenselError: no such model, no connection to the Hub, no vision tower in it, damaged weights.
         """
         name = str(name)
         options = hub_options(name, **hub)

@@ -77,7 +77,7 @@ class FeatureLoader(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold beside the step, as JSON."""
+        """What a checkpoint has to hold besides the step, as JSON."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class MaskedEmbedding(Standardised):
 class TokenSelector(CoreModel):
     """S_theta: scores each token by how well the others can be reconstructed from it.
 
-    >>> selector = TokenSelector.from_pretrained("selector")        # a folder or a hub id
+    >>> selector = TokenSelector.from_pretrained("selector")        # a folder or a Hub id
     >>> kept = selector.keep_mask(features, keep=0.3)               # the best 30 % of each row
     >>> kept = selector.keep_mask(features)                         # or as many as each image needs
     """
