@@ -239,7 +239,7 @@ def test_a_model_that_is_used_in_another_thread_alone_gets_one_line(vlm):
 
 
 class Quantised(torch.nn.Module):
-    """Stands in for a linear layer of 8 or 4 bits: whole numbers and scales, and no weight of floating point."""
+    """Stands in for a linear layer of 8 bits: whole numbers and scales, without a floating-point weight."""
 
     def __init__(self, linear: torch.nn.Linear):
         super().__init__()
