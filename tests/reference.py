@@ -107,8 +107,14 @@ def went(
     return gone
 
 
+class NearTie(Exception):
+    """Two scores at the border are equal up to rounding, so that either may come first."""
+
+
 @torch.no_grad()
-def masked_reference(vlm: Vlm, reduced, schedule, steps: int = STEPS) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_reference(
+    vlm: Vlm, reduced, schedule, steps: int = STEPS, ties_raise: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy decoding where nothing is removed or cached: dropped columns are hidden from the later layers.
 
     The tokens of a step, the prompt being step 0, do not see what went at that step or before.
@@ -167,7 +173,13 @@ def masked_reference(vlm: Vlm, reduced, schedule, steps: int = STEPS) -> tuple[t
             for row in range(rows):
                 remain = [c for c in range(prompt) if mask[row, c] and gone_at[row, c] > step]
                 scores = paid[row].mean(0)[:prompt].tolist()
-                for column in went(schedule, keeps[row], columns[row], remain, scores):
+                gone = went(schedule, keeps[row], columns[row], remain, scores)
+                cells = [c for c in remain if columns[row]["cells"][c]]
+                lost = [scores[c] for c in cells if c in gone]
+                kept = [scores[c] for c in cells if c not in gone and c != prompt - 1]
+                if ties_raise and lost and kept and min(kept) - max(lost) <= 1e-6 * min(kept):
+                    raise NearTie
+                for column in gone:
                     gone_at[row, column] = step
         hidden = lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
         logits.append(vlm.model.lm_head(hidden))

@@ -116,7 +116,7 @@ def test_the_lines_of_the_readme_need_no_extra(installed, tmp_path):
     [
         ("rapidfuzz", "eval", "import tokensel.benchmarks.metrics as m; m.anls('a', ['b'])"),
         ("datasets", "eval", "from tokensel import evaluate"),
-        ("accelerate", "train", "from tokensel import train"),
+        ("datasets", "train", "from tokensel.data.image_sources import open_images as o; o('coco:train')"),
         ("matplotlib", "figures", "import tokensel.figures.curves"),
     ],
 )

@@ -112,7 +112,7 @@ def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path):
     append_records(path, [{"question_id": "a"}])
     path.write_bytes(path.read_bytes() + b'{"question')
     before = path.read_bytes()
-    assert list(read_records(path, mine=False)) == ["a"] and path.read_bytes() == before
+    assert list(read_records(path, locked=False)) == ["a"] and path.read_bytes() == before
 
 
 def test_parts_share_a_lock_but_not_with_themselves_or_the_whole(tmp_path):

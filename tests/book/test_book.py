@@ -34,8 +34,10 @@ def notebook(*cells: tuple[str, str], tags: tuple[str, ...] = ("parameters",)) -
 
 
 @pytest.fixture
-def clone(tmp_path):
+def clone(tmp_path, monkeypatch):
     """A small book: one chapter that computes, one that fails when it is told to."""
+    # its kernels import this checkout: they start beside the folder tokensel below, which is no package
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "chapters").mkdir()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "weights").write_text("1")

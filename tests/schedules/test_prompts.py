@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from reference import dyrate, generated, masked_reference, vlm_of
+from reference import NearTie, dyrate, generated, masked_reference, vlm_of
 from tiny import SIZES, noise_image
 
 from tokensel.schedules import Exponential, FastV, Fixed, Prompt, Vtw, pruned
@@ -72,7 +72,10 @@ def prompts(vlm: Vlm, texts: list[str], start: bool = False, **choices):
 def test_every_order_equals_the_masked_reference(vlm, texts, start, case):
     reduced = prompts(vlm, texts, start)
     out, pruning = generated(vlm, reduced, case, STEPS)
-    tokens, logits = masked_reference(vlm, reduced, case, STEPS)
+    try:
+        tokens, logits = masked_reference(vlm, reduced, case, STEPS, ties_raise=True)
+    except NearTie:
+        reject()  # rounding decides which of two tokens stays
     assert torch.equal(out.sequences, tokens)
     assert torch.allclose(torch.stack(out.logits, 1), logits, atol=1e-4)
     last = reduced["attention_mask"].shape[1] - 1

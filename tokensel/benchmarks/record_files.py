@@ -23,8 +23,7 @@ class RecordFile:
     """The answers of one benchmark under one condition: complete on disk, and in memory what the tables need.
 
     A record holds what was generated and what it took, not its score or cost: these are computed when the
-        tables
-    are written, so that a change of a metric or of a formula applies to every answer.
+    tables are written, so that a change of a metric or of a formula applies to every answer.
 
     Attributes:
         path: the file that this process writes.

@@ -9,7 +9,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from tokensel.utils.errors import TokenselError
 
-__all__ = ["Attention", "Decoder", "attention_of", "decoder_of"]
+__all__ = ["Attention", "Decoder", "attention_of", "cache_of", "decoder_of"]
 
 Decoder: TypeAlias = LlamaModel | MistralModel | Qwen2Model
 Attention: TypeAlias = LlamaAttention | MistralAttention | Qwen2Attention
@@ -44,3 +44,8 @@ def attention_of(decoder: Decoder, layer: int) -> Attention:
     attention = decoder.layers[layer].self_attn
     assert isinstance(attention, Attention)
     return attention
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among a layer's arguments: ``cache`` since transformers 5.24, before ``past_key_values``."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))

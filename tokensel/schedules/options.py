@@ -28,6 +28,7 @@ UNSUPPORTED: dict[str, tuple[Iterable[Any], str]] = {
     "custom_generate": ((), "code from elsewhere may do anything to the cache"),
     "cache_implementation": (("dynamic", "dynamic_full"), "only a dynamic cache in memory can shrink"),
     "past_key_values": ((), "the prompt starts with an empty cache"),
+    "cache": ((), "the prompt starts with an empty cache"),
     "use_cache": ((True,), "without a cache every token would be computed again"),
 }
 

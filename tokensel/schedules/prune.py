@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from tokensel.budget import fraction_count
 from tokensel.schedules.attention import RESPONSE, last_rows, token_types, type_mass
-from tokensel.schedules.decoder import Decoder, attention_of, decoder_of
+from tokensel.schedules.decoder import Decoder, attention_of, cache_of, decoder_of
 from tokensel.schedules.options import check_cache, check_window
 from tokensel.schedules.prompt import Prompt
 from tokensel.schedules.schedule import Schedule
@@ -155,7 +155,7 @@ class Pruning:
         """Before the first layer: is this the prefill or a decode step? The cache knows."""
         if not self._is_mine() or kwargs is None:
             return None
-        cache, (rows, length) = kwargs.get("past_key_values"), args[0].shape[:2]
+        cache, (rows, length) = cache_of(kwargs), args[0].shape[:2]
         check_cache(self.schedule.name, cache)
         past = (
             0 if cache is None else cache.get_seq_length()
@@ -217,8 +217,8 @@ class Pruning:
 
         def hook(_attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any = None) -> None:
             if self._is_mine():
-                names = ("hidden_states", "position_embeddings", "past_key_values")
-                self.attention_inputs[index] = tuple(kwargs[name] for name in names)
+                inputs = kwargs["hidden_states"], kwargs["position_embeddings"], cache_of(kwargs)
+                self.attention_inputs[index] = inputs
 
         return hook
 
@@ -292,7 +292,7 @@ class Pruning:
             if prefill:
                 hidden = gather_columns(hidden, chosen)
             else:
-                caches = [kwargs["past_key_values"].layers[layer] for layer in stage.layers]
+                caches = [cache_of(kwargs).layers[layer] for layer in stage.layers]
                 evict(caches, chosen, stay.shape[1])
             stage.order, stay = stage.order.gather(1, chosen), stay.gather(1, chosen)
         stage.real, stage.whole = stay, False
@@ -314,6 +314,6 @@ class Pruning:
         else:
             stage.keep = keep
             count = fraction_count(self.total, keep) if keep > 0 else torch.zeros_like(self.total)
-            keep = torch.full((len(self.total),), keep)
+            keep = torch.full((len(self.total),), keep, dtype=torch.float64)  # 0.9999999999999998 is below 1
         scores = partial(self._scores, index)
         return stay_columns(self.prompt, stage, count, keep < 1, scores, self.schedule.newline)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokensel.budget import top_count
+from tokensel.schedules.decoder import cache_of
 from tokensel.schedules.prompt import Prompt
 
 __all__ = ["Drop", "Stage", "evict", "gather_columns", "stay_columns"]
@@ -65,7 +66,7 @@ class Stage:
         if self.maskless:
             return {"attention_mask": None}
         # the cache holds what is left of the prompt and the answer so far; this step adds one more key
-        keys = kwargs["past_key_values"].layers[self.layers.start].keys.shape[-2] + 1
+        keys = cache_of(kwargs).layers[self.layers.start].keys.shape[-2] + 1
         answer = self.real.new_ones(len(self.real), keys - self.real.shape[1])
         allowed = torch.cat([self.real, answer], 1)[:, None, None]  # [rows, 1, 1 query, keys]
         return {"attention_mask": as_given(allowed.to(hidden.device), hidden, attn)}
