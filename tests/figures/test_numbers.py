@@ -71,6 +71,14 @@ def test_error_bars_bars_and_dots_have_the_word_at_their_tick():
     assert "only in the legend" not in set(table["series"])
 
 
+def test_the_areas_of_a_stack_are_read_one_by_one():
+    figure, ax = plt.subplots()
+    ax.stackplot([0, 1], [[1.0, 2.0], [3.0, 0.5]], labels=["system", "image"])
+    table = numbers.table(figure)
+    assert series(table, "system", "x", "y") == [[0.0, 1.0], [1.0, 2.0]]
+    assert series(table, "image", "x", "y", "low", "high") == [[0.0, 3.0, 1.0, 4.0], [1.0, 0.5, 2.0, 2.5]]
+
+
 def test_names_that_are_missing_or_met_twice_are_numbered():
     figure, ax = plt.subplots()
     for label in ("a", "a", None, None):

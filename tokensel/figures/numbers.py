@@ -88,6 +88,12 @@ def _series(ax: Axes, names: dict[str, str]) -> Iterator[Series]:
                 if band_colour == colour and np.array_equal(band["x"], points["x"]):
                     points = points.assign(low=band["low"], high=band["high"])
             yield _name(line, colour, names), points
+    for area in ax.collections:
+        # a band with a label of its own, such as one of a stack: y is its height
+        if isinstance(area, FillBetweenPolyCollection) and not str(area.get_label()).startswith("_"):
+            band = _band(area)[1]
+            height = (band["high"] - band["low"]).abs()
+            yield str(area.get_label()), band.assign(y=height)[["x", "y", "low", "high"]]
     for dots in ax.collections:
         if isinstance(dots, PathCollection):
             x, y = np.asarray(dots.get_offsets(), dtype=float).T
