@@ -91,9 +91,8 @@ def _series(ax: Axes, names: dict[str, str]) -> Iterator[Series]:
     for area in ax.collections:
         # a band with a label of its own, such as one of a stack: y is its height
         if isinstance(area, FillBetweenPolyCollection) and not str(area.get_label()).startswith("_"):
-            band = _band(area)[1]
-            height = (band["high"] - band["low"]).abs()
-            yield str(area.get_label()), band.assign(y=height)[["x", "y", "low", "high"]]
+            x, low, high = (_band(area)[1][name].to_numpy() for name in ("x", "low", "high"))
+            yield str(area.get_label()), _frame(x, np.abs(high - low), low, high)
     for dots in ax.collections:
         if isinstance(dots, PathCollection):
             x, y = np.asarray(dots.get_offsets(), dtype=float).T
