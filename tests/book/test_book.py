@@ -379,12 +379,12 @@ def test_a_figure_without_numbers_is_refused_and_an_explorer_lists_its_steps():
     data = {
         "keeps": [0.1],
         "methods": {"norm": "feature norm"},
-        "pictures": [{"name": "page", "steps": {"norm": [step]}}],
+        "examples": [{"name": "page", "steps": {"norm": [step]}}],
     }
     html = f'<div class="explorer">\n<script type="application/json">{json.dumps(data)}</script></div>'
     page.cells[1].outputs = [nbformat.v4.new_output("display_data", {"text/html": html})]
     assert numbers.link_figures(page, "03_drawn") == {
-        "03_drawn-1.csv": "picture,method,keep,tokens,answer\npage,feature norm,0.1,7,K\n"
+        "03_drawn-1.csv": "example,method,keep,tokens,answer\npage,feature norm,0.1,7,K\n"
     }
     assert 'href="../_static/numbers/03_drawn-1.csv"' in page.cells[1].outputs[1].data["text/html"]
 

@@ -91,12 +91,12 @@ def _explorer_table(html: str) -> str:
         return ""
     data = json.loads(found[1])
     rows = []
-    for picture in data["pictures"]:
-        for method, steps in picture["steps"].items():
+    for example in data["examples"]:
+        for method, steps in example["steps"].items():
             # without budgets a step is one more token of the answer
             places = data.get("keeps") or range(1, len(steps) + 1)
             for place, step in zip(places, steps, strict=True):
-                row = {"picture": picture["name"], "method": data["methods"][method]}
+                row = {"example": example["name"], "method": data["methods"][method]}
                 row["keep" if "keeps" in data else "token"] = place
                 # what is one entry a cell is drawn, not listed
                 rows.append(row | {key: value for key, value in step.items() if not isinstance(value, list)})
