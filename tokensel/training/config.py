@@ -16,6 +16,23 @@ from tokensel.utils.options import SEED_MOST, Option, check_fields
 DATA, MODEL, OBJECTIVE, OPTIMISATION, RUNNING = "Data", "Model", "Objective", "Optimisation", "Running"
 
 
+# options that every training has
+_LearningRate = Annotated[float, Option("Peak learning rate.", OPTIMISATION, above=0)]
+_Warmup = Annotated[
+    float,
+    Option(
+        "Fraction of the steps over which the learning rate rises.",
+        OPTIMISATION,
+        least=0,
+        most=1,
+        example="0.05",
+    ),
+]
+_MaxGradNorm = Annotated[
+    float, Option("Clip gradients whose norm is larger than this.", OPTIMISATION, above=0)
+]
+
+
 @no_type_check  # check_fields does it, with a message for users
 @dataclass(frozen=True)
 class TrainConfig:
@@ -81,24 +98,13 @@ class TrainConfig:
     batch_size: Annotated[int, Option("Tiles a step, of all processes together.", OPTIMISATION, least=1)] = 64
     # what the paper's group used for a later feature reconstructor; the warm-up is from the same work. The
     # shipped selectors were trained at 1e-3
-    lr: Annotated[float, Option("Peak learning rate.", OPTIMISATION, above=0)] = 3e-4
+    lr: _LearningRate = 3e-4
     # after it the learning rate follows a cosine to 0
-    warmup: Annotated[
-        float,
-        Option(
-            "Fraction of the steps over which the learning rate rises.",
-            OPTIMISATION,
-            least=0,
-            most=1,
-            example="0.05",
-        ),
-    ] = 0.05
+    warmup: _Warmup = 0.05
     # AdamW's default
     weight_decay: Annotated[float, Option("Weight decay of AdamW.", OPTIMISATION, least=0)] = 0.01
     # the l2 norm has a kink at 0 and the hinge at p: single steps can be steep
-    max_grad_norm: Annotated[
-        float, Option("Clip gradients whose norm is larger than this.", OPTIMISATION, above=0)
-    ] = 1.0
+    max_grad_norm: _MaxGradNorm = 1.0
     # the first of the run
     statistics_tiles: Annotated[
         int,
@@ -184,22 +190,11 @@ class DyRateConfig:
     steps: Annotated[int, Option("Optimiser steps.", OPTIMISATION, least=1)] = 100
     batch_size: Annotated[int, Option("Questions a step.", OPTIMISATION, least=1)] = 8
     # high, for a linear layer on fractions between 0 and 1
-    lr: Annotated[float, Option("Peak learning rate.", OPTIMISATION, above=0)] = 0.1
+    lr: _LearningRate = 0.1
     # after it the learning rate follows a cosine to 0
-    warmup: Annotated[
-        float,
-        Option(
-            "Fraction of the steps over which the learning rate rises.",
-            OPTIMISATION,
-            least=0,
-            most=1,
-            example="0.05",
-        ),
-    ] = 0.05
+    warmup: _Warmup = 0.05
     weight_decay: Annotated[float, Option("Weight decay of AdamW.", OPTIMISATION, least=0)] = 0.0
-    max_grad_norm: Annotated[
-        float, Option("Clip gradients whose norm is larger than this.", OPTIMISATION, above=0)
-    ] = 1.0
+    max_grad_norm: _MaxGradNorm = 1.0
     seed: Annotated[
         int, Option("Seed of the questions drawn and of the Gumbel noise.", RUNNING, least=0, most=SEED_MOST)
     ] = 0

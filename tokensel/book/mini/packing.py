@@ -55,7 +55,7 @@ def layout(core, size: tuple[int, int]) -> Int[Tensor, "packed"]:
 class PackedQuestions:
     """Questions of a batch of pages, packed behind the visual tokens of each page.
 
-    Each question sees the picture and itself, never another question, and counts positions as if it stood
+    Each question sees the image and itself, never another question, and counts positions as if it stood
     alone: one row holds what would be ``questions`` rows of a batch.
     """
 

@@ -43,7 +43,7 @@ class StepBatch:
         shrunk: whether the model's own compression is on.
         tasks: of these pages, in order.
         packed: their questions.
-        drill: questions without a picture.
+        drill: questions without an image.
     """
 
     pixels: Float[Tensor, "tiles 3 height width"]

@@ -33,7 +33,7 @@ def draw_page(task: str, split: str, index: int, size: tuple[int, int] | None = 
 
     Args:
         task: a key of ``DRAW``.
-        split: train, validation or test; their pictures never meet, nor do their answers of four letters or
+        split: train, validation or test; their images never meet, nor do their answers of four letters or
             more.
         index: any non-negative integer.
         size: (height, width) in pixels; by default drawn from ``SIZES`` with ``SHARES``.

@@ -17,7 +17,7 @@ class Chapter:
         name: file name without its ending, such as ``03_selector``.
         root: the project's root, also the working directory from here on.
         results: where the chapter's table belongs, ``_build/results/<name>.csv``.
-        figures: folder for pictures that pages outside the chapter show, ``_build/figures``.
+        figures: folder for images that pages outside the chapter show, ``_build/figures``.
         progress: whether progress bars are wanted; not where the book runs the chapter.
     """
 
