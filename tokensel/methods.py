@@ -58,6 +58,7 @@ class Batch(EncodedBatch):
         images: Sequence[Any],
         questions: Sequence[str],
         keys: Int[Tensor, "rows"] | Sequence[int] | None = None,
+        marked: Sequence[bool] | None = None,
     ):
         """
         Args:
@@ -66,6 +67,8 @@ class Batch(EncodedBatch):
             questions: the users' turns; the chat template is put around them here.
             keys: a stable number for each row, the seed of its random selection; made from the pixels by
                 default.
+            marked: for each question whether it marks the places of its images itself, see
+                :meth:`Vlm.prompt`; none does by default.
 
         Raises:
             TokenselError: images and questions differ in number.
@@ -75,15 +78,18 @@ class Batch(EncodedBatch):
                 f"{len(images)} rows of images for {len(questions)} questions: give as many as questions"
             )
         self.vlm, self.images, self.questions, self.keys = vlm, list(images), list(questions), keys
+        self.marked = [False] * len(questions) if marked is None else list(marked)
         self.native = vlm.native
 
     def encode(self, with_images: bool) -> Encoded:
         if not with_images:
-            prompts = [self.vlm.prompt(question, False) for question in self.questions]
+            place = self.vlm.processor.image_token
+            blind = [q.replace(place, "") if own else q for q, own in zip(self.questions, self.marked)]
+            prompts = [self.vlm.prompt(question, False) for question in blind]
             return encode(self.vlm.model, self.vlm.inputs(None, prompts))
         prompts = [
-            self.vlm.prompt(question, len(images_of_row(row)))
-            for question, row in zip(self.questions, self.images)
+            self.vlm.prompt(question, len(images_of_row(row)), marked=own)
+            for question, row, own in zip(self.questions, self.images, self.marked)
         ]
         return encode(self.vlm.model, self.vlm.inputs(self.images, prompts), self.keys)
 

@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import suite_tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import tiny_selector
 
 from tokensel.benchmarks.plugin import Tokensel
 from tokensel.methods import Batch, prepare
 from tokensel.utils.errors import TokenselError
+from tokensel.vlm import Vlm
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,10 @@ def test_options_are_checked_before_the_model_is_loaded(options, line):
 
 def test_sampling_tasks_are_refused_and_stop_strings_cut(folder):
     plain = model(folder)
+    (greedy,) = plain.generate_until(requests()[:1])
+    request = requests()[0]
+    request.args[1].update(temperature=0, top_p=0.1, num_beams=1, do_sample=False)
+    assert plain.generate_until([request]) == [greedy]
     for options in ({"do_sample": True}, {"temperature": 0.7}, {"num_beams": 3}):
         request = requests()[0]
         request.args[1].update(options)
@@ -106,8 +113,50 @@ def test_sampling_tasks_are_refused_and_stop_strings_cut(folder):
     assert plain.generate_until([request]) == [whole.split(whole[2])[0]]
 
 
-def test_placeholders_in_a_context_are_places_of_images_and_no_text(folder):
+def prompts_of(plain: Tokensel, request, monkeypatch) -> list[str]:
+    """The prompts that the processor is given for a request."""
+    seen, inputs = [], Vlm.inputs
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Vlm, "inputs", lambda vlm, images, texts: seen.extend(texts) or inputs(vlm, images, texts)
+        )
+        plain.generate_until([request])
+    return seen
+
+
+@given(pieces=st.lists(st.sampled_from(["what", " ", "?", "<image>", "\n"]), max_size=7))
+@settings(max_examples=15, deadline=None)
+def test_placeholders_in_a_context_are_the_places_of_its_images(folder, pieces):
+    plain, (request,) = model(folder), requests()[2:3]
+    context = "".join(pieces)
+    request.args = (context, *request.args[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        (prompt,) = prompts_of(plain, request, patch)
+    if context.count("<image>") == 2:  # as many as the document has images
+        assert prompt == plain.vlm.prompt("QUESTION", 0).replace("QUESTION", context)
+    else:
+        words = context.replace("<image>", "").strip() if "<image>" in context else context
+        assert prompt == plain.vlm.prompt(words, 2)
+
+
+def test_an_image_is_read_where_it_is_mentioned(folder, monkeypatch):
     plain = model(folder)
-    marked, unmarked = requests()[2], requests()[2]
-    marked.args = ("<image> <image> " + marked.args[0], *marked.args[1:])
-    assert plain.generate_until([marked]) == plain.generate_until([unmarked])
+    before, after = requests()[1], requests()[1]
+    before.args = ("<image>what?", *before.args[1:])
+    after.args = ("what?<image>", *after.args[1:])
+    assert prompts_of(plain, before, monkeypatch) != prompts_of(plain, after, monkeypatch)
+    blind = model(folder, method="none")
+    assert prompts_of(blind, after, monkeypatch)[0] == plain.vlm.prompt("what?", 0)
+
+
+def test_each_process_of_several_has_a_gpu_of_its_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "tokensel.benchmarks.plugin.load_vlm", lambda name, device, dtype: asked.append(device)
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for rank, device in ((None, None), ("0", None), ("3", None), ("3", "cuda:1")):
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        Tokensel("no/such-model", **({} if device is None else {"device": device}))
+    assert asked == [None, "cuda:0", "cuda:3", "cuda:1"]

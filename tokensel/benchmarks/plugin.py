@@ -94,6 +94,9 @@ class Tokensel(_Base):
     def generate_until(self, requests: list[Any]) -> list[str]:
         """The answer to each request: new text alone, however short the prompt has become.
 
+        A context that has a placeholder for each of its images is asked with the images at these places. In
+        any other, the images come first.
+
         Raises:
             TokenselError: a task that samples or searches with beams; answers are greedy here.
         """
@@ -112,8 +115,10 @@ class Tokensel(_Base):
                     for _, _, look, doc, task, split in asked
                 ]
                 keys = stable_keys([f"{task} {split} {doc}" for *_, doc, task, split in asked])
-                questions = [_without_placeholders(context) for context, *_ in asked]
-                batch = Batch(self.vlm, images, questions, keys)
+                place = self.vlm.processor.image_token
+                turns = [_question(args[0], len(row or ()), place) for args, row in zip(asked, images)]
+                questions, marked = zip(*turns)
+                batch = Batch(self.vlm, images, questions, keys, marked)
                 reduced = prepare(batch, self.method, self.keep, self.choices, self.scorer)
                 texts = self.vlm.generate(reduced, limit)
                 answers |= {i: _cut(text, requests[i].args[1].get("until")) for i, text in zip(some, texts)}
@@ -129,7 +134,10 @@ class Tokensel(_Base):
 
 
 def _check_greedy(options: Mapping[str, Any]) -> None:
-    """Raise on options of a task that greedy decoding cannot follow."""
+    """Raise on options of a task that greedy decoding cannot follow.
+
+    ``top_p`` and ``top_k`` alone change nothing: they shape the distribution of samples, and none are drawn.
+    """
     sampled = options.get("do_sample") or (options.get("temperature") or 0) > 0
     if sampled or (options.get("num_beams") or 1) > 1:
         given = {key: options[key] for key in ("do_sample", "temperature", "num_beams") if key in options}
@@ -143,6 +151,12 @@ def _cut(text: str, until: str | list[str] | None) -> str:
     return text
 
 
-def _without_placeholders(context: str) -> str:
-    """The question of a context that marks the places of its images; here all images come first."""
-    return context.replace(PLACEHOLDER, "").strip() if PLACEHOLDER in context else context
+def _question(context: str, images: int, place: str) -> tuple[str, bool]:
+    """The question of a context, with ``place`` for its placeholders, and whether each image has one.
+
+    Placeholders that do not match the images are left out: which of them is whose cannot be known.
+    """
+    marked = 0 < context.count(PLACEHOLDER) == images
+    if marked or PLACEHOLDER not in context:
+        return context.replace(PLACEHOLDER, place), marked
+    return context.replace(PLACEHOLDER, "").strip(), False

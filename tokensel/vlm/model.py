@@ -45,25 +45,38 @@ class Vlm:
     name: str
     native: str | None = None
 
-    def prompt(self, question: str, image: bool | int = True) -> str:
+    def prompt(self, question: str, image: bool | int = True, *, marked: bool = False) -> str:
         """The user's turn in the model's own chat template, with ``image`` images before the question.
 
+        Args:
+            question: the question.
+            image: how many images it has.
+            marked: the question itself has an image placeholder where each of its images belongs, and none
+                is put before it.
+
         Raises:
-            TokenselError: no chat template, a broken one, or a question that contains the image placeholder.
+            TokenselError: no chat template, a broken one, a question that contains an image placeholder and
+                is not ``marked``, or a marked one with another number of placeholders than images.
         """
         if not (self.processor.chat_template or self.processor.tokenizer.chat_template):
             raise TokenselError(
                 f"{self.name} has no chat template: write the prompts yourself and pass them to inputs()"
             )
         check_type("the question", question, str, "text")
+        if marked and (places := question.count(self.processor.image_token)) != int(image):
+            raise TokenselError(
+                f"the question {question!r} marks the places of {places} images and has {int(image)}: give "
+                "one for each"
+            )
         for article, kind in (("an", "image"), ("a", "video")):
             token = getattr(self.processor, f"{kind}_token", None)
-            if token is not None and token in question:
+            if token is not None and token in question and not (marked and kind == "image"):
                 raise TokenselError(
                     f"the question {question!r} contains {token}, which stands for {article} {kind}: write "
                     "it in another way, and pass images separately"
                 )
-        content = [{"type": "image"}] * int(image) + [{"type": "text", "text": question}]
+        before = 0 if marked else int(image)
+        content = [{"type": "image"}] * before + [{"type": "text", "text": question}]
         turns = [{"role": "user", "content": content}]
         try:
             return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -89,11 +102,10 @@ class Vlm:
         check_type("prompts", prompts, (list, tuple), "a list of texts")
         for prompt in prompts:
             check_type("a prompt", prompt, str, "text")
-        if isinstance(images, Sequence) and not isinstance(images, str | bytes):
-            images = list(images)  # the column of a dataset, too
         if images is not None:
             # any sequence, such as a column of a dataset, but a text would be read letter by letter
-            images = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else images
+            several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+            images = list(images) if several else images
             check_type("images", images, list, "a list with an entry for each prompt")
         rows = [[]] * len(prompts) if images is None else [images_of_row(row) for row in images]
         if not len(prompts):
