@@ -11,12 +11,14 @@ from transformers import LlavaNextForConditionalGeneration
 from typer.testing import CliRunner
 
 from tokensel import cli
+from tokensel.cost import count_answer
 from tokensel.methods import methods as all_methods
 from tokensel.profiling import inference, training
 from tokensel.profiling.config import CostConfig, image_size
 from tokensel.profiling.shapes import SHAPES
 from tokensel.profiling.timing import PHASES, time_answer
-from tokensel.profiling.workload import MeasuredModel, Variant, make_inputs, variants
+from tokensel.profiling.workload import MeasuredModel, Variant, make_inputs, schedule_of, variants
+from tokensel.schedules import pruned
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import encode
 
@@ -121,6 +123,21 @@ def test_the_report_holds_ratios_within_rounds_and_of_the_ideal(model, config):
     )
     assert "its own" in found["weights"] and found["sittings"] == 1
     assert len(list(inference.inference_lines(found))) == 1 + len(rows)
+
+
+@pytest.mark.parametrize("method", ["fastv", "vtw", "random+fastv", "downsample+fastv", "downsample+vtw"])
+def test_flops_of_a_prefill_are_those_of_the_tokens_that_each_layer_held(model, config, method):
+    config = replace(config, methods=(method,))
+    measured, variant = MeasuredModel.of(config, model), variants(config)[1]
+    inputs = make_inputs(model, SIZE, 2, config.text)
+    encoded = encode(model, inputs)
+    prepared = measured.prepare(variant, inputs, measured.scorers.get(method.partition("+")[0]))
+    with pruned(model, prepared.prompt, schedule_of(variant, config)) as pruning:
+        model.generate(**prepared, max_new_tokens=1, do_sample=False)
+    held = torch.stack(pruning.left)[:, :, 0].numpy()  # newlines included, of one row
+    right = 2 * count_answer(model.config.text_config, config.text, held)
+    length, cells = prepared["attention_mask"].shape[1], int(prepared.n_visual[0])
+    assert inference.counted(config, measured, variant, encoded, length, cells).prefill == right
 
 
 def test_killed_it_goes_on_with_the_rounds_that_are_missing(model, config, monkeypatch):

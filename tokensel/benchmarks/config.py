@@ -115,6 +115,7 @@ class EvalConfig:
         Literal["compete", "keep", "last", "drop"],
         Option("Tokens of the thumbnail tile compete, come first, come last, or are dropped.", BEFORE),
     ] = "compete"
+    # of schedules too
     newline: Annotated[
         Literal["keep", "drop", "row"],
         Option("Newline tokens: keep all, drop all, or keep those of rows with a kept token.", BEFORE),

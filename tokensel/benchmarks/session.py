@@ -92,12 +92,12 @@ class EvalSession:
         row, config = check_method(condition.method), self.config
         if row.schedule is None:
             return None
-        if row.schedule == "dyrate":
-            return DyRate(self.predictor)
-        if row.schedule == "vtw":
+        if row.schedule == "vtw":  # it drops everything visual, newlines too
             return Vtw(config.vtw_layer or self.vlm.model.config.text_config.num_hidden_layers // 2)
+        if row.schedule == "dyrate":
+            return DyRate(self.predictor, config.newline)
         keep = config.inside if row.chooses else condition.keep
-        return make_schedule(row.schedule, layer=config.layer, keep=keep)
+        return make_schedule(row.schedule, layer=config.layer, keep=keep, newline=config.newline)
 
     def check_fit(self) -> None:
         """Check before any work that methods, selector, predictor and the layers of schedules fit the model.
@@ -160,5 +160,6 @@ class EvalSession:
         if row.uses_selector:
             identity["selector"] = self.selector_digest
         if schedule is not None:
-            identity["schedule"] = self.predictor_digest if isinstance(schedule, DyRate) else repr(schedule)
+            dyrate = isinstance(schedule, DyRate)
+            identity["schedule"] = f"{self.predictor_digest} {schedule.newline}" if dyrate else repr(schedule)
         return identity

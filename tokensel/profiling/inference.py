@@ -171,10 +171,10 @@ def summarise_inference(
 ) -> Iterator[dict[str, Any]]:
     """One row for each variant: medians with quartiles, ratios to the stock model, and to the ideal."""
     stock = [round["times"][f"{FULL} 1.0"] for round in rounds]
-    full = counted(config, measured, Variant(FULL, 1.0), encoded, stock[0]["length"])
+    full = counted(config, measured, Variant(FULL, 1.0), encoded, stock[0]["length"], stock[0]["n_visual"])
     for variant in variants(config):
         times = [round["times"][" ".join(map(str, variant))] for round in rounds]
-        cost = counted(config, measured, variant, encoded, times[0]["length"])
+        cost = counted(config, measured, variant, encoded, times[0]["length"], times[0]["n_visual"])
         ideal = {"first_token": cost.speedup(full)}
         if schedule_of(variant, config) is None:
             text, rows = measured.model.config.text_config, block.rows
@@ -209,12 +209,17 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def counted(
-    config: CostConfig, measured: MeasuredModel, variant: Variant, encoded: Encoded, length: int
+    config: CostConfig,
+    measured: MeasuredModel,
+    variant: Variant,
+    encoded: Encoded,
+    length: int,
+    cells: int | None = None,
 ) -> Cost:
     """FLOPs to the first token of all rows under a variant, from shapes alone.
 
     The work of ranking tokens is counted for the selector only: it is negligible for the other scorers and
-        for schedules.
+    for schedules.
 
     Args:
         config, measured: what is measured.
@@ -222,6 +227,7 @@ def counted(
         encoded: the batch, for its tiles and tokens.
         length: tokens of a row that enter the language model; needed by ``downsample``, whose grids are
             whole, and by schedules.
+        cells: visual cells of a row that enter it, newlines not counted; needed by schedules.
     """
     model, layout = measured.model.config, encoded.layout
     rows, tiles = len(layout.tiles), layout.tiles[0]
@@ -246,8 +252,8 @@ def counted(
         keep = variant.keep if row.chooses else 1.0
         cost = first_token(model, tiles, visual, text, keep, newlines, selector, read)
     if (schedule := schedule_of(variant, config)) is not None:
-        # a schedule counts cells; of the newlines, all are there, whatever chose the cells
-        cells = length - text - newlines
+        assert cells is not None, "every method with a schedule counts its visual tokens"
+        newlines = length - text - cells  # fewer than in the full image where it was shrunk before
         entering, share = [], 1.0
         for layer in range(model.text_config.num_hidden_layers):
             # in the prefill every schedule that is measured gives one number for all rows
