@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -13,18 +14,45 @@ from transformers.utils import logging
 from tokensel.utils.errors import HubError, check_type, reason
 
 
+class _Quiet:
+    """The contexts of :func:`quiet` that are open in all threads, and what the last one restores."""
+
+    def __init__(self) -> None:
+        self.lock, self.open = Lock(), 0
+        self.verbosity, self.bars = 0, True
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.open == 0:
+                self.verbosity, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+                logging.set_verbosity_error()
+                logging.disable_progress_bar()
+            self.open += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.open -= 1
+            if self.open == 0:
+                logging.set_verbosity(self.verbosity)
+                if self.bars:
+                    logging.enable_progress_bar()
+
+
+_QUIET = _Quiet()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress progress bars and load reports of transformers, which are noise for files this small."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Suppress progress bars and load reports of transformers, which are noise for files this small.
+
+    transformers has one verbosity for the whole process, so other threads are quiet for as long. The first of
+    several contexts, nested or in several threads, saves the verbosity and the last one restores it.
+    """
+    _QUIET.enter()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        _QUIET.leave()
 
 
 def hub_options(
