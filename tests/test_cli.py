@@ -151,6 +151,26 @@ def test_other_errors_are_not_hidden(monkeypatch):
         cli.main()
 
 
+@pytest.mark.parametrize(
+    ("command", "loader"),
+    [
+        ("evaluate --model us/model --suite suite_tiny --methods full", "benchmarks.session.load_vlm"),
+        ("dyrate --model us/model --suite suite_tiny --out OUT", "training.dyrate.load_vlm"),
+        ("cost --model us/model --out OUT", "profiling.workload.load_vlm"),
+        ("cost --model us/model --out OUT --random-weights", "profiling.workload.hub_options"),
+    ],
+)
+def test_the_revision_of_a_model_reaches_its_loader(command, loader, monkeypatch, capsys, tmp_path):
+    def load(name, *_, revision):
+        raise TokenselError(f"asked for {name} at {revision}")
+
+    monkeypatch.setattr(f"tokensel.{loader}", load)
+    words = command.replace("OUT", str(tmp_path)).split()
+    for given, seen in (((), None), (("--revision", "v2"), "v2")):
+        code, _, told = ended(monkeypatch, capsys, *words, *given)
+        assert code == 1 and told == f"error: asked for us/model at {seen}\n"
+
+
 def test_interrupted_is_130(monkeypatch, capsys):
     monkeypatch.setattr("tokensel.benchmarks.runner.evaluate", raises(KeyboardInterrupt()))
     assert (

@@ -1,6 +1,7 @@
 """Loading quietly leaves the verbosity of transformers as it was, however many threads load."""
 
 from contextlib import ExitStack
+from logging import ERROR
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ def test_contexts_that_overlap_restore_what_was_before_the_first(chosen, moves):
         else:
             contexts[number] = ExitStack()
             contexts[number].enter_context(quiet())
-        assert state() == ((logging.ERROR, False) if contexts else chosen)
+        assert state() == ((ERROR, False) if contexts else chosen)
     for context in contexts.values():
         context.close()
     assert state() == chosen

@@ -32,6 +32,14 @@ class EvalConfig:
         str,
         Option("Module with a table BENCHMARKS; the paper's ten are tokensel.benchmarks.paper.", DATA),
     ]
+    # a token would end up in the provenance, so it is read from where the Hub's own tools look
+    revision: Annotated[
+        str | None,
+        Option(
+            "Branch, tag or commit of the model on the Hub. Tokens: set HF_TOKEN or run `hf auth login`.",
+            MODEL,
+        ),
+    ] = None
     data: Annotated[
         str | None,
         Option("Folder with a folder of parquet files for each benchmark, instead of the Hub.", DATA),

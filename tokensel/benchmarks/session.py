@@ -43,7 +43,7 @@ class EvalSession:
             TokenselError: the model cannot be loaded.
         """
         dtype = None if config.dtype == "auto" else config.dtype
-        self.vlm: Vlm = load_vlm(config.model, local_device(config.device), dtype)
+        self.vlm: Vlm = load_vlm(config.model, local_device(config.device), dtype, revision=config.revision)
         keeps = config.keeps or (SHORT_KEEPS if self.vlm.native else KEEPS)
         self.config = replace(config, keeps=keeps)
         self._scorers: dict[tuple[str, int], Scorer] = {}

@@ -32,6 +32,14 @@ class CostConfig:
             MODEL,
         ),
     ]
+    # a token would end up in the provenance, so it is read from where the Hub's own tools look
+    revision: Annotated[
+        str | None,
+        Option(
+            "Branch, tag or commit of the model on the Hub. Tokens: set HF_TOKEN or run `hf auth login`.",
+            MODEL,
+        ),
+    ] = None
     # always so for a row of the table: how long a model takes depends on its shapes and not on its weights
     random_weights: Annotated[
         bool,

@@ -61,10 +61,11 @@ def build_model(config: CostConfig) -> PreTrainedModel:
     device = check_device(config.device)
     if not (config.random_weights or config.model in SHAPES):
         dtype = None if config.dtype == "auto" else config.dtype
-        return load_vlm(config.model, device, dtype, config.attn).model
+        return load_vlm(config.model, device, dtype, config.attn, revision=config.revision).model
     half = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = half if config.dtype == "auto" else getattr(torch, config.dtype)
-    shape = SHAPES[config.model]() if config.model in SHAPES else _configuration(config.model)
+    known = config.model in SHAPES
+    shape = SHAPES[config.model]() if known else _configuration(config.model, config.revision)
     with torch.random.fork_rng(devices=[]), device:
         torch.manual_seed(config.seed)
         try:
@@ -76,9 +77,11 @@ def build_model(config: CostConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def _configuration(name: str) -> Any:
+def _configuration(name: str, revision: str | None) -> Any:
     try:
-        config = AutoConfig.from_pretrained(name, **hub_options(name))
+        config = AutoConfig.from_pretrained(name, **hub_options(name, revision=revision))
+    except TokenselError:
+        raise
     except (OSError, ValueError) as error:
         raise TokenselError(
             f"{name} holds no configuration ({reason(error)}); give a folder, a hub id, or one of "

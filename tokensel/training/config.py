@@ -160,6 +160,14 @@ class DyRateConfig:
 
     model: Annotated[str, Option("LLaVA-NeXT, which is not changed: folder or Hub id.", DATA)]
     suite: Annotated[str, Option("Module with a table BENCHMARKS, by its dotted name.", DATA)]
+    # a token would end up in the provenance, so it is read from where the Hub's own tools look
+    revision: Annotated[
+        str | None,
+        Option(
+            "Branch, tag or commit of the model on the Hub. Tokens: set HF_TOKEN or run `hf auth login`.",
+            DATA,
+        ),
+    ] = None
     # "" writes nothing
     out: Annotated[str, Option("Folder for checkpoint, history and predictor.", DATA)] = ""
     benchmarks: Annotated[
@@ -218,5 +226,7 @@ class DyRateConfig:
     def result(self) -> dict[str, Any]:
         """The choices that decide the result, as JSON gives them back; the model is known by its digest."""
         return json.loads(
-            json.dumps({name: value for name, value in asdict(self).items() if name != "model"})
+            json.dumps(
+                {name: value for name, value in asdict(self).items() if name not in ("model", "revision")}
+            )
         )

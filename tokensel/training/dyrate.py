@@ -210,7 +210,8 @@ def train_dyrate(
         TokenselError: no model or data, a layer outside the model, a checkpoint of another training, a full
         disk.
     """
-    vlm = vlm or load_vlm(config.model, None if config.device == "auto" else config.device)
+    device = None if config.device == "auto" else config.device
+    vlm = vlm or load_vlm(config.model, device, revision=config.revision)
     model = vlm.model.requires_grad_(False)
     data = [
         load_questions(benchmark, config.split, config.n)
