@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from tokensel.schedules import SCHEDULES
+from tokensel.schedules import SCHEDULES, schedule_options
 from tokensel.scorers import SCORERS, Scorer, make_scorer, scorer_options
 from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.choose import Choices
@@ -120,7 +120,8 @@ class Method:
     @property
     def uses_seed(self) -> bool:
         """Whether another seed gives another result."""
-        return self.scorer is not None and "seed" in scorer_options(self.scorer)
+        scorer = self.scorer is not None and "seed" in scorer_options(self.scorer)
+        return scorer or (self.schedule is not None and "seed" in schedule_options(self.schedule))
 
     @property
     def uses_selector(self) -> bool:

@@ -10,9 +10,10 @@ from tokensel.data.features import Features
 from tokensel.model.selector import SelectorConfig, TokenSelector
 from tokensel.scorers import SCORERS, Scorer, make_scorer
 from tokensel.scorers.diversity import max_min_order
-from tokensel.scorers.random import RandomScorer, mix
+from tokensel.scorers.random import RandomScorer
 from tokensel.scorers.uniform import even_order
 from tokensel.utils.errors import TokenselError
+from tokensel.utils.hashing import mix
 
 
 def features(tiles: int = 3, tokens: int = 16, channels: int = 64, seed: int = 0) -> Features:

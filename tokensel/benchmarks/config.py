@@ -47,13 +47,13 @@ class EvalConfig:
     benchmarks: Annotated[
         tuple[str, ...], Option("Benchmarks of the suite, comma-separated; all by default.", DATA)
     ] = ()
-    # full, none, vtw and dyrate leave no choice of a keep and are run once, the others per keep
+    # full, none, vtw, dyrate and sparsevlm leave no choice of a keep and are run once, the others per keep
     methods: Annotated[
         tuple[str, ...],
         Option(
             "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample, "
-            "native; inside the language model fastv, vtw, dyrate, fixed, exponential; both in turn, as "
-            "selector+fastv.",
+            "native; inside the language model fastv, vtw, dyrate, fixed, exponential, pyramiddrop, feather, "
+            "sparsevlm, priortr, clse, random-cut; both in turn, as selector+fastv.",
             RUNNING,
         ),
     ] = ("full", "none", "random", "selector")
@@ -97,7 +97,12 @@ class EvalConfig:
         ),
     ] = 0.5
     layer: Annotated[
-        int, Option("First layer at which fastv, fixed and exponential drop tokens.", INSIDE, least=1)
+        int,
+        Option(
+            "First layer at which fastv, fixed, exponential, priortr and random-cut drop tokens.",
+            INSIDE,
+            least=1,
+        ),
     ] = 2
     # half of the layers, as in its paper
     vtw_layer: Annotated[

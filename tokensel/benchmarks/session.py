@@ -13,7 +13,15 @@ from tokensel.benchmarks.shards import local_device
 from tokensel.cost.answers import Work, work_cost
 from tokensel.methods import check_method
 from tokensel.model.selector import TokenSelector
-from tokensel.schedules import DyRate, RatePredictor, Schedule, Vtw, make_schedule
+from tokensel.schedules import (
+    DyRate,
+    RatePredictor,
+    Schedule,
+    Vtw,
+    cuts_at_depth,
+    make_schedule,
+    schedule_options,
+)
 from tokensel.scorers import Scorer, make_scorer
 from tokensel.utils.errors import TokenselError, check_layers
 from tokensel.utils.provenance import checkpoint_digest
@@ -97,7 +105,10 @@ class EvalSession:
         if row.schedule == "dyrate":
             return DyRate(self.predictor, config.newline)
         keep = config.inside if row.chooses else condition.keep
-        return make_schedule(row.schedule, layer=config.layer, keep=keep, newline=config.newline)
+        given = {"layer": config.layer, "keep": keep, "seed": condition.seed, "newline": config.newline}
+        given |= cuts_at_depth(row.schedule, self.vlm.model.config.text_config.num_hidden_layers)
+        known = schedule_options(row.schedule)
+        return make_schedule(row.schedule, **{name: value for name, value in given.items() if name in known})
 
     def check_fit(self) -> None:
         """Check before any work that methods, selector, predictor and the layers of schedules fit the model.

@@ -27,8 +27,9 @@ Work = dict[str, Any]
 
 ``text``, ``visual``: tokens of the prompt besides the image, and visual tokens (newlines not counted).
 ``tiles``, ``cells``: tiles that were encoded, and patches of each. ``held``: visual tokens in the cache of
-each layer as pairs of a number of generation steps and the counts during these steps. ``ranked``: step and
-layer of every additional row of attention.
+each layer as pairs of a number of generation steps and the counts during these steps. ``cached``: the same
+after each step, only where a schedule evicts from layers that ran already. ``ranked``: step and layer of
+every additional row of attention.
 """
 
 
@@ -47,6 +48,7 @@ def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutp
     packed = reduced.visual.sum(1).tolist()  # newlines included
     # left: visual tokens that each layer holds, [steps, layers, rows]
     left = None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
+    cached = None if pruning is None or not pruning.evicts else np.stack([s.numpy() for s in pruning.cached])
     answers = len(output.lengths) // len(text)  # to each prompt, with num_return_sequences
     work = []
     for row, steps in enumerate(output.lengths.tolist()):
@@ -63,12 +65,19 @@ def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutp
                 "ranked": [[int(step), int(layer)] for step, layer in ranked],
             }
         )
+        if cached is not None:
+            work[-1]["cached"] = _runs(cached[:steps, :, row])
     return work
 
 
 def _runs(held: Int[np.ndarray, "steps layers"]) -> list[list[Any]]:
     """Pairs of a number of steps and the counts that stay the same during them."""
     return [[len(list(group)), counts] for counts, group in groupby(held.tolist())]
+
+
+def _steps(runs: list[list[Any]]) -> Int[np.ndarray, "steps layers"]:
+    """The inverse of :func:`_runs`."""
+    return np.concatenate([np.tile(counts, (steps, 1)) for steps, counts in runs])
 
 
 def work_cost(
@@ -85,14 +94,14 @@ def work_cost(
         selector: configuration of the selector, if it was used.
     """
     text_config, tiles, cells = config.text_config, work["tiles"], work["cells"]
-    held = np.concatenate([np.tile(counts, (steps, 1)) for steps, counts in work["held"]])  # [steps, layers]
+    held, cached = _steps(work["held"]), _steps(work.get("cached", work["held"]))
     flops = count_answer(text_config, work["text"], held, [(step, layer) for step, layer in work["ranked"]])
     flops += count_projector(config, work["visual"])
     if tiles:
         flops += count_vision(config.vision_config, tiles, layers_read(config), cells)
         flops += count_trunk(selector, cells, tiles) if selector is not None else 0
     per_layer = kv_bytes(text_config, 1, itemsize) / text_config.num_hidden_layers
-    return flops, float(held_tokens(work["text"], held).sum(1).mean() * per_layer)
+    return flops, float(held_tokens(work["text"], cached).sum(1).mean() * per_layer)
 
 
 def answer_costs(

@@ -7,26 +7,42 @@ caller asks which one it holds. A new schedule is a new file and a new row in :d
 import inspect
 from typing import Any
 
+from tokensel.schedules.clse import Clse
 from tokensel.schedules.dyrate import DyRate, RatePredictor
 from tokensel.schedules.fastv import FastV
+from tokensel.schedules.feather import Feather
+from tokensel.schedules.priortr import PriorTR
 from tokensel.schedules.prompt import Prompt
 from tokensel.schedules.prune import Pruning, pruned
+from tokensel.schedules.pyramiddrop import PyramidDrop
+from tokensel.schedules.random_cut import RandomCut
 from tokensel.schedules.rates import Exponential, Fixed
 from tokensel.schedules.schedule import Schedule
+from tokensel.schedules.sparsevlm import SparseVLM
+from tokensel.schedules.staged import scaled_cuts
+from tokensel.schedules.view import View
 from tokensel.schedules.vtw import Vtw
 from tokensel.utils.errors import TokenselError
 
 __all__ = [
     "SCHEDULES",
+    "Clse",
     "DyRate",
     "Exponential",
     "FastV",
+    "Feather",
     "Fixed",
+    "PriorTR",
     "Prompt",
     "Pruning",
+    "PyramidDrop",
+    "RandomCut",
     "RatePredictor",
     "Schedule",
+    "SparseVLM",
+    "View",
     "Vtw",
+    "cuts_at_depth",
     "make_schedule",
     "pruned",
     "schedule_options",
@@ -38,6 +54,12 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "dyrate": DyRate,
     "fixed": Fixed,
     "exponential": Exponential,
+    "pyramiddrop": PyramidDrop,
+    "feather": Feather,
+    "sparsevlm": SparseVLM,
+    "priortr": PriorTR,
+    "clse": Clse,
+    "random-cut": RandomCut,
 }
 
 
@@ -48,6 +70,18 @@ def schedule_options(name: str) -> tuple[str, ...]:
         TokenselError: there is none of this name.
     """
     return tuple(_parameters(name))
+
+
+def cuts_at_depth(name: str, depth: int) -> dict[str, Any]:
+    """The option ``cuts`` of the schedule called ``name`` for a model of ``depth`` layers; else nothing.
+
+    Cuts are published for 32 layers and move to the same relative depth.
+
+    Raises:
+        TokenselError: there is no schedule of this name.
+    """
+    cuts = _parameters(name).get("cuts")
+    return {} if cuts is None else {"cuts": scaled_cuts(cuts.default, depth)}
 
 
 def make_schedule(name: str, **options: Any) -> Schedule:

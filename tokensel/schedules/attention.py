@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tokensel.schedules.decoder import Attention
 
-__all__ = ["PADDING", "RESPONSE", "TYPES", "last_rows", "token_types", "type_mass"]
+__all__ = ["PADDING", "RESPONSE", "TYPES", "chosen_rows", "last_rows", "token_types", "type_mass"]
 
 TYPES = ("system", "image", "instruction", "response")
 PADDING, RESPONSE = -1, TYPES.index("response")
@@ -54,20 +54,56 @@ def last_rows(
             again.
         attn_mask: for each of the last tokens, as many as are asked for, True where attention is allowed.
     """
-    rows, queries = attn_mask.shape[:2]
-    cosine, sine = rotation
-
-    def split_heads(states: Tensor) -> Tensor:
-        # [rows, length, heads * head_dim] -> [rows, heads, length, head_dim]
-        return states.view(rows, states.shape[1], -1, attention.head_dim).transpose(1, 2)
-
-    query = split_heads(attention.q_proj(hidden[:, -queries:]))
+    queries, (cosine, sine) = attn_mask.shape[1], rotation
+    query = _split_heads(attention, attention.q_proj(hidden[:, -queries:]))
     # the stock function rotates a pair; here each of the two is wanted alone
     query, _ = apply_rotary_pos_emb(query, query, cosine[:, -queries:], sine[:, -queries:])
     keys = _cached_keys(cache, attention.layer_idx)  # rotated already
     if keys is None:
-        keys = split_heads(attention.k_proj(hidden))
+        keys = _split_heads(attention, attention.k_proj(hidden))
         _, keys = apply_rotary_pos_emb(keys, keys, cosine, sine)
+    return _softmax(attention, query, keys, attn_mask)
+
+
+def chosen_rows(
+    attention: Attention,
+    hidden: Float[Tensor, "rows length width"],
+    rotation: tuple[Tensor, Tensor],
+    queries: Int[Tensor, "rows queries"],
+    real: Bool[Tensor, "rows length"],
+    rotate: bool = True,
+) -> Float[Tensor, "rows heads queries length"]:
+    """Attention that any tokens of a prompt pay in one layer, in float32; its keys are computed again.
+
+    Args:
+        attention: the layer's attention module.
+        hidden: its input.
+        rotation: cosine and sine of the positions.
+        queries: places of the tokens in ``hidden``.
+        real: True where a token is none of the padding.
+        rotate: whether queries and keys are rotated by their positions, as in the model itself.
+    """
+    queries, real = queries.to(hidden.device), real.to(hidden.device)
+    asking = hidden.gather(1, queries[:, :, None].expand(-1, -1, hidden.shape[2]))
+    query = _split_heads(attention, attention.q_proj(asking))
+    keys = _split_heads(attention, attention.k_proj(hidden))
+    if rotate:
+        cosine, sine = (part.expand(len(hidden), -1, -1) for part in rotation)
+        place = queries[:, :, None].expand(-1, -1, cosine.shape[2])
+        query, _ = apply_rotary_pos_emb(query, query, cosine.gather(1, place), sine.gather(1, place))
+        _, keys = apply_rotary_pos_emb(keys, keys, cosine, sine)
+    column = torch.arange(hidden.shape[1], device=hidden.device)
+    # a token sees the real ones up to itself; padding sees itself, as a softmax over nothing would be NaN
+    allowed = (column <= queries[:, :, None]) & real[:, None, :] | (column == queries[:, :, None])
+    return _softmax(attention, query, keys, allowed)
+
+
+def _split_heads(attention: Attention, states: Float[Tensor, "rows length _"]) -> Tensor:
+    """``[rows, length, heads * head_dim]`` -> ``[rows, heads, length, head_dim]``."""
+    return states.view(len(states), states.shape[1], -1, attention.head_dim).transpose(1, 2)
+
+
+def _softmax(attention: Attention, query: Tensor, keys: Tensor, attn_mask: Tensor) -> Tensor:
     # grouped-query attention: several query heads share one head of keys
     keys = keys.repeat_interleave(attention.num_key_value_groups, dim=1)
     logits = (query @ keys.transpose(2, 3) * attention.scaling).float()

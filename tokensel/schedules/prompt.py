@@ -52,6 +52,15 @@ class Prompt:
             **{n: None if t is None else t.repeat_interleave(times, 0) for n, t in tensors.items()},
         )
 
+    def gather(self, order: Int[Tensor, "rows left"], real: Bool[Tensor, "rows left"]) -> "Prompt":
+        """The columns ``order`` of each row; padding where ``real`` is False."""
+
+        def left(marks: Tensor | None) -> Tensor | None:
+            return None if marks is None else marks.gather(1, order) & real
+
+        visual = self.visual.gather(1, order) & real
+        return Prompt(real.long(), visual, left(self.newlines), left(self.thumbnail))
+
     @property
     def real(self) -> Bool[Tensor, "rows length"]:
         """True at real tokens."""

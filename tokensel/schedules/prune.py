@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokensel.budget import fraction_count
-from tokensel.schedules.attention import RESPONSE, last_rows, token_types, type_mass
+from tokensel.schedules.attention import RESPONSE, chosen_rows, last_rows, token_types, type_mass
 from tokensel.schedules.decoder import Decoder, attention_of, cache_of, decoder_of
 from tokensel.schedules.options import check_cache, check_window
 from tokensel.schedules.prompt import Prompt
 from tokensel.schedules.schedule import Schedule
-from tokensel.schedules.stages import Drop, Stage, evict, gather_columns, stay_columns
+from tokensel.schedules.stages import Drop, Stage, evict, gather_columns, report_length, stay_columns
+from tokensel.schedules.view import View
 from tokensel.utils.errors import TokenselError, check_layers
 
 __all__ = ["Pruning", "pruned"]
@@ -72,17 +73,20 @@ class Pruning:
 
     Attributes:
         drops: each time that tokens were dropped.
-        left: for each generation step the visual tokens that every layer holds, ``[layers, rows]``; newlines
+        left: for each generation step the visual tokens that every layer reads, ``[layers, rows]``; newlines
             count.
         cells: the same without newlines, which is what a fraction to keep counts.
-        ranked: step and layer of every row of attention that was computed in addition to the model's own, and
-            which rows of the batch needed it.
+        ranked: step and layer of the rows of attention that were computed in addition to the model's own, and
+            how many of them each row of the batch needed.
     """
 
     def __init__(self, decoder: Decoder, prompt: Prompt, schedule: Schedule):
         count = len(decoder.layers)
         check_layers(schedule.name, schedule.layers(), count)
         self.decoder, self.schedule, self.thread = decoder, schedule, get_ident()
+        self.rank: Callable[[View], Tensor] | None = getattr(schedule, "rank", None)
+        self.count: Callable[[View], Tensor] | None = getattr(schedule, "count", None)
+        self.evicts: bool = getattr(schedule, "evicts", False) and bool(schedule.layers())
         self.given = self.prompt = prompt.on_host()
         self.length = self.given.visual.shape[1]
         check_window(schedule.name, decoder, self.length)
@@ -98,6 +102,7 @@ class Pruning:
         self.changed: dict[str, Any] = {}  # keyword arguments of a stage's layers at this step, computed once
         self.attention_inputs: dict[int, tuple] = {}  # of the attention before a drop, at this step
         self.rows: dict[int, Tensor] = {}  # the attention its last token paid
+        self.entered: dict[int, Tensor] = {}  # hidden states at the entrance of layers, for a ranking
         self.hooks: list[Any] = []
         try:
             self._register(count)
@@ -118,9 +123,16 @@ class Pruning:
         for layer in self.schedule.layers():
             attention, hook = attention_of(self.decoder, layer - 1), self._remember(layer)
             self.hooks.append(attention.register_forward_hook(hook, with_kwargs=True))
-        for index in range(min(self.schedule.layers(), default=count), count):
+        # what is evicted everywhere is missing in decode steps from the first layer on
+        first = 0 if self.evicts else min(self.schedule.layers(), default=count)
+        for index in range(first, count):
             hook = self._enter(index)
             self.hooks.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
+        if self.rank is not None:
+            # after the hooks above, so that a layer's input is what it is after a drop
+            for index in {0, *(layer - 1 for layer in self.schedule.layers())}:
+                hook = self._remember_input(index)
+                self.hooks.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Remove the hooks: the model is what it was."""
@@ -130,7 +142,19 @@ class Pruning:
 
     def ranked_in(self, row: int, steps: int) -> list[tuple[int, int]]:
         """Where one row of the batch needed its attention in its first ``steps`` steps: step and layer."""
-        return [place for place, rows in self.ranked.items() if place[0] < steps and bool(rows[row])]
+        return [
+            place
+            for place, counts in self.ranked.items()
+            if place[0] < steps
+            for _ in range(int(counts[row]))
+        ]
+
+    @property
+    def cached(self) -> list[Int[Tensor, "layers rows"]]:
+        """As ``left``, but what every layer's cache holds after the step, which may be less than it read."""
+        if not (self.evicts and self.left):
+            return self.left
+        return [self.left[0][-1:].expand_as(self.left[0]), *self.left[1:]]
 
     def check_used(self) -> None:
         """Raise where only other threads used the model, so that nothing was dropped.
@@ -157,9 +181,8 @@ class Pruning:
             return None
         cache, (rows, length) = cache_of(kwargs), args[0].shape[:2]
         check_cache(self.schedule.name, cache)
-        past = (
-            0 if cache is None else cache.get_seq_length()
-        )  # of the first layer, from which nothing is dropped
+        # of the first layer, which reports what was evicted from it, too
+        past = 0 if cache is None else cache.get_seq_length()
         check_window(self.schedule.name, self.decoder, past + length)
         self.rows.clear()
         if past == 0:
@@ -167,8 +190,10 @@ class Pruning:
         elif length == 1 and self.step >= 0 and past == self.length + self.step:
             self.step += 1
             self._check_rows(cache)
-            self.left.append(self.left[-1])
-            self.cells.append(self.cells[-1])
+            for counts in (self.left, self.cells):
+                # after the prefill an evicting schedule leaves in every layer what it left in the last
+                counts.append(counts[-1][-1:].expand_as(counts[-1]) if self.evicts else counts[-1])
+            self.entered.clear()
         else:
             raise TokenselError(
                 f"{self.schedule.name}: the model reads {length} tokens after {past}, where the prompt has "
@@ -201,9 +226,8 @@ class Pruning:
         """Raise if copies of one prompt changed places: what is left is known row by row."""
         if len(self.prompt.visual) == len(self.given.visual):
             return
-        keys = cache.layers[0].keys[
-            :, 0, self.length :, 0
-        ]  # [rows, answer so far], one number for each token
+        # [rows, answer so far], one number for each token
+        keys = cache.layers[0].keys[:, 0, self.stages[0].order.shape[1] :, 0]
         if self.answer_keys is not None and not torch.equal(
             keys[:, : self.answer_keys.shape[1]], self.answer_keys
         ):
@@ -222,6 +246,15 @@ class Pruning:
 
         return hook
 
+    def _remember_input(self, index: int) -> Callable:
+        """A hook that keeps what enters layer ``index`` in the prefill."""
+
+        def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+            if self._is_mine() and self.step == 0:
+                self.entered[index] = args[0]
+
+        return hook
+
     def _attention(self, index: int, needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows heads keys"]:
         """What the newest token attended to in the layer before ``index``, computed at most once a step."""
         if index not in self.rows:
@@ -236,6 +269,30 @@ class Pruning:
         place = (self.step, index - 1)
         self.ranked[place] = self.ranked.get(place, torch.zeros_like(needed)) | needed
         return self.rows[index]
+
+    def _view(self, index: int, hidden: Float[Tensor, "rows length width"]) -> View:
+        """What a schedule's own ranking may read at the entrance of layer ``index``."""
+        stage = self._before(index)
+
+        def rows(queries: Int[Tensor, "rows queries"], rotate: bool) -> Tensor:
+            place = (0, index - 1)
+            known = self.ranked.get(place, torch.zeros(len(queries), dtype=torch.long))
+            # a row without an image needs no ranking, whatever the other rows need
+            self.ranked[place] = known + (self.total > 0) * queries.shape[1]
+            inputs, rotation, _ = self.attention_inputs[index]
+            attention = attention_of(self.decoder, index - 1)
+            return chosen_rows(attention, inputs, rotation, queries, stage.real, rotate)
+
+        return View(
+            index,
+            self.prompt.gather(stage.order, stage.real),
+            stage.order,
+            self.prompt,
+            self.entered[0],
+            self.entered[index - 1],
+            hidden,
+            rows,
+        )
 
     def _before(self, index: int) -> Stage:
         return self.stages[self.starts[self.starts.index(index) - 1]]
@@ -258,6 +315,13 @@ class Pruning:
         prompt[:, -1] = torch.inf  # the answer is predicted from the last column: it comes first
         return prompt.gather(1, self.stages[index].order)
 
+    def _own_scores(self, view: View, _needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows left"]:
+        """The schedule's own ranking; the last column comes first, as in FastV's."""
+        assert self.rank is not None, "there is a view only for a schedule that ranks"
+        scores = self.rank(view).float().cpu().clone()
+        scores[:, -1] = torch.inf
+        return scores
+
     def _enter(self, index: int) -> Callable:
         """A hook that hands layer ``index`` what is left, after a drop at its entrance if there is one."""
 
@@ -266,7 +330,7 @@ class Pruning:
                 return None
             hidden = args[0]
             if index in self.stages:
-                hidden = self._shorten(index, hidden, kwargs)
+                hidden = self._shorten(index, hidden, kwargs) if index else hidden
                 stage, attn = self.stages[index], str(self.decoder.config._attn_implementation)
                 change = stage.prefill_kwargs if self.step == 0 else stage.decode_kwargs
                 self.changed = {} if stage.whole else change(hidden, kwargs, attn)
@@ -281,7 +345,7 @@ class Pruning:
         stage, prefill = self.stages[index], self.step == 0
         if prefill:  # takes over what earlier layers left
             stage = self.stages[index] = replace(self._before(index), layers=stage.layers)
-        stay = self._choose(index, stage)
+        stay = self._choose(index, stage, hidden)
         if torch.equal(stay, stage.real):
             return hidden
         length = int(stay.sum(1).max())
@@ -297,14 +361,30 @@ class Pruning:
             stage.order, stay = stage.order.gather(1, chosen), stay.gather(1, chosen)
         stage.real, stage.whole = stay, False
         stage.maskless = self.decoder.config._attn_implementation == "sdpa" and bool(stay.all())
+        if prefill and self.evicts:
+            self._evict_before(index, chosen, cache_of(kwargs))
         self.drops.append(Drop(self.step, index, stage.order.masked_fill(~stay, -1)))
         for counts, columns in ((self.left, self.prompt.visual), (self.cells, self.prompt.cells)):
             counts[-1] = counts[-1].clone()  # it may be the tensor of the step before
             counts[-1][stage.layers.start :] = (columns.gather(1, stage.order) & stay).sum(1)
         return hidden
 
-    def _choose(self, index: int, stage: Stage) -> Bool[Tensor, "rows left"]:
+    def _evict_before(self, index: int, chosen: Int[Tensor, "rows kept"], cache: Any) -> None:
+        """Leave in the layers before ``index``, which ran already, what that layer is given."""
+        stage, length = self.stages[index], self._before(index).order.shape[1]
+        for start in [start for start in self.starts if start < index]:
+            self.stages[start] = replace(stage, layers=self.stages[start].layers)
+        if cache is not None:
+            evict(cache.layers[:index], chosen, length)
+            report_length(cache.layers[0], self.length - chosen.shape[1])
+
+    def _choose(self, index: int, stage: Stage, hidden: Tensor) -> Bool[Tensor, "rows left"]:
         """Which of the stage's columns stay. An evicted column never comes back."""
+        view = self._view(index, hidden) if self.step == 0 and self.rank is not None else None
+        if self.count is not None and view is not None:
+            count, before = self.count(view).cpu(), view.columns.cells.sum(1)
+            scores = partial(self._own_scores, view)
+            return stay_columns(self.prompt, stage, count, count < before, scores, self.schedule.newline)
         keep = self.schedule.entering(index, self.step, partial(self._mass, index))
         if isinstance(keep, Tensor):
             keep = keep.cpu()
@@ -315,5 +395,5 @@ class Pruning:
             stage.keep = keep
             count = fraction_count(self.total, keep) if keep > 0 else torch.zeros_like(self.total)
             keep = torch.full((len(self.total),), keep, dtype=torch.float64)  # 0.9999999999999998 is below 1
-        scores = partial(self._scores, index)
+        scores = partial(self._scores, index) if view is None else partial(self._own_scores, view)
         return stay_columns(self.prompt, stage, count, keep < 1, scores, self.schedule.newline)

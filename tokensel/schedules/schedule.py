@@ -31,6 +31,15 @@ class Schedule(Protocol):
         uses_keep: whether it takes the fraction to keep as an option.
         newline: what becomes of an image's newlines where some of its cells are dropped: "keep" all, "drop"
             all, or "row": keep the newline of a row in which a cell stays.
+
+    A schedule may also have what these are for:
+
+    - ``rank(view)``: scores of the columns that are left, ``[rows, left]``, higher = keep first, in place of
+      the newest token's attention. It is called in the prefill, with a
+      :class:`~tokensel.schedules.view.View`, where some cells of a row stay and others go. Such a schedule
+      drops nothing in decode steps.
+    - ``count(view)``: how many cells of each row stay, ``[rows]``, in place of :meth:`entering`, likewise.
+    - ``evicts = True``: what it drops is evicted from the caches of the layers that ran already, too.
     """
 
     name: ClassVar[str]

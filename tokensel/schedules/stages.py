@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from tokensel.budget import top_count
 from tokensel.schedules.decoder import cache_of
 from tokensel.schedules.prompt import Prompt
 
-__all__ = ["Drop", "Stage", "evict", "gather_columns", "stay_columns"]
+__all__ = ["Drop", "Stage", "evict", "gather_columns", "report_length", "stay_columns"]
 
 
 @dataclass
@@ -140,6 +141,17 @@ def evict(layers: list[Any], chosen: Int[Tensor, "rows kept"], prompt: int) -> N
             states = getattr(layer, name).transpose(1, 2)  # [rows, columns, heads, width]
             # contiguous, so that the memory of what was evicted is free for other use
             setattr(layer, name, gather_columns(states, columns).transpose(1, 2).contiguous())
+
+
+def report_length(layer: Any, evicted: int) -> None:
+    """Let the first layer's cache report the length it would have if nothing were ``evicted`` from it.
+
+    The model asks that layer how many tokens it has read, to place the next one and to make its mask. A layer
+    with a sliding window counts by itself.
+    """
+    if type(layer) is DynamicLayer:
+        counted: Any = layer  # whose keys may be None to a type checker
+        counted.get_seq_length = lambda: counted.keys.shape[-2] + evicted
 
 
 def gather_columns(states: Tensor, order: Int[Tensor, "rows kept"]) -> Tensor:

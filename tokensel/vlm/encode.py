@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from tokensel.data.features import Features, feature_width
 from tokensel.data.tower import run_tower
 from tokensel.scorers import Scorer
-from tokensel.scorers.random import mix
 from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
+from tokensel.utils.hashing import mix
 from tokensel.vlm.layout import Layout, empty_layout, read_layout, real_tiles, tile_counts
 
 __all__ = ["Encoded", "check_model", "content_keys", "encode"]

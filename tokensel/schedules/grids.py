@@ -1,0 +1,111 @@
+"""The grids of a prompt's images: which columns hold the cells of each, row by row of the image."""
+
+from dataclasses import dataclass, field
+from math import isqrt
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tokensel.schedules.prompt import Prompt
+from tokensel.utils.errors import TokenselError
+
+__all__ = ["grids"]
+
+Grid = Int[Tensor, "height width"]
+
+
+@dataclass
+class _Run:
+    """Cells that stand together: a thumbnail, or a row of a map.
+
+    Attributes:
+        thumbnail: whether they are a thumbnail.
+        apart: whether text stands in front of them.
+        cells: their columns.
+        ended: whether a newline ends them.
+    """
+
+    thumbnail: bool
+    apart: bool
+    cells: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+def grids(name: str, prompt: Prompt) -> list[list[Grid]]:
+    """For each row of a batch the grids of its images: every thumbnail, and the map without its letterbox.
+
+    A thumbnail and an image of one tile are square. A map has the rows that its newlines end. In a prompt
+    that marks no newlines, cells that stand together are a square, or else one line.
+
+    Args:
+        name: of the schedule that asks, for the error message.
+        prompt: what its columns hold, on the host.
+
+    Raises:
+        TokenselError: cells are missing, as after a scorer, so that what is left is no grid.
+    """
+    marked = prompt.newlines is not None
+    return [_grids(name, _runs(prompt, row), marked) for row in range(len(prompt.visual))]
+
+
+def _runs(prompt: Prompt, row: int) -> list[_Run]:
+    none = torch.zeros_like(prompt.visual)
+    newlines = (none if prompt.newlines is None else prompt.newlines)[row].tolist()
+    thumbnails = (none if prompt.thumbnail is None else prompt.thumbnail)[row].tolist()
+    runs: list[_Run] = []
+    before = -2
+    for column in prompt.visual[row].nonzero()[:, 0].tolist():
+        apart, thumbnail = column != before + 1, thumbnails[column]
+        if apart or runs[-1].ended or runs[-1].thumbnail != thumbnail:
+            runs.append(_Run(thumbnail, apart))
+        if newlines[column]:
+            runs[-1].ended = True
+        else:
+            runs[-1].cells.append(column)
+        before = column
+    return runs
+
+
+def _grids(name: str, runs: list[_Run], marked: bool) -> list[Grid]:
+    broken = TokenselError(
+        f"{name}: cells of an image are missing in the prompt, so that it has no grid to read: leave out "
+        "what drops tokens before the language model"
+    )
+    found: list[Grid] = []
+    tile, rows = 0, []  # cells of the thumbnail in front of the map, and rows of the map so far
+
+    def square(cells: list[int]) -> Grid:
+        side = isqrt(len(cells))
+        if side * side == len(cells) > 0:
+            return torch.tensor(cells).view(side, side)
+        if marked:
+            raise broken
+        return torch.tensor([cells])
+
+    def close() -> None:
+        # rows behind a thumbnail are a map; rows of another length behind it are images of one tile, and so
+        # is every row without a thumbnail
+        width = len(rows[0]) if tile and rows else 0
+        high = next((i for i, cells in enumerate(rows) if len(cells) != width), len(rows)) if width else 0
+        if high:
+            found.append(torch.tensor(rows[:high]))
+        for cells in rows[high:]:
+            if tile and len(cells) != tile:
+                raise broken
+            found.append(square(cells))
+        rows.clear()
+
+    for run in runs:
+        if run.thumbnail or run.apart:
+            close()
+            tile = 0
+        if run.thumbnail:
+            found.append(square(run.cells))
+            tile = len(run.cells)
+        elif marked and not run.ended:
+            raise broken
+        else:
+            rows.append(run.cells)
+    close()
+    return found

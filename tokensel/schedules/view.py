@@ -1,0 +1,70 @@
+"""What a schedule reads when it ranks the columns of a prompt by a rule of its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokensel.schedules.prompt import Prompt
+
+__all__ = ["Rows", "View"]
+
+Rows = Callable[[Int[Tensor, "rows queries"], bool], Float[Tensor, "rows heads queries left"]]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A prompt in the prefill, at the entrance of a layer at which it is shortened.
+
+    Indices and masks are on the host, the hidden states on the device of the layer.
+
+    Attributes:
+        layer: the layer that is about to run, counted from 0.
+        columns: what the columns hold that are left there.
+        order: the numbers of these columns in the whole prompt.
+        prompt: what the whole prompt held, before anything was dropped.
+        embeddings: hidden states that entered the first layer, of the whole prompt.
+        before: hidden states that entered the layer before, of the columns that are left.
+        hidden: hidden states that enter this layer, of the same columns.
+        rows: computes what :meth:`attention` returns.
+    """
+
+    layer: int
+    columns: Prompt
+    order: Int[Tensor, "rows left"]
+    prompt: Prompt
+    embeddings: Float[Tensor, "rows length width"]
+    before: Float[Tensor, "rows left width"]
+    hidden: Float[Tensor, "rows left width"]
+    rows: Rows
+    _known: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+
+    def attention(
+        self, queries: Int[Tensor, "rows queries"], rotate: bool = True
+    ) -> Float[Tensor, "rows heads queries left"]:
+        """The attention that some columns pay to all that are left, in the layer before.
+
+        It is computed in addition to the model's own, at most once for the same queries.
+
+        Args:
+            queries: indices into the columns that are left, the same number in every row.
+            rotate: whether queries and keys are rotated by their positions, as in the model itself.
+        """
+        key = (rotate, *queries.shape, *queries.flatten().tolist())
+        if key not in self._known:
+            self._known[key] = self.rows(queries, rotate)
+        return self._known[key]
+
+    def last(self, rotate: bool = True) -> Float[Tensor, "rows left"]:
+        """The attention that the last column pays, averaged over heads."""
+        index = torch.full((len(self.order), 1), self.order.shape[1] - 1)
+        return self.attention(index, rotate)[:, :, 0].mean(1)
+
+    @property
+    def question(self) -> Bool[Tensor, "rows left"]:
+        """True at the text after the last visual token; at all text of a row without an image."""
+        visual = self.columns.visual
+        after = visual.flip(1).cumsum(1).flip(1) == 0  # no visual token here nor further right
+        return after & self.columns.real
