@@ -72,6 +72,12 @@ LABELS = {
     "dyrate": "DyRate",
     "fixed": "fixed rate",
     "exponential": "exponential rate",
+    "pyramiddrop": "PyramidDrop",
+    "feather": "FEATHER",
+    "sparsevlm": "SparseVLM",
+    "priortr": "PriorTR",
+    "clse": "CLSE",
+    "random-cut": "late random cut",
     "selector+fastv": "selector, then FastV",
 }
 
