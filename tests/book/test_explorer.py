@@ -18,7 +18,7 @@ from tokensel.schedules import Exponential, FastV, Vtw
 from tokensel.scorers import make_scorer
 from tokensel.training.autoencoder import MaskedAutoencoder
 from tokensel.utils.errors import TokenselError
-from tokensel.vlm import reduce_inputs
+from tokensel.vlm import load_vlm, reduce_inputs
 
 EXAMPLES = [
     Example("wide", noise_image(24, 48, 1), "what</script>?", ("x",)),
@@ -194,3 +194,18 @@ def test_an_error_is_shown_in_place_of_the_answers_and_does_not_stay(parts, monk
     assert "all tokens" in live.words.value and bytes(live.drawing.value).startswith(b"\x89PNG")
     live.question.value = "is there an <image> tag?"
     assert "computing" not in live.words.value
+
+
+def test_onevision_is_asked_in_ordinary_words():
+    """Its tokenizer knows few words, and those that it does not know once counted as videos."""
+    vlm = load_vlm("data/mini/llava-onevision", device="cpu")
+    width = vlm.model.config.vision_config.hidden_size
+    judge = MaskedAutoencoder.new(width, layers=1, heads=4).eval()
+    examples = [Example("page", noise_image(64, 64, 1), "What is this?")]
+    live = LiveExplorer(vlm, examples, {"norm": make_scorer("norm")}, judge, keeps=[0.5])
+    for question in ("What is this?", "Wie heißt das Ä?", ""):
+        live.question.value = question
+        assert "all tokens" in live.words.value and bytes(live.drawing.value).startswith(b"\x89PNG")
+        live.upload.value = (uploaded(png(3)),)
+    (steps,) = generation_steps(vlm, examples, {"fastv": FastV(1, 0.5)}, 4, progress=False)["examples"]
+    assert 0 < steps["steps"]["fastv"][0]["tokens"] < steps["tokens"]

@@ -1,6 +1,7 @@
 """Chapters draw the questions of any suite that come with one image."""
 
 import string
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset, Features, Image, List, Value
@@ -62,6 +63,15 @@ def test_a_page_that_the_suite_lacks_is_one_line():
     for page in ("forms", "b"):
         with pytest.raises(TokenselError, match=f"page is '{page}': .* give page one of a"):
             illustrated(benchmarks, page=page)
+
+
+def test_only_the_benchmarks_of_a_group_are_given_and_a_group_that_the_suite_lacks_is_one_line():
+    benchmarks = suite(dataset([1], False), dataset([1], False))
+    benchmarks["b"] = replace(benchmarks["b"], group="long")
+    assert list(illustrated(benchmarks, group="long")) == ["b"]
+    assert list(illustrated(benchmarks)) == ["a", "b"]
+    with pytest.raises(TokenselError, match=r"group is 'general': .* give group one of long, reading"):
+        illustrated(benchmarks, group="general")
 
 
 def test_the_suite_of_the_book_stays_as_it_is():

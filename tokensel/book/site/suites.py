@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def illustrated(
-    benchmarks: Mapping[str, Benchmark], split: str = "test", page: str | None = None
+    benchmarks: Mapping[str, Benchmark],
+    split: str = "test",
+    page: str | None = None,
+    group: str | None = None,
 ) -> dict[str, Benchmark]:
     """The benchmarks of a suite with only those of their questions that come with one image.
 
@@ -27,10 +30,19 @@ def illustrated(
         benchmarks: from :func:`tokensel.benchmarks.table.load_suite`.
         split: in which a benchmark needs at least one question about one image.
         page: a benchmark that the chapter cannot do without, its parameter of this name.
+        group: only benchmarks of this group are wanted, the chapter's parameter of this name.
 
     Raises:
-        TokenselError: nothing is left, or not the benchmark ``page``.
+        TokenselError: nothing is left, not the benchmark ``page``, or none of ``group``.
     """
+    groups = sorted({benchmark.group for benchmark in benchmarks.values()})
+    if group is not None and group not in groups:
+        raise TokenselError(
+            f"group is '{group}': the suite has no benchmarks of that group; give group one of "
+            f"{', '.join(groups)}"
+        )
+    if group is not None:
+        benchmarks = {name: benchmark for name, benchmark in benchmarks.items() if benchmark.group == group}
     chosen = {
         name: replace(benchmark, load=_OneImage(benchmark.load)) for name, benchmark in benchmarks.items()
     }
