@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import suite_tiny
 from datasets import Dataset, Image
+from drawn_inputs import Draws
 from little import clip_tower, cut, save_images
 from tiny import WIDTH
 
@@ -246,4 +247,7 @@ def test_drawn_inputs_are_refused_in_one_line(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["wrong"] == []
+    assert sum(report["drawn"].values()) == 500 and min(report["drawn"].values()) >= 15
+    assert len(report["drawn"]) == len([name for name in dir(Draws) if name.startswith(("cli_", "lib_"))])
