@@ -236,6 +236,57 @@ def test_records_changed_by_other_hands(models, tmp_path, tokensel, refused):
     assert len(read_records(path)) == 4
 
 
+@pytest.mark.parametrize("command", ["evaluate", "dyrate"])
+def test_a_question_with_a_placeholder_of_an_image_is_named(command, models, tmp_path, refused, monkeypatch):
+    page = suite_tiny.BENCHMARKS["page"]
+    asked = replace(page, prompt=lambda row: "is there an <image> tag?")
+    monkeypatch.setitem(suite_tiny.BENCHMARKS, "page", asked)
+    if command == "evaluate":
+        line = refused(*evaluation(models, tmp_path))
+    else:
+        words = ["dyrate", "--model", models / "tiny-llava", "--suite", "suite_tiny", "--out", tmp_path]
+        line = refused(*words, "--benchmarks", "page", "--layer", 1, "--n", 2, "--steps", 1, "--no-progress")
+    assert "is there an <image> tag?" in line and "stands for an image" in line
+
+
+@pytest.mark.parametrize("options", [(), ("--random-weights",)])
+def test_an_attention_whose_package_is_missing_is_named(options, models, tmp_path, refused):
+    words = ("cost", "--model", models / "tiny-llava", "--out", tmp_path, "--attn", "flash_attention_2")
+    assert "flash" in refused(*words, *options).lower()
+
+
+def test_more_threads_than_cores_are_refused_at_once(models, tmp_path, refused):
+    words = ("cost", "--model", models / "tiny-llava", "--out", tmp_path, "--threads", 9999)
+    assert "threads is 9999: give at most" in refused(*words)
+
+
+@pytest.mark.parametrize("methods", ["", ",", " , "])
+def test_no_method_leaves_the_table_of_before(methods, models, tmp_path, tokensel, refused):
+    assert tokensel(*evaluation(models, tmp_path, "--methods", "full"))[0] == 0
+    before = (tmp_path / "evaluate.csv").read_bytes()
+    assert "methods is empty" in refused(*evaluation(models, tmp_path, "--methods", methods))
+    assert (tmp_path / "evaluate.csv").read_bytes() == before
+
+
+def test_a_seed_below_0_is_refused_before_any_question(models, tmp_path, refused):
+    assert "seed is -1: give a whole number" in refused(*evaluation(models, tmp_path, "--seed", -1))
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_beams_that_the_checkpoint_sets_are_not_searched(models, tmp_path, tokensel):
+    """They would reorder the cache under a schedule, and change the answers of a method without one."""
+    shutil.copytree(models / "tiny-llava", tmp_path / "beams")
+    file = tmp_path / "beams" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 3}))
+    options = ("--methods", "full,fastv", "--layer", 1)
+    for name, out in ((models / "tiny-llava", "greedy"), (tmp_path / "beams", "searched")):
+        status, _, told = tokensel(*evaluation(models, tmp_path / out, *options, "--model", name))
+        assert status == 0, told
+    one, two = (suite_tiny.answers(tmp_path / out) for out in ("greedy", "searched"))
+    predictions = [{key: record["prediction"] for key, record in part.items()} for part in (one, two)]
+    assert predictions[0] == predictions[1] and len(predictions[0]) == 2 * 4
+
+
 def test_drawn_inputs_are_refused_in_one_line(tmp_path):
     """500 bad inputs to command line and library; their kinds are the methods of ``drawn_inputs.Draws``."""
     folder = Path(__file__).parent
