@@ -6,6 +6,7 @@ The weights are scaled up so that logits depend on what is in the image and wher
 initialisation every test of equality would pass by being near zero.
 """
 
+import inspect
 import string
 from collections.abc import Mapping
 
@@ -223,6 +224,12 @@ def ask(
 def logits(model: torch.nn.Module, inputs: Mapping) -> torch.Tensor:
     """Logits of a plain forward over all places."""
     return model(**inputs).logits
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """The name of the cache in a model's arguments and outputs; transformers 5.24 gives it a new one."""
+    arguments = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in arguments else "past_key_values"
 
 
 def tiny_selector(width: int = WIDTH) -> TokenSelector:

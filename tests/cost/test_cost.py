@@ -1,11 +1,9 @@
 """The formulas agree with torch's own FLOP counter, and with the bytes of a real cache."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
-from tiny import ask, tiny_selector, tiny_vlm
+from tiny import ask, cache_argument, tiny_selector, tiny_vlm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -72,9 +70,7 @@ def test_language_models_in_prefill_and_decoding(kind):
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.zeros(1, 40, dtype=torch.long)
     held = {"cache": DynamicCache(config=config)}
-    # transformers 5.24 renames the argument and warns at its old name
-    named = inspect.signature(type(model.base_model).forward).parameters
-    name = "cache" if "cache" in named else "past_key_values"
+    name = cache_argument(model)
 
     def prefill():
         model(ids, logits_to_keep=1, use_cache=True, **{name: held["cache"]})

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import dyrate, generated, prompt, vlm_of
-from tiny import ask
+from tiny import ask, cache_argument
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from tokensel.cost.answers import answer_costs
@@ -61,6 +61,7 @@ def test_samples_of_one_prompt_are_rows_of_their_own(vlm, schedule):
         ({"cache_implementation": "offloaded"}, "cache_implementation=offloaded"),
         ({"use_cache": False}, "use_cache=False"),
         ({"past_key_values": DynamicCache()}, "past_key_values=DynamicCache"),
+        ({"cache": DynamicCache()}, "cache=DynamicCache"),
         ({"penalty_alpha": 0.6}, "penalty_alpha"),
     ],
     ids=str,
@@ -68,7 +69,7 @@ def test_samples_of_one_prompt_are_rows_of_their_own(vlm, schedule):
 @pytest.mark.parametrize("where", ["call", "checkpoint", "configuration"])
 def test_what_cannot_work_under_a_schedule_gets_one_line(vlm, option, line, where):
     reduced, given_options = prompt(vlm, [0]), option
-    if where != "call" and "past_key_values" in option:
+    if where != "call" and set(option) & {"past_key_values", "cache"}:
         pytest.skip("an argument of the call, not an option of a configuration")
     if where == "checkpoint":
         if set(option) & {"num_beams", "do_sample"}:
@@ -152,7 +153,7 @@ def test_the_model_itself_cannot_be_led_astray(vlm, schedule):
     reduced = prompt(vlm, [0, 1])
     cache = StaticCache(config=vlm.model.config.text_config, max_cache_len=300)
     for options, line in (
-        ({"past_key_values": cache}, "StaticCache cannot shrink"),
+        ({cache_argument(vlm.model): cache}, "StaticCache cannot shrink"),
         ({"num_beams": 3}, "reorders the cache's rows"),
         ({"prefill_chunk_size": 8}, None),  # transformers itself fails: a reduced prompt has no ids
     ):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from reference import SCHEDULES, STEPS, dyrate, generated, masked_reference, prompt, vlm_of
-from tiny import ask, tiny_vlm
+from tiny import ask, cache_argument, tiny_vlm
 
 from tokensel.cost import held_tokens, kv_bytes
 from tokensel.methods import check_method
@@ -93,8 +93,9 @@ def test_cached_bytes_are_those_of_the_formula_in_every_layer_at_every_step(sche
     reduced = prompt(vlm, [0])
     seen = []
 
-    def weigh(_decoder, _args, out):
-        seen.append([layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers])
+    def weigh(decoder, _args, out):
+        cache = getattr(out, cache_argument(decoder))
+        seen.append([layer.keys.nbytes + layer.values.nbytes for layer in cache.layers])
 
     handle = vlm.model.model.language_model.register_forward_hook(weigh)
     _, pruning = generated(vlm, reduced, schedule)

@@ -315,7 +315,8 @@ def _plot_live(ax: Axes, rows: pd.DataFrame, method: str) -> None:
     """Open points with their intervals."""
     if rows.empty or method in FLAT:
         return
-    reach = [(rows["score"] - rows["ci_low"]).clip(lower=0), (rows["ci_high"] - rows["score"]).clip(lower=0)]
+    below, above = rows["score"] - rows["ci_low"], rows["ci_high"] - rows["score"]
+    reach = np.stack([below, above]).clip(min=0)  # [2, keeps]
     ax.errorbar(
         rows.index,
         rows["score"],

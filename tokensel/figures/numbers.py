@@ -45,7 +45,8 @@ def table(figure: Figure) -> pd.DataFrame:
             names = everywhere | _names_by_colour(list(ax.texts), own)
             points += [_described(ax, *series) for series in _distinct(list(_series(ax, names)))]
     if points:
-        joined = pd.concat(points, ignore_index=True).replace("", np.nan)
+        # value by value: replace() would change a column's type here, of which pandas before 3 warns
+        joined = pd.concat(points, ignore_index=True).map(lambda value: np.nan if value == "" else value)
         empty = set(joined.columns[joined.isna().all()])
         cells.insert(
             0, joined.reindex(columns=pd.Index([c for c in COLUMNS if c == "panel" or c not in empty]))

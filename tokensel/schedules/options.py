@@ -68,7 +68,7 @@ def check_cache(name: str, cache: Cache | None) -> None:
     kinds = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if not isinstance(cache, DynamicCache) or kinds or getattr(cache, "offloading", False):
         raise TokenselError(
-            f"{name}: this {type(cache).__name__} cannot shrink: leave cache_implementation and "
+            f"{name}: this {type(cache).__name__} cannot shrink: leave cache_implementation, cache and "
             "past_key_values out when a schedule drops tokens"
         )
 
