@@ -36,7 +36,7 @@ def test_every_method_gives_generate_what_it_needs(vlm, selector, method):
     answers = vlm.generate(reduced, max_new_tokens=4)
     assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
     assert reduced.n_visual_full.tolist() == [156, 144]
-    wanted = {"full": [156, 144], "none": [0, 0], "downsample": None}.get(method, [47, 43])
+    wanted = {"full": [156, 144], "none": [0, 0], "downsample": None, "pool": None}.get(method, [47, 43])
     if wanted is None:  # whole grids only: 3 x 4 of 36 cells, then unpadding
         assert ((reduced.n_visual / reduced.n_visual_full - 12 / 36).abs() < 0.08).all()
     else:

@@ -13,10 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tokensel.schedules import SCHEDULES, schedule_options
-from tokensel.scorers import SCORERS, Scorer, make_scorer, scorer_options
+from tokensel.scorers import SCORERS, Scorer, make_scorer, scorer_class, scorer_options
+from tokensel.scorers.lowest import LOWEST, Lowest
 from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.choose import Choices
-from tokensel.vlm.downsample import downsample
+from tokensel.vlm.downsample import downsample, pool
 from tokensel.vlm.encode import Encoded, encode
 from tokensel.vlm.model import Vlm, images_of_row
 from tokensel.vlm.native import native
@@ -114,7 +115,9 @@ class Method:
 
     def classes(self) -> list[Any]:
         """The classes of its scorer and its schedule, as far as it has them."""
-        scorer = [] if self.scorer is None else [SCORERS[self.scorer]]
+        scorer: list[Any] = [] if self.scorer is None else [scorer_class(self.scorer)]
+        if self.scorer is not None and self.scorer.startswith(LOWEST):
+            scorer.append(Lowest)
         return scorer if self.schedule is None else [*scorer, SCHEDULES[self.schedule]]
 
     @property
@@ -131,7 +134,7 @@ class Method:
     @property
     def needs_cls_attention(self) -> bool:
         """Whether its scorer reads the attention of the encoder's CLS token."""
-        return self.scorer is not None and getattr(SCORERS[self.scorer], "needs_cls_attention", False)
+        return self.scorer is not None and getattr(scorer_class(self.scorer), "needs_cls_attention", False)
 
 
 def _full(batch: EncodedBatch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
@@ -156,18 +159,29 @@ def _downsample(batch: EncodedBatch, keep: float | None, scorer: Scorer | None, 
     return downsample(batch.seeing, keep, **vars(choices))
 
 
+def _pool(batch: EncodedBatch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
+    """As many tokens, each the average of several."""
+    if keep is None:
+        raise TokenselError("method 'pool' has no threshold of its own: give keep, such as 0.25")
+    return pool(batch.seeing, keep, **vars(choices))
+
+
 def _native(batch: EncodedBatch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
     """All tokens, compressed as the model does it on its own."""
     return native(batch.seeing, batch.native)
 
 
 def methods() -> dict[str, Method]:
-    """All methods without a schedule: a row for every scorer that is registered, and four that need none."""
+    """All methods without a schedule: a row for every scorer that is registered, and five that need none.
+
+    Every scorer is a method upside down, too: ``lowest-norm`` keeps the tokens of the smallest norm.
+    """
     return {
         "full": Method(_full, chooses=False, uses_keep=False),
         "none": Method(_none, chooses=False, uses_keep=False),
         **{name: Method(_scored, scorer=name) for name in SCORERS},
         "downsample": Method(_downsample),
+        "pool": Method(_pool),
         "native": Method(_native, chooses=False, uses_keep=False),
     }
 
@@ -179,6 +193,8 @@ def check_method(name: str) -> Method:
         TokenselError: there is none; the line lists those there are.
     """
     rows = methods()
+    if LOWEST in name and (plain := name.removeprefix(LOWEST).partition("+")[0]) in SCORERS:
+        rows[LOWEST + plain] = Method(_scored, scorer=LOWEST + plain)
     if name in rows:
         return rows[name]
     if name in SCHEDULES:

@@ -22,6 +22,9 @@ def features(tiles: int = 3, tokens: int = 16, channels: int = 64, seed: int = 0
         torch.randn(tiles, tokens, channels, generator=generator),
         cls_attention=torch.rand(tiles, tokens, generator=generator),
         keys=torch.arange(tiles) + 1000,
+        tile=torch.arange(tokens).expand(tiles, -1) // 4,
+        centre=torch.rand(tiles, tokens, 2, generator=generator),
+        relevance=torch.rand(tiles, tokens, generator=generator),
     )
 
 

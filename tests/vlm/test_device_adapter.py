@@ -42,7 +42,14 @@ def test_scores_are_on_the_device_of_the_features_in_single_precision(name):
     for dtype in (torch.float32, torch.bfloat16):
         tokens = torch.zeros(3, 16, 32, dtype=dtype, device="meta")
         keys = torch.zeros(3, dtype=torch.long, device="meta")
-        features = Features(tokens, cls_attention=torch.zeros(3, 16, device="meta"), keys=keys)
+        features = Features(
+            tokens,
+            cls_attention=torch.zeros(3, 16, device="meta"),
+            keys=keys,
+            tile=torch.zeros(3, 16, dtype=torch.long, device="meta"),
+            centre=torch.zeros(3, 16, 2, device="meta"),
+            relevance=torch.zeros(3, 16, device="meta"),
+        )
         scores = scorer(name)(features)
         assert scores.is_meta and scores.shape == (3, 16) and scores.dtype == torch.float32
     assert content_keys(torch.zeros(2, 3, 8, 8, device="meta")).is_meta

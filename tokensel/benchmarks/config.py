@@ -51,9 +51,10 @@ class EvalConfig:
     methods: Annotated[
         tuple[str, ...],
         Option(
-            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, downsample, "
-            "native; inside the language model fastv, vtw, dyrate, fixed, exponential, pyramiddrop, feather, "
-            "sparsevlm, priortr, clse, random-cut; both in turn, as selector+fastv.",
+            "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, dart, hired, "
+            "apet, visionzip, cdpruner, any of these with lowest- in front, downsample, pool, native; inside "
+            "the language model fastv, vtw, dyrate, fixed, exponential, pyramiddrop, feather, sparsevlm, "
+            "priortr, clse, random-cut; both in turn, as selector+fastv.",
             RUNNING,
         ),
     ] = ("full", "none", "random", "selector")

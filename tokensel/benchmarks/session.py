@@ -117,9 +117,11 @@ class EvalSession:
             TokenselError: one of them does not.
         """
         rows, model = [check_method(method) for method in self.config.methods], self.vlm.model.config
-        if any(row.needs_cls_attention for row in rows) and model.vision_feature_select_strategy != "default":
+        reads = [name for name, row in zip(self.config.methods, rows) if row.needs_cls_attention]
+        if reads and model.vision_feature_select_strategy != "default":
             raise TokenselError(
-                f"method cls: the vision tower of {self.config.model} has no CLS token; leave the method out"
+                f"method {reads[0]}: the vision tower of {self.config.model} has no CLS token; leave the "
+                "method out"
             )
         if "native" in self.config.methods and self.vlm.native is None:
             raise TokenselError(

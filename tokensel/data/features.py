@@ -22,12 +22,20 @@ class Features:
             where it was not requested or the encoder has no CLS token.
         keys: a stable identity of each tile. Seeded randomness depends on it, so that what is drawn for a
             tile does not depend on the batch that it is in.
+        tile: the number of the tile that each token is from, in its image: 0 is the thumbnail, or the only
+            tile; ``None`` where it is not known.
+        centre: where the middle of each token lies in its image, as fractions of its height and width, the
+            letterbox cut off; ``None`` where it is not known.
+        relevance: how well each token fits the question; ``None`` where it was not requested.
     """
 
     tokens: Float[Tensor, "tiles tokens channels"]
     valid: Bool[Tensor, "tiles tokens"] | None = None
     cls_attention: Float[Tensor, "tiles tokens"] | None = None
     keys: Int[Tensor, "tiles"] | None = None
+    tile: Int[Tensor, "tiles tokens"] | None = None
+    centre: Float[Tensor, "tiles tokens 2"] | None = None
+    relevance: Float[Tensor, "tiles tokens"] | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

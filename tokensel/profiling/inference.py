@@ -238,11 +238,13 @@ def counted(
         cost = first_token(model, tiles, visual, text, newlines=newlines)
     elif before == "none":
         cost = Cost(0, 0, 0, count_decoder(model.text_config, text))
-    elif before == "downsample":
+    elif before in ("downsample", "pool"):
         side = model.vision_config.image_size // model.vision_config.patch_size
         high, wide = coarse_grid(variant.keep, side)
+        # pooling averages what the tower makes of the whole image
+        seen = high * wide if before == "downsample" else side * side
         cost = Cost(
-            count_vision(model.vision_config, tiles, read, high * wide),
+            count_vision(model.vision_config, tiles, read, seen),
             0,
             count_projector(model, tiles * high * wide),
             count_decoder(model.text_config, length),

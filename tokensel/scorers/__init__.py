@@ -19,15 +19,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokensel.data.features import Features
+from tokensel.scorers.apet import ApetScorer
+from tokensel.scorers.cdpruner import CdprunerScorer
 from tokensel.scorers.cls import ClsScorer
+from tokensel.scorers.dart import DartScorer
 from tokensel.scorers.diversity import DiversityScorer
+from tokensel.scorers.hired import HiredScorer
+from tokensel.scorers.lowest import LOWEST, Lowest
 from tokensel.scorers.norm import NormScorer
 from tokensel.scorers.random import RandomScorer
 from tokensel.scorers.selector import SelectorScorer
 from tokensel.scorers.uniform import UniformScorer
+from tokensel.scorers.visionzip import VisionZipScorer
 from tokensel.utils.errors import TokenselError, check_names
 
-__all__ = ["SCORERS", "Scorer", "make_scorer", "scorer_options"]
+__all__ = ["SCORERS", "Scorer", "make_scorer", "scorer_class", "scorer_options"]
 
 
 @runtime_checkable
@@ -42,8 +48,12 @@ class Scorer(Protocol):
             all the visual tokens of one image, padded where ``Features.valid`` is False.
         adaptive: whether a score above zero means "keep", so that no budget is needed.
 
-    A scorer that fits only some models may also have ``check_model(config)``, which raises ``TokenselError``
-    for others.
+    A scorer may also have what these are for:
+
+    - ``check_model(config)`` raises ``TokenselError`` for models that it does not fit;
+    - ``needs_question = True``: it reads ``Features.relevance``, which is computed only for those that do;
+    - ``merge(features, kept)`` returns the features that kept tokens have when dropped ones are merged into
+      them, ``[tiles, tokens, channels]``; others are not read.
     """
 
     name: str
@@ -61,7 +71,24 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "norm": NormScorer,
     "cls": ClsScorer,
     "diversity": DiversityScorer,
+    "dart": DartScorer,
+    "hired": HiredScorer,
+    "apet": ApetScorer,
+    "visionzip": VisionZipScorer,
+    "cdpruner": CdprunerScorer,
 }
+
+
+def scorer_class(name: Any) -> Callable[..., Scorer]:
+    """The class of the scorer called ``name``; of ``lowest-norm`` that of ``norm``, which is turned around.
+
+    Raises:
+        TokenselError: an unknown name.
+    """
+    plain = name.removeprefix(LOWEST) if isinstance(name, str) else name
+    if not isinstance(name, str) or plain not in SCORERS:
+        raise TokenselError(f"scorer '{name}' is unknown: choose one of {', '.join(SCORERS)}")
+    return SCORERS[plain]
 
 
 def scorer_options(name: str) -> tuple[str, ...]:
@@ -70,16 +97,15 @@ def scorer_options(name: str) -> tuple[str, ...]:
     Raises:
         TokenselError: an unknown name.
     """
-    if not isinstance(name, str) or name not in SCORERS:
-        raise TokenselError(f"scorer '{name}' is unknown: choose one of {', '.join(SCORERS)}")
-    return tuple(inspect.signature(SCORERS[name]).parameters)
+    return tuple(inspect.signature(scorer_class(name)).parameters)
 
 
 def make_scorer(name: str, **options: Any) -> Scorer:
     """Make the scorer called ``name``.
 
     Args:
-        name: a key of :data:`SCORERS`.
+        name: a key of :data:`SCORERS`, or one with "lowest-" in front, see
+            :class:`~tokensel.scorers.lowest.Lowest`.
         options: for the scorer's constructor, such as ``seed`` (of "random") and ``selector`` (of "selector":
             a :class:`~tokensel.model.selector.TokenSelector`, or the folder or hub id of one). Options of
             other scorers are ignored, so that a caller may pass all it has whichever scorer it makes.
@@ -90,4 +116,5 @@ def make_scorer(name: str, **options: Any) -> Scorer:
     """
     own = scorer_options(name)
     check_names(options, {option for other in SCORERS for option in scorer_options(other)})
-    return SCORERS[name](**{option: value for option, value in options.items() if option in own})
+    scorer = scorer_class(name)(**{option: value for option, value in options.items() if option in own})
+    return Lowest(scorer) if name.startswith(LOWEST) else scorer

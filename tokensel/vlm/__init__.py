@@ -1,7 +1,7 @@
 """The integration with LLaVA-NeXT and LLaVA-OneVision: no fork, no subclass, no copied forward."""
 
 from tokensel.vlm.choose import Choices
-from tokensel.vlm.downsample import downsample
+from tokensel.vlm.downsample import downsample, pool
 from tokensel.vlm.encode import Encoded, encode
 from tokensel.vlm.generate import GenerationOutput
 from tokensel.vlm.load import Vlm, load_vlm
@@ -19,6 +19,7 @@ __all__ = [
     "encode",
     "load_vlm",
     "native",
+    "pool",
     "reduce",
     "reduce_inputs",
 ]

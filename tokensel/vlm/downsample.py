@@ -1,5 +1,6 @@
-"""Image down-sampling: the baseline that gets fewer tokens from fewer pixels."""
+"""Down-sampling and pooling: the baselines that get fewer tokens from fewer pixels, or from averages."""
 
+from math import isqrt
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tokensel.vlm.choose import Choices
 from tokensel.vlm.encode import Encoded
 from tokensel.vlm.reduce import Reduced, assemble
 
-__all__ = ["coarse_grid", "downsample"]
+__all__ = ["coarse_grid", "downsample", "pool"]
 
 
 def coarse_grid(keep: float, side: int) -> tuple[int, int]:
@@ -89,21 +90,65 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
     Raises:
         TokenselError: ``keep`` outside (0, 1], or an unknown choice.
     """
-    options, keep = Choices.of(choices), check_keep(keep)
-    core, config, layout = encoded.core, encoded.model.config, encoded.layout
-    patch, side = (
-        config.vision_config.patch_size,
-        config.vision_config.image_size // config.vision_config.patch_size,
-    )
-    grid = coarse_grid(keep, side)
+    options, grid = Choices.of(choices), _grid(encoded, keep)
+    config = encoded.model.config
+    patch, side = config.vision_config.patch_size, isqrt(encoded.layout.tokens)
     if grid == (side, side) or encoded.pixel_values is None:
-        tokens = encoded.features.tokens
-    else:
-        pixels = _shrink(encoded.pixel_values, grid[0] * patch, grid[1] * patch)
-        drop_cls = config.vision_feature_select_strategy == "default"
-        tokens, _ = run_tower(
-            core.vision_tower, pixels, config.vision_feature_layer, drop_cls, interpolate=True
-        )
+        return _coarse(encoded, encoded.features.tokens, grid, options, grid[0] * grid[1])
+    pixels = _shrink(encoded.pixel_values, grid[0] * patch, grid[1] * patch)
+    drop_cls = config.vision_feature_select_strategy == "default"
+    tokens, _ = run_tower(
+        encoded.core.vision_tower, pixels, config.vision_feature_layer, drop_cls, interpolate=True
+    )
+    return _coarse(encoded, tokens, grid, options, grid[0] * grid[1])
+
+
+@torch.no_grad()
+def pool(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
+    """Average the features of every tile over a coarser grid, for about the fraction ``keep`` of the tokens.
+
+    With ``keep=0.25`` and an even number of rows this is 2x2 pooling. Grids and places are those of
+    :func:`downsample`; the encoder sees the image at full size.
+
+    Args:
+        encoded: the batch.
+        keep: fraction of the tokens of a tile to approach, in (0, 1].
+        choices: as for :func:`downsample`.
+
+    Raises:
+        TokenselError: ``keep`` outside (0, 1], or an unknown choice.
+    """
+    options, grid, side = Choices.of(choices), _grid(encoded, keep), isqrt(encoded.layout.tokens)
+    tokens = encoded.features.tokens
+    if grid != (side, side):
+        maps = tokens.transpose(1, 2).unflatten(2, (side, side))  # [tiles, channels, rows, columns]
+        pooled = torch.nn.functional.adaptive_avg_pool2d(maps.float(), grid)
+        tokens = pooled.flatten(2).transpose(1, 2).to(tokens)
+    return _coarse(encoded, tokens, grid, options, side * side)
+
+
+def _grid(encoded: Encoded, keep: float) -> tuple[int, int]:
+    return coarse_grid(check_keep(keep), isqrt(encoded.layout.tokens))
+
+
+def _coarse(
+    encoded: Encoded,
+    tokens: Float[Tensor, "tiles coarse channels"],
+    grid: tuple[int, int],
+    options: Choices,
+    cells_read: int,
+) -> Reduced:
+    """The prompt with the tokens of coarser tiles in place of the full ones.
+
+    Args:
+        encoded: the batch.
+        tokens: features of the coarser tiles.
+        grid: their rows and columns.
+        options: newline and positions.
+        cells_read: tokens that the tower made of each tile.
+    """
+    core, layout = encoded.core, encoded.layout
+    side = isqrt(layout.tokens)
     kept = torch.zeros_like(layout.cell)
     sources, tile, packed = [], 0, 0
     for image, tiles in enumerate(layout.tiles):
@@ -128,5 +173,5 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~layout.cell),
         n_tiles=encoded.n_tiles,
-        cells=grid[0] * grid[1],
+        cells=cells_read,
     )

@@ -120,12 +120,53 @@ class Encoded:
         features = self.features
         if scorer.needs_cls_attention:
             features = replace(features, cls_attention=self.cls_attention)
+        if getattr(scorer, "needs_question", False):
+            features = replace(features, relevance=self.relevance)
         if scorer.scope == "tile":
             scores[cell] = scorer(features).float().cpu().flatten()[source[cell]]
         else:
             rows, slot, by_image = self.by_image(features)
             scores[cell] = scorer(by_image).float().cpu()[rows, slot]
         return scores
+
+    @cached_property
+    def relevance(self) -> Float[Tensor, "tiles tokens"]:
+        """Cosine of each projected token with the words of its question, averaged over words.
+
+        The words are the text after the last image of a row, the template included, as their embeddings enter
+        the language model; where there is none, all text of the row.
+        """
+        image = (self.input_ids == self.model.config.image_token_id) & self.attention_mask
+        text = self.attention_mask & ~image
+        after = text & (image.flip(1).cumsum(1).flip(1) == 0)
+        words = torch.where(after.any(1, keepdim=True), after, text)
+        embedding: Any = self.model.get_input_embeddings()
+        states = embedding(self.input_ids.to(device_of(embedding))).float()
+        unit = torch.nn.functional.normalize(states, dim=-1)
+        share = (words / words.sum(1, keepdim=True).clamp(min=1)).to(unit)
+        question = torch.einsum("rlw,rl->rw", unit, share)  # mean of unit vectors
+        tokens = self.features.tokens.to(device_of(self.core.multi_modal_projector))
+        projected = torch.nn.functional.normalize(self.core.multi_modal_projector(tokens).float(), dim=-1)
+        row = _row_of_image(self.layout, self.places)[self.layout.image_of_tile]
+        return torch.einsum("ntw,nw->nt", projected, question[row.to(question.device)].to(projected))
+
+    def merged(self, scorer: Any, kept: Bool[Tensor, "packed"]) -> Float[Tensor, "tiles tokens channels"]:
+        """The features when a scorer with a method ``merge`` has merged the dropped tokens into ``kept``."""
+        features, layout = self.features, self.layout
+        if scorer.needs_cls_attention:
+            features = replace(features, cls_attention=self.cls_attention)
+        device = features.tokens.device
+        if scorer.scope == "tile":
+            masks = (layout.spread(kept).to(device), layout.valid.to(device))
+            return scorer.merge(replace(features, valid=masks[1]), masks[0])
+        rows, slot, by_image = self.by_image(features)
+        mask = torch.zeros(by_image.tokens.shape[:2], dtype=torch.bool)
+        mask[rows, slot] = kept[layout.cell]
+        merged = scorer.merge(by_image, mask.to(device)).flatten(0, 1)
+        place = (rows * by_image.tokens.shape[1] + slot).to(device)
+        source = layout.source[layout.cell].to(device)
+        flat = features.tokens.flatten(0, 1).index_copy(0, source, merged[place])
+        return flat.view_as(features.tokens)
 
     def by_image(
         self, features: Features | None = None
@@ -148,12 +189,19 @@ class Encoded:
             return out.index_copy_(0, to, flat[source]).unflatten(0, (images, longest))
 
         first = torch.searchsorted(self.layout.image_of_tile, torch.arange(images)).to(device)
-        attention, keys = features.cls_attention, features.keys
+        attention, keys, relevance = features.cls_attention, features.keys, features.relevance
+        tile, centre = torch.zeros(images, longest, dtype=torch.long), torch.zeros(images, longest, 2)
+        of_cell = self.layout.source[self.layout.cell] // self.layout.tokens  # counted over the batch
+        tile[rows, slot] = of_cell - torch.searchsorted(self.layout.image_of_tile, rows)
+        centre[rows, slot] = self.layout.centres
         grouped = Features(
             tokens=regroup(features.tokens),
             valid=regroup(torch.ones(features.tokens.shape[:2], dtype=torch.bool, device=device)),
             cls_attention=None if attention is None else regroup(attention),
             keys=None if keys is None else keys[first],  # an image's key is that of its first tile
+            tile=tile.to(device),
+            centre=centre.to(device),
+            relevance=None if relevance is None else regroup(relevance.to(device)),
         )
         return rows, slot, grouped
 

@@ -9,6 +9,7 @@ sequence, all images of a batch one after the other: the order of the placeholde
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -75,6 +76,27 @@ class Layout:
         lengths = torch.bincount(rows, minlength=len(self.tiles))
         slot = torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[rows]
         return rows, slot, lengths
+
+    @property
+    def centres(self) -> Float[Tensor, "cells 2"]:
+        """Middle of each visual cell in its image, as fractions of height and width, without letterbox."""
+        cell, image = self.cell, self.image
+        side = isqrt(self.tokens)
+        place = self.source[cell] % self.tokens  # in its tile, which for a whole tile is all there is to say
+        row, column = place // side, place % side
+        high, wide = torch.full_like(row, side), torch.full_like(row, side)
+        # the rows of a map end with newlines
+        on_map = (cell & ~self.thumbnail & (torch.tensor(self.tiles)[image] > 1))[cell]
+        ends = (~cell).long()
+        line = (ends.cumsum(0) - ends)[cell][on_map]  # counted over the batch
+        of = image[cell][on_map]
+        first = torch.full((len(self.tiles),), len(cell)).scatter_reduce(0, of, line, "amin")
+        last = torch.zeros(len(self.tiles), dtype=torch.long).scatter_reduce(0, of, line, "amax")
+        width = torch.bincount(line, minlength=1)
+        row[on_map], high[on_map] = line - first[of], (last - first + 1)[of]
+        wide[on_map] = width[line]
+        column[on_map] = torch.arange(len(line)) - (width.cumsum(0) - width)[line]
+        return torch.stack([(row + 0.5) / high, (column + 0.5) / wide], 1).float()
 
     def spread(self, packed: Bool[Tensor, "packed"]) -> Bool[Tensor, "tiles tokens"]:
         """A mask over packed tokens as a mask over the cells of each tile; newlines have no place there."""

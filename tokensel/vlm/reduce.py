@@ -149,14 +149,25 @@ def _pad_id(encoded: Encoded) -> int:
     return generation.pad_token_id or 0
 
 
-def _visual(encoded: Encoded, kept: Bool[Tensor, "packed"]) -> Float[Tensor, "kept width"]:
-    """Project the kept cells, and put the model's newline embedding where a newline is kept."""
+def _visual(
+    encoded: Encoded,
+    kept: Bool[Tensor, "packed"],
+    features: Float[Tensor, "tiles tokens channels"] | None = None,
+) -> Float[Tensor, "kept width"]:
+    """Project the kept cells, and put the model's newline embedding where a newline is kept.
+
+    Args:
+        encoded: the batch.
+        kept: packed tokens that stay.
+        features: what is projected; by default what the encoder made.
+    """
     core, layout = encoded.core, encoded.layout
     source = layout.source[kept]
     cell = source != NEWLINE
     if len(source) == 0:
         return core.image_newline.new_zeros(0, core.image_newline.shape[0])
-    tokens = encoded.features.tokens.to(device_of(core.multi_modal_projector))
+    tokens = encoded.features.tokens if features is None else features
+    tokens = tokens.to(device_of(core.multi_modal_projector))
     chosen = source[cell].to(tokens.device)
     if bool((kept | ~layout.cell).all()):
         # Everything stays: project whole tiles, as the model does, so that not even rounding differs.
@@ -206,8 +217,11 @@ def reduce(
     else:
         cells = choose_cells(layout, scores, keep, options)
     kept = add_newlines(layout, cells, options.newline)
+    # some scorers merge what is dropped into what is kept; with nothing dropped, there is nothing to merge
+    merges = hasattr(scorer, "merge") and bool(cells.any()) and not torch.equal(cells, layout.cell)
+    features = encoded.merged(scorer, cells) if merges else None
     return Reduced(
-        *assemble(encoded, kept, _visual(encoded, kept), options.positions),
+        *assemble(encoded, kept, _visual(encoded, kept, features), options.positions),
         n_visual=encoded.per_row(cells),
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~layout.cell),
