@@ -72,6 +72,11 @@ def test_every_method_is_timed_part_by_part(model, config):
             "cls",
             "uniform",
             "diversity",
+            "dart",
+            "hired",
+            "apet",
+            "visionzip",
+            "cdpruner",
         ):
             assert times["phases"]["selector"] > 0 and times["n_visual"] == round(0.3 * full)
             assert times["length"] == inputs["input_ids"].shape[1] - full + times["n_visual"]

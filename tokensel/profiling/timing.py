@@ -94,6 +94,10 @@ class Timed:
         self.name, self.needs_cls_attention = scorer.name, scorer.needs_cls_attention
         self.scope, self.adaptive = scorer.scope, scorer.adaptive
 
+    def __getattr__(self, name: str) -> Any:
+        # asked for what is not set above: what only some scorers have, such as merge()
+        return getattr(self.scorer, name)
+
     def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]:
         self.spans.mark("selector")
         scores = self.scorer(features)
