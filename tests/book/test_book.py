@@ -140,12 +140,15 @@ def test_chapter_draws_from_every_suite_that_the_contract_allows(path):
     assert code.count("load_suite(") == code.count("illustrated(load_suite("), "draw from illustrated(...)"
 
 
+EQUAL = pd.DataFrame({"a method": [1.0, 1.0]}, index=[0.1, 0.5])  # equal errors at two budgets
+
+
 @pytest.mark.parametrize(
     ("stem", "claim", "names", "end", "middle"),
     [
         ("02_reconstruction", "difference", {"difference": 0.0}, {"keep": 1}, {"keep": 0.9}),
         ("05_what_it_keeps", "preference", {"preference": {"scan": (1.0, 1.0)}}, {"keep": 1}, {"keep": 0.4}),
-        ("10_explorer", "errors", {"errors": pd.DataFrame([1.0])}, {"keeps": [0.5]}, {"keeps": [0.1, 0.5]}),
+        ("10_explorer", "errors", {"errors": EQUAL}, {"keeps": [0.5]}, {"keeps": [0.5, 0.1]}),
         ("12_onevision", "fewer", {"fewer": 3, "more": 3, "smallest": 1}, {"largest": 1}, {"largest": 2}),
         ("13_your_model", "share", {"share": 1.0}, {"keep": 1}, {"keep": 0.3}),
     ],

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from tokensel.cost.answers import answer_costs
 from tokensel.schedules import Exponential, FastV, Fixed, Vtw, make_schedule, pruned
+from tokensel.schedules.decoder import attention_of as decoder_attention
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, reduce_inputs
 from tokensel.vlm.generate import generate
@@ -195,6 +196,19 @@ def test_a_schedule_that_fails_leaves_no_hook(vlm, monkeypatch):
     with pytest.raises(RuntimeError, match="broken"):
         vlm.generate(reduced, 3, schedule=Broken())
     assert hooks(vlm) == 0 and vlm.generate(reduced, 3) == before
+    # some hooks are on the model when the second layer's cannot be made
+    asked = []
+
+    def attention_of(decoder, index):
+        asked.append(index)
+        if len(asked) == 2:
+            raise RuntimeError("no attention")
+        return decoder_attention(decoder, index)
+
+    monkeypatch.setattr("tokensel.schedules.prune.attention_of", attention_of)
+    with pytest.raises(RuntimeError, match="no attention"):
+        vlm.generate(reduced, 3, schedule=Broken())
+    assert len(asked) == 2 and hooks(vlm) == 0 and vlm.generate(reduced, 3) == before
     with pytest.raises(TokenselError, match=r"layer is 2\.0"):
         make_schedule("fastv", layer=2.0)
 
