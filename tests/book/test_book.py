@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
 from tokensel.book.site import build as site
 from tokensel.book.site import chapter, claims, library_page, numbers, offline, parameters, run, status
+from tokensel.figures import style
 from tokensel.utils.errors import TokenselError
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +133,48 @@ def test_chapter_is_committed_as_it_should_be(path):
     for cell in code:
         if "plt.show()" in cell.source or "sweep.plot(" in cell.source:
             assert len(cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")) > 60, cell.source[:60]
+
+
+def figure_widths(source: str) -> list[float]:
+    """The constant widths that code asks for figures, in inches; ``nan`` for one that :func:`style.fit`
+    does not limit."""
+    widths = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        options = {option.arg: option.value for option in call.keywords}
+        width = options["figsize"] if "figsize" in options else options.get("width")
+        if "figsize" in options and isinstance(width, ast.Tuple):
+            width = width.elts[0]
+        if isinstance(width, ast.Constant):
+            widths.append(float(width.value))
+        elif "figsize" in options and width is not None:
+            fitted = ast.unparse(width).startswith(("style.fit(", "style.WIDTH"))
+            widths.append(0.0 if fitted else float("nan"))
+    return widths
+
+
+def type_sizes(source: str) -> list[float]:
+    """The constant sizes of type that code asks for, in points."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    options = [
+        option for call in calls for option in call.keywords if option.arg in ("fontsize", "labelsize")
+    ]
+    return [float(option.value.value) for option in options if isinstance(option.value, ast.Constant)]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_no_figure_of_a_chapter_is_wider_than_the_page_or_has_smaller_type(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert all(width <= style.WIDTH for width in figure_widths(cell.source)), cell.source
+            assert all(size >= style.LABEL for size in type_sizes(cell.source)), cell.source
+
+
+def test_a_wide_figure_is_found():
+    assert figure_widths("plt.subplots(figsize=(8.4, 2))") == [8.4]
+    assert figure_widths("overlays.gallery(rows, titles, width=8.0)") == [8.0]
+    assert figure_widths("plt.subplots(figsize=(style.fit(2.3 * n), 2))") == [0.0]
+    assert np.isnan(figure_widths("plt.subplots(figsize=(2.3 * n, 2))")).all()
+    assert type_sizes('ax.annotate("a", place, fontsize=7)') == [7.0]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

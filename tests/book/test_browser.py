@@ -38,6 +38,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 from tokensel.book.site import numbers, run
+from tokensel.figures import style
 
 QUIET = (
     "--disable-gpu",
@@ -203,10 +204,33 @@ def test_every_figure_has_its_numbers_one_click_away(name, visit):
 
 
 WIDE_SCREEN = {"width": 1300, "height": 900}
+FIGURES = ".bd-article :is(.cell_output, figure) img"
+SMALLEST = 8.0  # points
+
+
+def shown_type(figure) -> float:
+    """The smallest type of a figure in points as the page shows it: the page scales wide images down.
+
+    Type in a figure has at least ``style.LABEL`` points, which a test of the chapters holds.
+    """
+    scale = figure.evaluate("image => image.clientWidth / image.naturalWidth")
+    return style.LABEL / 72 * style.DPI * scale * 72 / 96  # a CSS pixel is 1/96 inch
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_no_code_and_no_table_scrolls_sideways(name, visit):
+def test_type_in_figures_is_large_enough_and_every_figure_is_described(name, visit):
+    # without JavaScript the still figures of the explorers are shown, too
+    figures = visit(name, WIDE_SCREEN, java_script_enabled=False).locator(FIGURES)
+    for figure in figures.all():
+        alt = figure.get_attribute("alt") or ""
+        assert len(alt) > 60, f"no description: {alt}"
+        assert shown_type(figure) >= SMALLEST, alt
+    if (SITE / name).parent.name == "chapters":
+        assert figures.count() >= 1
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_code_no_table_and_no_formula_scrolls_sideways(name, visit):
     page = visit(name, WIDE_SCREEN)
     page.wait_for_function(
         "n => document.querySelectorAll('mjx-container').length >= n", arg=page.locator(".math").count()
@@ -214,11 +238,22 @@ def test_no_code_and_no_table_scrolls_sideways(name, visit):
     # what is folded has no width: open it first
     page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
     astray = page.evaluate(
-        """[...document.querySelectorAll('.bd-article :is(pre, table, .cell_output, .highlight)')]
+        """[...document.querySelectorAll(
+            '.bd-article :is(pre, table, .cell_output, .highlight, div.math mjx-container)')]
         .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
-        .map(e => `${e.localName} ${e.scrollWidth} > ${e.clientWidth}: ${e.innerText.slice(0, 60)}`)"""
+        .map(e => `${e.localName} ${e.scrollWidth} > ${e.clientWidth}: ${e.textContent.slice(0, 60)}`)"""
     )
     assert astray == []
+
+
+@pytest.mark.parametrize("path", run.chapter_paths(ROOT), ids=lambda path: path.stem)
+def test_what_cells_show_as_markdown_has_no_bare_marks(path, visit):
+    page = visit(f"chapters/{path.stem}.html")
+    shown = page.locator(".bd-article .cell_output :is(p, li)").all_text_contents()
+    assert not [text for text in shown if "| --" in text or "| \u2014" in text or text.count("$") >= 2]
+    tables = page.locator(".bd-article .cell_output table").all_text_contents()
+    if "claims_table(" in path.read_text(encoding="utf-8"):
+        assert any("the paper says" in text and "measured here" in text for text in tables)
 
 
 EXPLORERS = [name for name in PAGES if 'class="explorer"' in (SITE / name).read_text(encoding="utf-8")]

@@ -152,6 +152,35 @@ def test_every_size_of_the_style_can_be_read_in_the_widest_figure():
     assert style.rendered_size(8.0, 2 * style.WIDTH) == pytest.approx(4)
 
 
+@settings(max_examples=50)
+@given(st.floats(0.5, 40))
+def test_no_figure_is_wider_than_the_page(width):
+    assert style.fit(width) == (width if width < style.WIDTH else style.WIDTH)
+    assert style.rendered_size(style.LABEL, style.fit(width)) >= SMALLEST
+
+
+def test_wide_galleries_and_many_panels_stay_as_wide_as_the_page():
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    many = table(benchmarks=[f"benchmark {k}" for k in range(9)])
+    figures = [
+        overlays.gallery([("row", Image.new("RGB", (64, 32)), [mask])], ["a mask"], width=12.0),
+        curves.score_curves(many, columns=9),
+        curves.cost_curves(many.assign(flops=1.0), by="benchmark"),
+    ]
+    assert [figure.get_figwidth() for figure in figures] == [pytest.approx(style.WIDTH)] * 3
+    gallery = figures[0]
+    assert gallery.get_figheight() == pytest.approx(style.WIDTH / 2 / 2 + 0.3)  # the panels keep their shape
+
+
+def test_curves_end_near_the_right_border():
+    few = table().query("keep <= 0.5 or method == 'full'")
+    axes = curves.score_curves(few).axes[0]
+    assert axes.get_xlim() == pytest.approx((0.05, 0.55))
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1", "", "0.5"]
+    flat = curves.score_curves(table(("full", "none"))).axes[0]
+    assert flat.get_xlim() == pytest.approx((0.05, 0.95))
+
+
 def test_methods_of_the_tables_have_colours_of_their_own_and_others_get_a_default():
     named = [name for name in (*SCORERS, "full", "none", "downsample", "native") if name in style.COLOURS]
     assert len({style.colour(name) for name in named}) == len(named) >= 9

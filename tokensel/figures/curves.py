@@ -77,13 +77,15 @@ def score_curves(
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(min(columns * panel[0] + 1.1, style.WIDTH), rows * panel[1] + 0.2),
+        figsize=(style.fit(columns * panel[0] + 1.1), rows * panel[1] + 0.2),
         sharex=True,
         sharey=True,
         squeeze=False,
     )
-    axes[0, 0].set(xlim=(0.05, 0.95), xticks=(0.1, 0.3, 0.5, 0.7, 0.9), ylim=(0, 102))
-    axes[0, 0].set_xticklabels(["0.1", "", "0.5", "", "0.9"])
+    right = 0.05 + _largest_keep(table if live is None else pd.concat([table, live]))
+    ticks = [tick for tick in (0.1, 0.3, 0.5, 0.7, 0.9) if tick <= right]
+    axes[0, 0].set(xlim=(0.05, right), xticks=ticks, ylim=(0, 102))
+    axes[0, 0].set_xticklabels(["" if tick in (0.3, 0.7) else f"{tick:g}" for tick in ticks])
     ends: dict[Axes, dict[str, tuple[float, Any]]] = {}
     for ax, benchmark in zip(axes.flat, benchmarks):
         values = {method: _plot_method(ax, _select(table, benchmark, method), method) for method in methods}
@@ -158,8 +160,8 @@ def cost_curves(
     )
     names = list(dict.fromkeys(table[by]))
     methods = list(methods) if methods is not None else list(dict.fromkeys(table["method"]))
-    width = min(len(names) * panel[0] + 1.4, style.WIDTH)
-    figure, axes = plt.subplots(1, len(names), figsize=(width, panel[1]), sharey=True, squeeze=False)
+    size = (style.fit(len(names) * panel[0] + 1.4), panel[1])
+    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names):
         for method in methods:
             rows = cast(pd.DataFrame, table[(table[by] == name) & (table["method"] == method)])
@@ -284,6 +286,12 @@ def _select(table: pd.DataFrame, benchmark: str, method: str) -> pd.DataFrame:
     rows = cast(pd.DataFrame, table[(table["benchmark"] == benchmark) & (table["method"] == method)])
     means = rows.groupby("keep", as_index=True)[["score", "ci_low", "ci_high"]].mean()
     return 100 * cast(pd.DataFrame, means).sort_index()
+
+
+def _largest_keep(table: pd.DataFrame) -> float:
+    """The largest budget of the methods that depend on one, so that lines end near the right border."""
+    keeps = table.loc[~table["method"].isin(FLAT), "keep"]
+    return float(keeps.max()) if len(keeps) else 0.9
 
 
 def _plot_method(ax: Axes, rows: pd.DataFrame, method: str) -> float | None:

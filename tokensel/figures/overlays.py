@@ -113,8 +113,9 @@ def gallery(
     Args:
         rows: name, image and masks of each row; every row has as many masks as there are ``titles``.
         titles: what the masks are, such as ``["random", "selector"]``.
-        width: of the figure in inches.
+        width: of the figure in inches, at most that of the page's column.
     """
+    width = style.fit(width)
     columns = 1 + len(titles)
     side = width / columns
     heights = [side * image.height / image.width for _, image, _ in rows]
@@ -145,9 +146,10 @@ def anyres(
         kept: True = kept, as :class:`tokensel.vlm.Reduced` has it; ``None`` for all.
         image: its number in the batch.
         statistics: mean and standard deviation of the pixels by channel, as the image processor has them.
-        width: of the figure in inches.
+        width: of the figure in inches, at most that of the page's column.
         title: over the high-resolution tiles.
     """
+    width = style.fit(width)
     tiled = tiled_image(encoded, image, statistics)
     valid = encoded.layout.valid
     kept = valid if kept is None else kept.cpu() & valid

@@ -49,7 +49,7 @@ MARKERS = {
     "diversity": "P",
     "downsample": "X",
     "full": "*",
-    "none": "o",
+    "none": "x",
     "native": "o",
     "fastv": "s",
     "vtw": "X",
@@ -101,6 +101,15 @@ def marker(method: str) -> str:
 def label(method: str) -> str:
     """The method's name as a reader should see it."""
     return LABELS.get(method) or method.replace("_", " ")
+
+
+def fit(width: float) -> float:
+    """The width of a figure in inches: ``width``, or that of the page's column where it would be wider.
+
+    Every figure of the book takes its width from here, since the page would scale a wider one down and its
+    type with it. Panels that get too narrow go into a second row.
+    """
+    return min(width, WIDTH)
 
 
 def rendered_size(points: float, width: float) -> float:

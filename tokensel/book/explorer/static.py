@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from tokensel.figures import overlays
+from tokensel.figures import overlays, style
 from tokensel.utils.errors import TokenselError
 
 
@@ -24,8 +24,9 @@ def plot_step(example: dict[str, Any], step: dict[str, Any], width: float = 7.0)
     Args:
         example: one of ``data["examples"]``.
         step: one of its steps, see :class:`tokensel.book.explorer.steps.Exploration`.
-        width: of the figure in inches.
+        width: of the figure in inches, at most that of the page's column.
     """
+    width = style.fit(width)
     views = example["views"]
     images = [open_image(view["image"]) for view in views]
     ratios = [0.6 if number == 0 else image.width / image.height for number, image in enumerate(images)]
@@ -71,7 +72,8 @@ def _still_answer(data: dict[str, Any]) -> tuple[Figure, str]:
     )
     images = [open_image(view["image"]) for view in example["views"]]
     ratios = [0.6, images[1].width / images[1].height]
-    figure, axes = plt.subplots(1, 2, figsize=(7.0, 7.0 / sum(ratios) + 0.3), width_ratios=ratios)
+    width = style.fit(7.0)
+    figure, axes = plt.subplots(1, 2, figsize=(width, width / sum(ratios) + 0.3), width_ratios=ratios)
     for ax, view, image, cells in zip(axes, example["views"], images, step["kept"]):
         kept, valid = _masks(cells, view)
         overlays.show(ax, image, kept, f"{view['name']}: left", valid)
