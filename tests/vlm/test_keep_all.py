@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tiny import SIZES, logits, noise_image, onevision_processor, tiny_llava, tiny_onevision
 
 from tokensel.methods import Batch, prepare
+from tokensel.schedules import FastV, Fixed
+from tokensel.scorers import make_scorer
 from tokensel.vlm import Vlm, reduce_inputs
 from tokensel.vlm.native import switch_off
 
@@ -55,9 +57,56 @@ def test_logits_are_those_of_the_stock_model(batch, family, attn, dtype):
     assert ((reduced.n_visual > 0) == torch.tensor([len(row) > 0 for row in images])).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_methods_that_keep_everything_are_the_stock_model(family):
-    vlm, images = load(family, "sdpa", torch.float32), [noise_image(*SIZES[1]), None]
+# image first, last, alone and in the middle; several; none; a single token of text
+ORDERS = {
+    "<image>what?": [0],
+    "what? <image>": [1],
+    "<image>": [2],
+    "see <image> there": [3],
+    "<image><image>": [4, 0],
+    "a <image> b <image>": [0, 1],
+    "what is it?": [],
+    "?": [],
+}
+
+
+def everywhere(test):
+    """Run a test for both families, both implementations of attention and both precisions."""
+    test = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])(test)
+    test = pytest.mark.parametrize("attn", ["sdpa", "eager"])(test)
+    return pytest.mark.parametrize("family", FAMILIES)(test)
+
+
+@everywhere
+def test_each_order_alone_and_in_one_padded_batch(family, attn, dtype):
+    vlm = load(family, attn, dtype)
+    images = [[noise_image(*SIZES[i]) for i in row] for row in ORDERS.values()]
+    batches = [(list(ORDERS), images)] + [([text], [row]) for text, row in zip(ORDERS, images, strict=True)]
+    for texts, rows in batches:
+        inputs = vlm.inputs(rows, texts)
+        stock = logits(vlm.model, inputs)
+        for scorer in (None, make_scorer("norm"), make_scorer("random", seed=1)):
+            reduced = reduce_inputs(vlm.model, inputs, scorer, 1.0)
+            assert torch.equal(logits(vlm.model, reduced), stock), texts
+
+
+@everywhere
+@torch.no_grad()
+def test_generation_has_the_logits_of_the_stock_model_at_every_step(family, attn, dtype):
+    vlm = load(family, attn, dtype)
+    images = [[noise_image(*SIZES[i]) for i in row] for row in ORDERS.values()]
+    inputs = vlm.inputs(images, list(ORDERS))
+    reduced = reduce_inputs(vlm.model, inputs)
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    stock = torch.stack(vlm.model.generate(**inputs, do_sample=False, **options).logits)
+    for schedule in (None, FastV(1, 1.0), Fixed(1, 1.0)):
+        output = vlm.generate_output(reduced, schedule=schedule, **options)
+        assert torch.equal(torch.stack(output.model_output.logits), stock), schedule
+
+
+@everywhere
+def test_methods_that_keep_everything_are_the_stock_model(family, attn, dtype):
+    vlm, images = load(family, attn, dtype), [noise_image(*SIZES[1]), None]
     questions = ["what?", "and?"]
     inputs = vlm.inputs(images, [vlm.prompt("what?"), vlm.prompt("and?", False)])
     stock = logits(vlm.model, inputs)
