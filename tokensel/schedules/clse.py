@@ -79,6 +79,10 @@ class Clse(Staged):
     letterbox has its own filter, mean and standard deviation; all compete for the budget; newlines are left
     out of the filter and follow ``newline``.
 
+    The evolution is relative to the detail that was there before. On the drawn pages of the book's small
+    model it falls with the contrast of a cell, so that print goes first: there ``lowest`` is ahead of a
+    random choice, and the method is behind it.
+
     Attributes:
         radius: of the high-pass filter.
         tau: temperature of the gate.
