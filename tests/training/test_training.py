@@ -35,7 +35,7 @@ from tokensel.model.objective import objective
 from tokensel.model.selector import TokenSelector
 from tokensel.training.autoencoder import Autoencoder, Statistics
 from tokensel.training.config import TrainConfig
-from tokensel.training.optim import learning_rate, seeded, temperature
+from tokensel.training.optim import budget_of_step, learning_rate, seeded, temperature
 from tokensel.training.processes import Processes
 from tokensel.training.train import train
 from tokensel.utils.errors import TokenselError
@@ -271,20 +271,22 @@ tokens = torch.randn(40, 9, 16, generator=torch.Generator().manual_seed(0)) * 3 
 valid = torch.ones(40, 9, dtype=torch.bool)
 valid[::7] = False
 train(TrainConfig(steps=12, batch_size=8, layers=1, statistics_tiles=16, progress=False, device="cpu",
-                  save_every=5, out=sys.argv[1]), features=Features(tokens, valid))
+                  save_every=5, out=sys.argv[1], GATE), features=Features(tokens, valid))
 """
 
 
-def test_two_processes_end_where_one_does(tmp_path):
+@pytest.mark.parametrize("gate", ["gate='gumbel'", "gate='topk', p_most=0.7"])
+def test_two_processes_end_where_one_does(gate, tmp_path):
     script = tmp_path / "child.py"
-    script.write_text(CHILD)
+    child = CHILD.replace("GATE", gate)
+    script.write_text(child)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, script, tmp_path / "two"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    exec(compile(CHILD.replace("sys.argv[1]", repr(str(tmp_path / "one"))), "child", "exec"), {})
+    exec(compile(child.replace("sys.argv[1]", repr(str(tmp_path / "one"))), "child", "exec"), {})
     assert len((tmp_path / "two" / "history.jsonl").read_text().splitlines()) == 12
     for part in ("selector", "reconstructor"):
         one, two = (load_file(tmp_path / n / part / "model.safetensors") for n in ("one", "two"))
@@ -292,3 +294,37 @@ def test_two_processes_end_where_one_does(tmp_path):
             torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4)
         start = TokenSelector.from_pretrained(tmp_path / "one" / "selector").config
     assert start.scale > 0 and max((one[name] - two[name]).abs().max() for name in one) < 2e-5
+
+
+@pytest.mark.parametrize("gate", ["topk", "scale", "throttle"])
+def test_a_gate_that_divides_a_budget_keeps_exactly_the_budget_of_each_step(gate):
+    config = small_config(gate=gate, p=0.2, p_most=0.8, batch_size=20, steps=8)
+    history = train(config, features=random_features()).history
+    budgets = [budget_of_step(step, config) for step in range(8)]
+    assert [record["l_pr"] for record in history] == pytest.approx(budgets, abs=1 / (20 * 9) + 1e-4)
+    assert 0.2 <= min(budgets) < 0.4 and 0.6 < max(budgets) <= 0.8
+    assert [record["loss"] for record in history] == pytest.approx(
+        [record["l_rec"] + record["l_pr"] for record in history], abs=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"gate": "topk", "p": 0.0}, "p is 0.0: the gate 'topk' needs a fraction between 0 and 1"),
+        ({"p_most": 0.7}, "p_most is 0.7: give a gate other than gumbel, or none"),
+        ({"gate": "topk", "p_most": 0.2}, "p_most is 0.2: give a fraction between p = 0.3 and 1"),
+        ({"gate": "sigmoid"}, "gate is 'sigmoid'"),
+    ],
+)
+def test_a_gate_and_a_budget_that_do_not_fit_are_one_line(options, line):
+    with pytest.raises(TokenselError) as error:
+        small_config(**options)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_after_a_gate_that_divides_a_budget_scores_above_zero_are_that_budget():
+    features = random_features()
+    config = small_config(gate="topk", p=0.25, steps=10, statistics_tiles=40)
+    selector = train(config, features=features).selector
+    assert selector.keep_mask(features.tokens).float().mean().item() == pytest.approx(0.25, abs=0.03)

@@ -1,5 +1,6 @@
 """The feature selector S of Sec. 4.1.1: three Transformer layers and a Gumbel-Softmax head (Fig. 2)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -10,7 +11,8 @@ from transformers.utils.generic import ModelOutput
 
 from tokensel.budget import top_fraction
 from tokensel.model.base import CoreConfig, CoreModel
-from tokensel.model.gumbel import DROP, KEEP, gumbel_mask
+from tokensel.model.gates import make_gate
+from tokensel.model.gumbel import DROP, KEEP
 from tokensel.model.layers import Standardised, Trunk, full_precision
 
 
@@ -47,9 +49,24 @@ class MaskedEmbedding(Standardised):
         self.vector = nn.Parameter(torch.zeros(width))
 
     def forward(
-        self, features: Float[Tensor, "batch tokens channels"], mask: Float[Tensor, "batch tokens"]
+        self,
+        features: Float[Tensor, "batch tokens channels"],
+        mask: Float[Tensor, "batch tokens"],
+        noise: Float[Tensor, "batch tokens channels"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
-        """``features`` where the mask is 1, the embedding where it is 0; gradients reach all three."""
+        """``features`` where the mask is 1, the embedding where it is 0; gradients reach all three.
+
+        Args:
+            features: F.
+            mask: M, between 0 and 1.
+            noise: samples of N(0, 1), for the gate "throttle" (DiffPrune's information throttler): noise
+                takes the embedding's place. In units of the standard deviation a token becomes
+                ``sqrt(m) x + sqrt(1 - m) noise``: its variance stays the same while its information falls.
+        """
+        if noise is not None:
+            m = mask[..., None].clamp(1e-6, 1 - 1e-6)  # the root has no finite slope at 0
+            mixed = m.sqrt() * (features - self.mean) / self.std.clamp(min=1e-12) + (1 - m).sqrt() * noise
+            return (self.mean + self.std * mixed).to(features.dtype)
         embedding = (self.mean + self.std * self.vector).to(features.dtype)
         return torch.lerp(embedding.expand_as(features), features, mask[..., None].to(features.dtype))
 
@@ -87,6 +104,10 @@ class TokenSelector(CoreModel):
         valid: Bool[Tensor, "batch tokens"] | None = None,
         tau: float = 1.0,
         noise: Float[Tensor, "batch tokens 2"] | None = None,
+        gate: str = "gumbel",
+        keep: float | None = None,
+        throttle: Float[Tensor, "batch tokens channels"] | None = None,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> SelectorOutput:
         """Select as in training: F^pr, M = S(F), Eq. (4).
 
@@ -96,16 +117,19 @@ class TokenSelector(CoreModel):
             tau: temperature of the Gumbel-Softmax, above 0.
             noise: Gumbel(0, 1) samples, see :func:`tokensel.model.gumbel.gumbel_noise`; without them the mask
                 is that of inference.
+            gate: the paper's "gumbel", or another key of :data:`tokensel.model.gates.GATES`.
+            keep: the fraction of the batch's tokens that a gate keeps which divides a budget.
+            throttle: samples of N(0, 1) for the gate "throttle", see :class:`MaskedEmbedding`.
+            total: the sum of a value over all processes, if the batch is divided among several.
 
         Raises:
-            TokenselError: the width of the features does not fit.
+            TokenselError: the width of the features does not fit; an unknown gate, or one without a budget.
         """
         logits = self.logits(features, valid)
-        mask = gumbel_mask(logits, tau, noise)
+        mask = make_gate(gate)(logits, tau, noise, keep, valid, **({"total": total} if total else {}))
         if valid is not None:
-            mask = mask * valid
             features = features.masked_fill(~valid[..., None], 0.0)
-        return SelectorOutput(selected=self.masked(features, mask), mask=mask, logits=logits)
+        return SelectorOutput(selected=self.masked(features, mask, throttle), mask=mask, logits=logits)
 
     def logits(
         self,

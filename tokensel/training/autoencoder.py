@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,11 +24,25 @@ class Autoencoder(nn.Module):
         self.reconstructor = TokenReconstructor(ReconstructorConfig(**shape))
 
     def forward(
-        self, features: Tensor, valid: Tensor | None, tau: float, noise: Tensor | None
+        self, features: Tensor, valid: Tensor | None, tau: float, noise: Tensor | None, **gate: Any
     ) -> tuple[Tensor, Tensor]:
-        """F^rec ``[batch, tokens, channels]`` and the mask M ``[batch, tokens]``."""
-        selection = self.selector(features, valid, tau, noise)
+        """F^rec ``[batch, tokens, channels]`` and the mask M ``[batch, tokens]``.
+
+        ``gate`` are further arguments of :meth:`TokenSelector.forward`.
+        """
+        selection = self.selector(features, valid, tau, noise, **gate)
         return self.reconstructor(selection.selected, valid), selection.mask
+
+    def prepare_for(self, gate: str) -> None:
+        """Fix the parameters that have no meaning under a gate, and so no gradient but rounding noise.
+
+        AdamW would make full steps of that noise.
+        """
+        if gate != "gumbel":  # a common shift of all scores changes no choice that divides a budget
+            self.selector.head.bias.requires_grad_(False)
+            self.selector.trunk.norm.bias.requires_grad_(False)
+        if gate == "throttle":  # noise takes the place of dropped tokens
+            self.selector.masked.vector.requires_grad_(False)
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Fix mean and standard deviation of each channel in both models."""

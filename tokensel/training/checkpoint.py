@@ -1,7 +1,7 @@
 """What a training writes while it runs: a checkpoint, replaced atomically, and a history."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -36,7 +36,7 @@ def save_checkpoint(
         TokenselError: no space left on the device; the last checkpoint stays.
     """
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
     header = {
@@ -81,13 +81,18 @@ def load_checkpoint(
     step = int(header["step"])
     model.load_state_dict(_part(tensors, "model"))
     averages, squares = _part(tensors, "exp_avg"), _part(tensors, "exp_avg_sq")
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         optimizer.state[parameter] = {
             "step": torch.tensor(float(step)),
             "exp_avg": averages[name].to(parameter.device),
             "exp_avg_sq": squares[name].to(parameter.device),
         }
     return Progress(step, float(header["scale"]), header["identity"], json.loads(header["loader"]))
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that have moments: those that are not fixed."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def remove_partial_files(out: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, no_type_check
 
-from tokensel.utils.errors import check_names
+from tokensel.utils.errors import TokenselError, check_names
 from tokensel.utils.options import SEED_MOST, Option, check_fields
 
 # headings under which the command line lists the options
@@ -82,6 +82,20 @@ class TrainConfig:
             example="0.3",
         ),
     ] = 0.3
+    # the paper has one p. One selector for several budgets needs a gate that divides a budget
+    p_most: Annotated[
+        float | None,
+        Option("Draw p for each step between p and this; needs a gate other than gumbel.", OBJECTIVE),
+    ] = None
+    # the paper's is gumbel, see tokensel.model.gates
+    gate: Annotated[
+        Literal["gumbel", "topk", "scale", "throttle"],
+        Option(
+            "gumbel: each token by itself, under the hinge of Eq. (3); topk, scale, throttle: exactly p of "
+            "the batch, by a hard choice, by scaling tokens, or by mixing them with noise.",
+            OBJECTIVE,
+        ),
+    ] = "gumbel"
     # not in the paper: from 1 to 0.5 as in Jang et al. 2017. The shipped selectors of three layers were
     # trained from 2 to 1: from 1 to 0.5 theirs settled on positions, whatever the image showed
     tau_start: Annotated[
@@ -123,6 +137,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.gate != "gumbel" and not 0 < self.p < 1:
+            raise TokenselError(f"p is {self.p}: the gate '{self.gate}' needs a fraction between 0 and 1")
+        if self.p_most is not None:
+            if self.gate == "gumbel":
+                raise TokenselError(f"p_most is {self.p_most}: give a gate other than gumbel, or none")
+            if not self.p < self.p_most < 1:
+                raise TokenselError(f"p_most is {self.p_most}: give a fraction between p = {self.p} and 1")
 
     @property
     def shape(self) -> tuple[int, int | None, float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokensel.training.config import TrainConfig
 from tokensel.training.processes import Processes
-from tokensel.utils.seeds import derived_seed
+from tokensel.utils.seeds import derived_seed, generator
 
 T = TypeVar("T")
 
@@ -45,6 +45,14 @@ def seeded(make: Callable[[], T], seed: int) -> T:
 def temperature(step: int, config: OptimConfig) -> float:
     """tau of the Gumbel-Softmax: falls geometrically from ``tau_start`` to ``tau_end``."""
     return config.tau_start * (config.tau_end / config.tau_start) ** (step / max(1, config.steps - 1))
+
+
+def budget_of_step(step: int, config: TrainConfig) -> float:
+    """p of Eq. (3): fixed, or drawn for each step between ``p`` and ``p_most``."""
+    if config.p_most is None:
+        return config.p
+    share = torch.rand((), generator=generator(config.seed, "budget", step)).item()
+    return config.p + (config.p_most - config.p) * share
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:

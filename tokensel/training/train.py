@@ -18,7 +18,8 @@ from tokensel.data.feature_cache import build_cache
 from tokensel.data.features import Features
 from tokensel.data.image_sources import open_images
 from tokensel.data.loader import FeatureLoader, ImageFeatureLoader, StoredFeatureLoader
-from tokensel.model.gumbel import gumbel_noise
+from tokensel.model.gates import threshold
+from tokensel.model.gumbel import KEEP, gumbel_noise
 from tokensel.model.objective import objective
 from tokensel.model.reconstructor import TokenReconstructor
 from tokensel.model.selector import TokenSelector
@@ -34,6 +35,7 @@ from tokensel.training.config import TrainConfig
 from tokensel.training.judge import reconstruction_error, train_reconstructor
 from tokensel.training.optim import (
     adamw,
+    budget_of_step,
     learning_rate,
     mean_over_processes,
     optimizer_step,
@@ -102,6 +104,7 @@ def _train(
     local_rows = processes.local_rows(config.batch_size)
     loader = open_loader(config, processes, images, features, encoder)
     model = seeded(lambda: Autoencoder(loader.width, *config.shape), config.seed).to(processes.device)
+    model.prepare_for(config.gate)
     optimizer = adamw(model, config)
     out = Path(config.out) if config.out else None
     # "auto" may mean another precision on another machine, and the result would differ
@@ -155,6 +158,8 @@ def _train(
         names = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
         tqdm.write(f"skipped {len(skipped)} of the images, which cannot be read: {names}", file=sys.stderr)
     model.to("cpu").eval()
+    if config.gate != "gumbel":
+        calibrate(model.selector, loader, config)
     record_training(model, config, loader, progress.scale, history)
     if out and processes.is_main:
         model.selector.save_pretrained(out / "selector")
@@ -186,15 +191,22 @@ def train_step(
         The loss, L_rec and L_pr, on the device.
     """
     # the noise of the whole batch is drawn, so that it does not depend on the number of processes
-    noise = gumbel_noise(
-        config.batch_size, batch.tokens.shape[1], 2, generator=generator(config.seed, "noise", step)
-    )[processes.local_rows(config.batch_size)]
+    rows = processes.local_rows(config.batch_size)
+    draw = generator(config.seed, "noise", step)
+    noise = gumbel_noise(config.batch_size, batch.tokens.shape[1], 2, generator=draw)[rows]
+    p = budget_of_step(step, config)
+    gate: dict[str, Any] = {}
+    if config.gate != "gumbel":
+        gate = {"gate": config.gate, "keep": p, "total": processes.sum}
+    if config.gate == "throttle":
+        sizes = config.batch_size, *batch.tokens.shape[1:]
+        gate["throttle"] = torch.randn(sizes, generator=draw)[rows].to(processes.device)
     with processes.autocast(use_bf16(processes.device, config)):
         reconstructed, mask = model(
-            batch.tokens, batch.valid, temperature(step, config), noise.to(processes.device)
+            batch.tokens, batch.valid, temperature(step, config), noise.to(processes.device), **gate
         )
     mean = mean_over_processes(processes, batch.valid)
-    loss, l_rec, l_pr = objective(reconstructed, batch.tokens, mask, config.p, scale, batch.valid, mean=mean)
+    loss, l_rec, l_pr = objective(reconstructed, batch.tokens, mask, p, scale, batch.valid, mean=mean)
     optimizer_step(model, optimizer, loss, step, config)
     return torch.stack([loss, l_rec, l_pr]).detach()
 
@@ -248,6 +260,22 @@ def measure_statistics(model: Autoencoder, loader: FeatureLoader, config: TrainC
         statistics = Statistics.of(islice(batches, count))
     model.standardise(statistics.mean, statistics.std)
     return Progress(0, statistics.scale, loader.identity, loader.state())
+
+
+@torch.no_grad()
+def calibrate(selector: TokenSelector, loader: FeatureLoader, config: TrainConfig) -> None:
+    """Shift the scores so that those above 0, which the selector keeps without a budget, are ``config.p``.
+
+    Under a gate that divides a budget nothing else fixes their zero. Measured on the tiles of the statistics.
+    """
+    count = min(config.steps, -(-config.statistics_tiles // config.batch_size))
+    with closing(loader.batches(0, config.batch_size, slice(0, config.batch_size), config.seed)) as batches:
+        parts = [
+            (selector.scores(b.tokens, b.valid), b.valid)
+            for b in (b.to("cpu") for b in islice(batches, count))
+        ]
+    scores = torch.cat([s.flatten() if v is None else s[v] for s, v in parts])
+    selector.head.bias[KEEP] -= threshold(scores[None], config.p)
 
 
 def history_records(
