@@ -247,10 +247,12 @@ def test_no_code_no_table_and_no_formula_scrolls_sideways(name, visit):
 
 
 @pytest.mark.parametrize("path", run.chapter_paths(ROOT), ids=lambda path: path.stem)
-def test_what_cells_show_as_markdown_has_no_bare_marks(path, visit):
+def test_what_cells_show_has_no_bare_marks_and_no_wrapped_code(path, visit):
     page = visit(f"chapters/{path.stem}.html")
     shown = page.locator(".bd-article .cell_output :is(p, li)").all_text_contents()
     assert not [text for text in shown if "| --" in text or "| \u2014" in text or text.count("$") >= 2]
+    sources = page.locator(".bd-article .cell_output .text_html pre").all_text_contents()
+    assert not [line for source in sources for line in source.splitlines() if len(line) > 88], "it wraps"
     tables = page.locator(".bd-article .cell_output table").all_text_contents()
     if "claims_table(" in path.read_text(encoding="utf-8"):
         assert any("the paper says" in text and "measured here" in text for text in tables)

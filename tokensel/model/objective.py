@@ -48,28 +48,29 @@ def objective(
 ) -> Objective:
     """Eq. (7): ||F^rec - F||_2 + max(L_pr, p), averaged over the images of a batch.
 
-    The norm is the l2 norm of one image's whole tensor, neither squared nor averaged over
-    its elements. The weight of L_pr is 1, as in the paper. The paper does not state the
-    unit of the norm, and the unit decides the result. The norm is concave in the fraction
-    of tokens kept, so the sum has its minima at the ends. In the encoder's own units the
-    norm is in the hundreds (576 x 1024 values): L_pr <= 1 is negligible and all tokens are
-    kept. In units that make both terms comparable, and without the hinge, dropping lowers
-    the loss until the reconstructor has learned to use what is kept: L_pr falls to 0, the
-    collapse of Sec. 4.3, unless the reconstructor learns in time.
+    The norm is the l2 norm of one image's whole tensor, neither squared nor averaged
+    over its elements. The weight of L_pr is 1, as in the paper. The paper does not
+    state the unit of the norm, and the unit decides the result. The norm is concave in
+    the fraction of tokens kept, so the sum has its minima at the ends. In the encoder's
+    own units the norm is in the hundreds (576 x 1024 values): L_pr <= 1 is negligible
+    and all tokens are kept. In units that make both terms comparable, and without the
+    hinge, dropping lowers the loss until the reconstructor has learned to use what is
+    kept: L_pr falls to 0, the collapse of Sec. 4.3, unless the reconstructor learns in
+    time.
 
     Args:
         reconstructed: F^rec.
         features: F, in the encoder's own units; it is not standardised.
         mask: M, 1 = kept; its gradient reaches the selector.
         p: keeping costs nothing below this fraction (Eq. 3); 0 switches the hinge off.
-        scale: the distance that counts as 1. Training takes the typical ||F - mean||_2 of
-            a tile, so that L_rec = 1 means "no better than the mean token everywhere" for
-            every encoder and tile size.
+        scale: the distance that counts as 1. Training takes the typical ||F - mean||_2
+            of a tile, so that L_rec = 1 means "no better than the mean token
+            everywhere" for every encoder and tile size.
         valid: True where a token is real; ``None`` when all are.
         mean: the average over images; with several processes, over the images of all of
-            them. The hinge is on the average, so that one image may keep more than p and
-            another less: this is the adaptive count of the paper's title. A hinge on each
-            image's own count reconstructed worse in a trial.
+            them. The hinge is on the average, so that one image may keep more than p
+            and another less: this is the adaptive count of the paper's title. A hinge
+            on each image's own count reconstructed worse in a trial.
     """
     l_rec = mean(distance(reconstructed, features, valid) / scale)
     l_pr = mean(retained_fraction(mask, valid))
