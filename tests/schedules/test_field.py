@@ -340,3 +340,17 @@ def test_a_scorer_before_a_grid_and_a_fraction_in_advance_get_one_line():
             vlm.generate(chosen, 2, schedule=schedule)
     with pytest.raises(TokenselError, match="depends on the prompt"):
         SparseVLM(0.5, (1,)).entering(1)
+
+
+@pytest.mark.parametrize("schedule", [PriorTR(2, 0.4), Clse(0.5, (1, 2, 3))], ids=lambda s: s.name)
+def test_several_samples_of_a_prompt_under_a_schedule_that_evicts_everywhere(schedule):
+    vlm = vlm_of("llama")
+    reduced = prompt(vlm, [0, 1])
+    greedy = vlm.generate(reduced, 4, schedule=schedule)
+    torch.manual_seed(0)
+    several = vlm.generate_output(reduced, 4, schedule, do_sample=True, num_return_sequences=2)
+    assert len(several.texts) == 4
+    coldest = vlm.generate(
+        reduced, 4, schedule=schedule, do_sample=True, temperature=1e-4, num_return_sequences=2
+    )
+    assert coldest == [text for text in greedy for _ in range(2)]
