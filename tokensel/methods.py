@@ -105,6 +105,7 @@ class Method:
         uses_keep: False where every budget gives the same result, so that one evaluation serves them all.
         scorer: the name of the scorer it ranks tokens with, if any.
         schedule: the name of the schedule that drops tokens inside the language model, if any.
+        uses_native: whether it is the model's own compression, which not every model has.
     """
 
     run: Callable[[EncodedBatch, float | None, Scorer | None, Choices], Reduced]
@@ -112,6 +113,7 @@ class Method:
     uses_keep: bool = True
     scorer: str | None = None
     schedule: str | None = None
+    uses_native: bool = False
 
     def classes(self) -> list[Any]:
         """The classes of its scorer and its schedule, as far as it has them."""
@@ -130,6 +132,11 @@ class Method:
     def uses_selector(self) -> bool:
         """Whether its scorer has a learned part, a selector."""
         return self.scorer is not None and "selector" in scorer_options(self.scorer)
+
+    @property
+    def uses_predictor(self) -> bool:
+        """Whether its schedule has a learned part, a rate predictor."""
+        return self.schedule is not None and "predictor" in schedule_options(self.schedule)
 
     @property
     def needs_cls_attention(self) -> bool:
@@ -182,7 +189,7 @@ def methods() -> dict[str, Method]:
         **{name: Method(_scored, scorer=name) for name in SCORERS},
         "downsample": Method(_downsample),
         "pool": Method(_pool),
-        "native": Method(_native, chooses=False, uses_keep=False),
+        "native": Method(_native, chooses=False, uses_keep=False, uses_native=True),
     }
 
 

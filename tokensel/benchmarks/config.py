@@ -157,15 +157,16 @@ class EvalConfig:
 
         if not self.methods:
             raise TokenselError("methods is empty: give at least one, such as full")
-        rows = [check_method(method) for method in self.methods]
-        if self.selector is None and any(row.uses_selector for row in rows):
-            raise TokenselError(
-                "method selector: give the folder or Hub id of a trained selector with --selector"
-            )
-        if self.dyrate is None and any(row.schedule == "dyrate" for row in rows):
-            raise TokenselError(
-                "method dyrate: give the folder or Hub id of a trained predictor with --dyrate"
-            )
+        for method in self.methods:
+            row = check_method(method)
+            if self.selector is None and row.uses_selector:
+                raise TokenselError(
+                    f"method {method}: give the folder or Hub id of a trained selector with --selector"
+                )
+            if self.dyrate is None and row.uses_predictor:
+                raise TokenselError(
+                    f"method {method}: give the folder or Hub id of a trained predictor with --dyrate"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EvalConfig":

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,10 +15,9 @@ from tokensel.cost.answers import Work, work_cost
 from tokensel.methods import check_method
 from tokensel.model.selector import TokenSelector
 from tokensel.schedules import (
-    DyRate,
+    SCHEDULES,
     RatePredictor,
     Schedule,
-    Vtw,
     cuts_at_depth,
     make_schedule,
     schedule_options,
@@ -100,13 +100,17 @@ class EvalSession:
         row, config = check_method(condition.method), self.config
         if row.schedule is None:
             return None
-        if row.schedule == "vtw":  # it drops everything visual, newlines too
-            return Vtw(config.vtw_layer or self.vlm.model.config.text_config.num_hidden_layers // 2)
-        if row.schedule == "dyrate":
-            return DyRate(self.predictor, config.newline)
-        keep = config.inside if row.chooses else condition.keep
-        given = {"layer": config.layer, "keep": keep, "seed": condition.seed, "newline": config.newline}
-        given |= cuts_at_depth(row.schedule, self.vlm.model.config.text_config.num_hidden_layers)
+        depth = self.vlm.model.config.text_config.num_hidden_layers
+        withdraws = getattr(SCHEDULES[row.schedule], "withdraws", False)
+        given: dict[str, Any] = {
+            "layer": (config.vtw_layer or depth // 2) if withdraws else config.layer,
+            "keep": config.inside if row.chooses else condition.keep,
+            "seed": condition.seed,
+            "newline": config.newline,
+        }
+        given |= cuts_at_depth(row.schedule, depth)
+        if row.uses_predictor:  # it is loaded only for a schedule that takes it
+            given["predictor"] = self.predictor
         known = schedule_options(row.schedule)
         return make_schedule(row.schedule, **{name: value for name, value in given.items() if name in known})
 
@@ -116,25 +120,26 @@ class EvalSession:
         Raises:
             TokenselError: one of them does not.
         """
-        rows, model = [check_method(method) for method in self.config.methods], self.vlm.model.config
-        reads = [name for name, row in zip(self.config.methods, rows) if row.needs_cls_attention]
-        if reads and model.vision_feature_select_strategy != "default":
-            raise TokenselError(
-                f"method {reads[0]}: the vision tower of {self.config.model} has no CLS token; leave the "
-                "method out"
-            )
-        if "native" in self.config.methods and self.vlm.native is None:
-            raise TokenselError(
-                f"method native: {self.config.model} has no compression of its own; leave the method out"
-            )
-        shape = model.text_config
-        for schedule in filter(None, map(self.schedule, self.config.conditions())):
-            check_layers(schedule.name, schedule.layers(), shape.num_hidden_layers)
-            if isinstance(schedule, DyRate):
-                schedule.predictor.check_heads(shape.num_attention_heads)
+        model = self.vlm.model.config
+        for method in self.config.methods:
+            row = check_method(method)
+            if row.needs_cls_attention and model.vision_feature_select_strategy != "default":
+                raise TokenselError(
+                    f"method {method}: the vision tower of {self.config.model} has no CLS token; leave the "
+                    "method out"
+                )
+            if row.uses_native and self.vlm.native is None:
+                raise TokenselError(
+                    f"method {method}: {self.config.model} has no compression of its own; leave the method "
+                    "out"
+                )
         for condition in self.config.conditions():
-            if (check := getattr(self.scorer(condition), "check_model", None)) is not None:
-                check(model)
+            scorer, schedule = self.scorer(condition), self.schedule(condition)
+            if schedule is not None:
+                check_layers(schedule.name, schedule.layers(), model.text_config.num_hidden_layers)
+            for part in (scorer, schedule):
+                if (check := getattr(part, "check_model", None)) is not None:
+                    check(model)
 
     def mean_cost(self, condition: Condition, work: Sequence[Work]) -> tuple[float, float]:
         """FLOPs and bytes of keys and values of an answer under a condition, averaged over the answers."""
@@ -173,6 +178,6 @@ class EvalSession:
         if row.uses_selector:
             identity["selector"] = self.selector_digest
         if schedule is not None:
-            dyrate = isinstance(schedule, DyRate)
-            identity["schedule"] = f"{self.predictor_digest} {schedule.newline}" if dyrate else repr(schedule)
+            learned = f"{self.predictor_digest} {schedule.newline}" if row.uses_predictor else None
+            identity["schedule"] = learned or repr(schedule)
         return identity

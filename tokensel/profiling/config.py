@@ -110,7 +110,8 @@ class CostConfig:
         from tokensel.methods import check_method  # after what needs no heavy import
 
         for method in self.methods:
-            if method == "native" or check_method(method).schedule == "dyrate":
+            row = check_method(method)
+            if row.uses_native or row.uses_predictor:
                 raise TokenselError(
                     f"method '{method}' is not measured: it needs more than shapes; leave it out"
                 )

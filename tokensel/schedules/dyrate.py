@@ -179,3 +179,11 @@ class DyRate:
     def layers(self) -> tuple[int, ...]:
         """Layers at whose entrance tokens are dropped."""
         return (self.predictor.config.layer,)
+
+    def check_model(self, config: PretrainedConfig) -> None:
+        """Check that the predictor was made for a model of this configuration.
+
+        Raises:
+            TokenselError: it was made for another number of attention heads.
+        """
+        self.predictor.check_heads(config.text_config.num_attention_heads)

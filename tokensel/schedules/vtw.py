@@ -32,6 +32,7 @@ class Vtw:
     layer: int = 16
     name: ClassVar[str] = "vtw"
     uses_keep: ClassVar[bool] = False
+    withdraws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # a frozen dataclass takes assignments only this way
