@@ -7,7 +7,7 @@ NumPy; ``.cpu()``, ``.item()`` and ``.tolist()`` fetch values.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -16,7 +16,6 @@ import torch
 import torch.utils.backend_registration as registration
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "standin"
 
@@ -102,18 +101,35 @@ def _exit_no_grad(self: Any, *_: Any) -> None:
 COPIES = ("copy_", "_to_copy", "to", "set_")
 # operations whose indices may be on the host while the indexed tensor is on a GPU
 INDEXED = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
+# operations whose last argument may be a number on the host, besides those that PyTorch tags as pointwise
+NUMBERS = ("masked_fill", "fill", "floor_divide")
+
+
+_operations = 0
+
+
+def count_operations() -> int:
+    """How many operations this process has run on the device, tensors made or moved there included."""
+    return _operations
 
 
 def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run one operation on the values, and put its result where a GPU would have it."""
+    global _operations
     name = func.overloadpacket.__name__
-    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    on_device = any(isinstance(leaf, StandIn) for leaf in leaves)
-    devices = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
+    given = [*leaves_of(args), *leaves_of(tuple(kwargs.values()))]
+    tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+    on_device = any(isinstance(leaf, StandIn) for leaf in tensors)
+    devices = [leaf for leaf in given if isinstance(leaf, torch.device)]
     target = devices[0] if devices else None  # a place among the arguments is named only for the result
+    if not on_device and target is None:
+        return func(*args, **kwargs)
     if on_device and name not in COPIES:
-        refuse_mixing(name, args, leaves)
-    out = func(*tree_map(to_host, args), **tree_map(to_host, kwargs))
+        refuse_mixing(func, args, tensors)
+    if (target.type == NAME if target else True) and any(isinstance(leaf, torch.Generator) for leaf in given):
+        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+    _operations += on_device or (target is not None and target.type == NAME)
+    out = func(*change(to_host, args), **{key: change(to_host, value) for key, value in kwargs.items()})
     if target is not None:
         stays = target.type == NAME
     elif name == "copy_":
@@ -123,34 +139,59 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if not stays:
         return args[0] if name == "copy_" else out
     own = {
-        id(leaf.host): leaf for leaf in leaves if isinstance(leaf, StandIn)
+        id(leaf.host): leaf for leaf in tensors if isinstance(leaf, StandIn)
     }  # an operation may return its input
 
     def wrap(leaf: Any) -> Any:
         return own[id(leaf)] if id(leaf) in own else StandIn(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
-    wrapped = tree_map(wrap, out)
+    wrapped = change(wrap, out)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if on_device else wrapped
+
+
+def leaves_of(values: Any) -> Iterator[Any]:
+    """What lists and tuples hold; PyTorch's own ``tree_leaves`` takes longer than most operations."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from leaves_of(value)
+        else:
+            yield value
+
+
+def change(function: Callable[[Any], Any], value: Any) -> Any:
+    """Lists and tuples with each leaf replaced by ``function`` of it."""
+    if type(value) in (list, tuple):
+        return type(value)(change(function, part) for part in value)
+    return function(value)
 
 
 def to_host(leaf: Any) -> Any:
     """A tensor's values, and the host in place of the device; anything else as it is."""
-    if isinstance(leaf, torch.device) and leaf.type == NAME:
-        return torch.device("cpu")
-    return leaf.host if isinstance(leaf, StandIn) else leaf
+    if isinstance(leaf, StandIn):
+        return leaf.host
+    return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == NAME else leaf
 
 
-def refuse_mixing(name: str, args: tuple, leaves: list[torch.Tensor]) -> None:
-    """Raise where a host tensor with more than one number meets a tensor of the stand-in device."""
-    allowed: list[torch.Tensor] = []
+def refuse_mixing(func: Any, args: tuple, tensors: list[torch.Tensor]) -> None:
+    """Raise where a host tensor meets one of the stand-in device, except where a GPU takes it.
+
+    It takes an index, and a single number without dimensions in an operation that goes element by element.
+    Neither a result nor a mask may be on the host.
+    """
+    name = func.overloadpacket.__name__
+    allowed: list[Any] = []
     if name in INDEXED and isinstance(args[0], StandIn):
-        allowed = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
-    for leaf in leaves:
-        if isinstance(leaf, StandIn) or leaf.dim() == 0 or any(leaf is one for one in allowed):
-            continue
-        raise RuntimeError(
-            f"{name}: expected all tensors to be on the same device, but found {NAME}:0 and {leaf.device}"
-        )
+        allowed = [*args[1], *[value for value in args[2:3] if value.dim() == 0]]
+    elif name.rstrip("_") in NUMBERS:
+        allowed = [value for value in args[-1:] if isinstance(value, torch.Tensor) and value.dim() == 0]
+    elif torch.Tag.pointwise in func.tags and not name.endswith("_"):
+        allowed = [tensor for tensor in tensors if tensor.dim() == 0]
+    elif torch.Tag.pointwise in func.tags:  # its result is its first argument
+        allowed = [tensor for tensor in tensors if tensor.dim() == 0 and tensor is not args[0]]
+    for tensor in tensors:
+        if not isinstance(tensor, StandIn) and not any(tensor is one for one in allowed):
+            found = f"{NAME}:0 and {tensor.device}"
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {found}")
 
 
 def _module() -> types.ModuleType:

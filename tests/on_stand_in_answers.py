@@ -1,0 +1,215 @@
+"""Prompts, answers and evaluations where the model is on a device of its own: all as on the host."""
+
+from dataclasses import replace
+
+import pytest
+import suite_tiny
+import torch
+from reference import SCHEDULES, dyrate, prompt, vlm_of
+from staged_reference import STAGED
+from stand_in import NAME, stand_in
+from tiny import ask, noise_image, onevision_processor, tiny_onevision, tiny_selector, tiny_vlm
+
+from tokensel.benchmarks.config import EvalConfig
+from tokensel.benchmarks.runner import evaluate
+from tokensel.budget import fraction_count, hard, rank, top_count, top_fraction
+from tokensel.cost import answer_costs, answer_work
+from tokensel.data.encoders import VisionEncoder
+from tokensel.methods import Batch, methods, prepare
+from tokensel.schedules.vtw import withdrawal_divergence
+from tokensel.scorers import SCORERS, make_scorer
+from tokensel.vlm import Vlm, count_tokens, reduce_inputs
+from tokensel.vlm.forced import answer_mass, force
+from tokensel.vlm.native import switch_off
+
+ROWS = [1, 3]
+
+
+def close(there: torch.Tensor, here: torch.Tensor) -> bool:
+    """Whether a tensor of the device has the values of one on the host, up to rounding."""
+    return there.device.type == NAME and torch.allclose(there.cpu(), here, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def device():
+    with stand_in() as device:
+        yield device
+
+
+def llava_next() -> Vlm:
+    return tiny_vlm()
+
+
+def llava_onevision() -> Vlm:
+    model, processor = tiny_onevision(), onevision_processor()
+    return Vlm(model, processor, "tiny", switch_off(model, processor))
+
+
+def pair(make, device) -> tuple[Vlm, Vlm]:
+    """The same model on the host and on the device."""
+    here, there = make(), make()
+    there.model.to(device)
+    return here, there
+
+
+@pytest.mark.parametrize(
+    ("name", "attn"),
+    [
+        ("fastv-drop", "eager"),
+        ("fastv-3", "sdpa"),
+        ("vtw", "sdpa"),
+        ("fixed", "sdpa"),
+        ("exponential-row", "sdpa"),
+        ("dyrate", "sdpa"),
+        *[(name, "sdpa") for name in STAGED],
+    ],
+)
+def test_a_schedule_drops_the_same_in_prefill_and_decoding(device, name, attn):
+    here, there = pair(lambda: vlm_of("mistral", attn), device)
+    schedules = [(SCHEDULES | STAGED)[name]] * 2
+    if name == "dyrate":
+        schedules = [dyrate(), dyrate()]
+        schedules[1].predictor.to(device)
+    outputs = [
+        vlm.generate_output(prompt(vlm, ROWS), 3, schedule)
+        for vlm, schedule in zip((here, there), schedules, strict=True)
+    ]
+    expected, output = outputs
+    assert output.tokens.device.type == output.lengths.device.type == NAME
+    assert output.texts == expected.texts and torch.equal(output.tokens.cpu(), expected.tokens)
+    for counts in ("left", "cells"):
+        for step, of_host in zip(
+            getattr(output.pruning, counts), getattr(expected.pruning, counts), strict=True
+        ):
+            assert step.device.type == "cpu" and torch.equal(step, of_host)
+    for drop, of_host in zip(output.pruning.drops, expected.pruning.drops, strict=True):
+        assert drop.columns.device.type == "cpu" and torch.equal(drop.columns, of_host.columns)
+    works = [
+        answer_work(vlm.model, prompt(vlm, ROWS), out)
+        for vlm, out in zip((here, there), outputs, strict=True)
+    ]
+    assert works[0] == works[1]
+    costs = [
+        answer_costs(vlm.model, prompt(vlm, ROWS), out)
+        for vlm, out in zip((here, there), outputs, strict=True)
+    ]
+    assert costs[0] == costs[1]
+
+
+def test_several_answers_and_sampled_ones(device):
+    here, there = pair(lambda: vlm_of("llama"), device)
+    for options in ({"num_beams": 2, "num_return_sequences": 2}, {"output_logits": True}):
+        texts = [vlm.generate(prompt(vlm, ROWS, 0.5), 3, **options) for vlm in (here, there)]
+        assert texts[0] == texts[1]
+    torch.manual_seed(0)
+    sampled = {"do_sample": True, "num_return_sequences": 2, "schedule": SCHEDULES["fastv"]}
+    assert len(there.generate(prompt(there, ROWS), 2, **sampled)) == 2 * len(ROWS)
+
+
+def test_teacher_forcing_and_attention_mass(device):
+    here, there = pair(lambda: vlm_of("qwen2"), device)
+    masses = []
+    for vlm in (here, there):
+        reduced = prompt(vlm, ROWS)
+        output = vlm.generate_output(reduced, 4)
+        forced = force(vlm.model, reduced, output.tokens, output.lengths)
+        masses.append(answer_mass(vlm.model, forced))
+    tensors = (*forced.inputs.values(), forced.visual, forced.cells, forced.types, forced.attn_mask)
+    assert all(tensor.device.type == NAME for tensor in (*tensors, forced.labels))
+    assert close(masses[1], masses[0])
+
+
+def test_vtw_chooses_its_layer(device):
+    divergences = [
+        withdrawal_divergence(vlm.model, [prompt(vlm, [0]), prompt(vlm, [1, 3])])
+        for vlm in pair(lambda: vlm_of("llama"), device)
+    ]
+    assert divergences[1] == pytest.approx(divergences[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [llava_next, llava_onevision])
+def test_every_method_makes_the_same_prompts(device, make):
+    images, questions = [noise_image(40, 48), None, noise_image(90, 30)], ["what?", "and?", "who?"]
+    batches = [Batch(vlm, images, questions) for vlm in pair(make, device)]
+    with torch.no_grad():
+        for name, row in methods().items():
+            if row.needs_cls_attention if make is llava_onevision else name == "native":
+                continue
+            results = []
+            for batch, where in zip(batches, ("cpu", device), strict=True):
+                scorer = make_scorer(row.scorer, selector=tiny_selector().to(where)) if row.scorer else None
+                choices = {"newline": "row", "thumbnail": "keep"} if row.chooses else {}
+                results.append(prepare(batch, name, 0.3, choices, scorer))
+            expected, reduced = results
+            assert close(reduced["inputs_embeds"], expected["inputs_embeds"])
+            assert close(reduced["attention_mask"], expected["attention_mask"])
+            assert reduced.visual.device.type == NAME
+            for counts in ("n_visual", "n_visual_full", "n_newline", "n_tiles"):
+                count = getattr(reduced, counts)
+                assert count.device.type == "cpu" and torch.equal(count, getattr(expected, counts))
+
+
+@pytest.mark.parametrize("name", [*SCORERS, "lowest-norm"])
+def test_scorers_and_budgets_stay_with_their_features(device, name):
+    encoder = VisionEncoder.from_vlm(tiny_vlm().model, tiny_vlm().processor)
+    pixels = encoder.preprocess([noise_image(40, 48), noise_image(30, 20)], tiles="anyres")
+    scorer = make_scorer(name, selector=tiny_selector().to(device))
+    on_host = encoder.features(pixels, cls_attention=True)
+    on_host.keys = torch.arange(len(on_host))
+    generator, shape = torch.Generator().manual_seed(0), on_host.tokens.shape[:2]
+    on_host.valid = torch.rand(shape, generator=generator) < 0.9
+    on_host.tile = torch.arange(len(on_host))[:, None].expand(shape)
+    on_host.centre, on_host.relevance = torch.rand(*shape, 2, generator=generator), torch.rand(shape)
+    on_device = on_host.to(device)
+    encoder.to(device)
+    assert close(encoder.features(pixels, cls_attention=True).tokens, on_host.tokens)
+    scores = scorer(on_device)
+    kept = top_fraction(scores, 0.3, on_device.valid)
+    count = fraction_count(on_device.valid.sum(1), 0.3)
+    assert scores.device.type == kept.device.type == count.device.type == NAME
+    assert torch.equal(top_count(scores, count, on_device.valid), kept)
+    assert hard(scores, on_device.valid).device.type == NAME
+    assert torch.equal(rank(scores, on_device.valid).cpu(), rank(scores.cpu(), on_host.valid))
+    if name == "selector":
+        chooser = scorer.selector
+        assert torch.equal(chooser.keep_mask(on_device.tokens, 0.3, on_device.valid).cpu(), kept.cpu())
+        assert chooser.keep_mask(on_device.tokens, None, on_device.valid).device.type == NAME
+        scorer = make_scorer(name, selector=tiny_selector())
+    assert close(scores, scorer(on_host))
+    assert encoder.encode([noise_image(24, 24)]).tokens.device.type == "cpu"
+    assert (
+        encoder.fingerprint() == VisionEncoder.from_vlm(tiny_vlm().model, tiny_vlm().processor).fingerprint()
+    )
+
+
+def test_an_evaluation_writes_the_same_table(device, tmp_path):
+    config = EvalConfig(
+        model=str(suite_tiny.save_models(tmp_path)),
+        selector=str(tmp_path / "selector"),
+        suite="suite_tiny",
+        benchmarks=("choice",),
+        methods=("full", "selector+fastv"),
+        keeps=(0.3,),
+        layer=1,
+        n=2,
+        batch_size=2,
+    )
+    tables = [
+        evaluate(replace(config, out=str(tmp_path / where), device=where), progress=False).table.read_text()
+        for where in ("cpu", NAME)
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_inputs_may_be_on_either_side(device):
+    vlm = tiny_vlm()
+    inputs = dict(ask(vlm, [0, None, [1, 3]]))
+    vlm.model.to(device)
+    expected = reduce_inputs(vlm.model, inputs, make_scorer("norm"), 0.3)
+    moved = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
+    }
+    reduced = reduce_inputs(vlm.model, moved, make_scorer("norm"), 0.3)
+    assert torch.equal(reduced["inputs_embeds"], expected["inputs_embeds"])
+    assert torch.equal(reduced.copy()["inputs_embeds"], expected["inputs_embeds"])
+    assert count_tokens(vlm.model, 40, 48)[0] > 1
