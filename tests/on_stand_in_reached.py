@@ -39,7 +39,8 @@ MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data
     profiling.timing.Spans.hooked profiling.workload.MeasuredModel.of profiling.workload.build_selector
     profiling.inference.summarise_inference schedules.decoder.decoder_of
     training.optim.adamw training.processes.Processes.parallel
-    utils.devices.device_of vlm.encode.check_model vlm.native.switch_off"""
+    utils.devices.device_of vlm.encode.check_model vlm.native.switch_off
+    model.gates.make_gate"""
 PASSED_ON = """profiling.timing.Stamps.put schedules.fastv.FastV.entering schedules.rates.Exponential.entering
     schedules.rates.Fixed.entering schedules.clse.Clse.entering schedules.feather.Feather.entering
     schedules.priortr.PriorTR.entering schedules.pyramiddrop.PyramidDrop.entering
@@ -66,7 +67,7 @@ def public_functions() -> Iterator[tuple[str, FunctionType]]:
             members = vars(value).items() if inspect.isclass(value) else [("", value)]
             for name, member in members:
                 function = plain(member)
-                if function is None or getattr(function, "__isabstractmethod__", False):
+                if function is None or getattr(member, "__isabstractmethod__", False):
                     continue
                 if not name.startswith("_") or name == "__call__":
                     yield f"{info.name}.{function.__qualname__}", function

@@ -11,6 +11,7 @@ from stand_in import NAME, stand_in
 
 from tokensel.budget import top_fraction
 from tokensel.data.encoders import VisionEncoder
+from tokensel.model.gates import GATES
 from tokensel.profiling.config import CostConfig
 from tokensel.profiling.inference import measure_inference
 from tokensel.profiling.training import measure_training
@@ -47,6 +48,14 @@ def test_training_on_features_resumes_on_the_device(device, tmp_path):
         small_config(**options), features=features
     )  # reads the last checkpoint, and has no step left
     assert all(torch.equal(weights(again)[name], weight) for name, weight in weights(there).items())
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_trains_on_the_device(device, gate):
+    features = random_features()
+    config = small_config(steps=2, gate=gate, device="cpu", p_most=None if gate == "gumbel" else 0.6)
+    here, there = (train(replace(config, device=where), features=features) for where in ("cpu", "auto"))
+    assert close(weights(there), weights(here))
 
 
 @pytest.mark.parametrize("cache", [False, True])
