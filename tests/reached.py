@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 from stand_in import count_operations
 
-RAN: set[str] = set()
-"""Every function of the library that has run, by module and qualified name."""
 REACHED: dict[str, str] = {}
-"""Those during which the device has computed something, and the first test in which it did."""
+"""Functions during which the device computed something, by module and qualified name, and their first test."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +25,6 @@ def note_reached(request: pytest.FixtureRequest) -> Iterator[None]:
         if not name.startswith("tokensel."):
             done.add(code)
             return None
-        RAN.add(name)
         before = count_operations()
         frame.f_trace_lines = False
 
