@@ -1,8 +1,8 @@
 """Loading a LLaVA from a folder, asking it, and what is said when that fails."""
 
 import pytest
-from tiny import noise_image, tiny_config, tiny_llava, tiny_selector, tiny_vlm
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from tiny import noise_image, tiny_llava, tiny_selector, tiny_vlm
+from transformers import PaliGemmaConfig
 
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
@@ -57,10 +57,6 @@ def test_missing_and_damaged_models(folder, tmp_path):
 
 def test_a_model_without_tiles_is_refused(vlm, tmp_path):
     vlm.processor.save_pretrained(tmp_path)
-    config = tiny_config()
-    plain = LlavaConfig(
-        vision_config=config.vision_config, text_config=config.text_config, image_token_index=4
-    )
-    LlavaForConditionalGeneration(plain).save_pretrained(tmp_path)
-    with pytest.raises(TokenselError, match="is a llava, which cuts no image tiles"):
+    PaliGemmaConfig().save_pretrained(tmp_path)
+    with pytest.raises(TokenselError, match="is a paligemma, which packs no image tiles"):
         load_vlm(tmp_path)

@@ -27,6 +27,7 @@ from tokensel.utils.errors import TokenselError, check_layers
 from tokensel.utils.provenance import checkpoint_digest
 from tokensel.utils.source import code_digest
 from tokensel.vlm import Vlm, load_vlm
+from tokensel.vlm.families import check_tiled
 
 __all__ = ["ANSWERING", "EvalSession"]
 
@@ -52,6 +53,7 @@ class EvalSession:
         """
         dtype = None if config.dtype == "auto" else config.dtype
         self.vlm: Vlm = load_vlm(config.model, local_device(config.device), dtype, revision=config.revision)
+        check_tiled(self.vlm.model.config, "evaluate")
         keeps = config.keeps or (SHORT_KEEPS if self.vlm.native else KEEPS)
         self.config = replace(config, keeps=keeps)
         self._scorers: dict[tuple[str, int], Scorer] = {}

@@ -27,6 +27,8 @@ class Features:
         centre: where the middle of each token lies in its image, as fractions of its height and width, the
             letterbox cut off; ``None`` where it is not known.
         relevance: how well each token fits the question; ``None`` where it was not requested.
+        grid: rows and columns of each tile, where tiles differ in size or are not square; ``None`` where all
+            are squares.
     """
 
     tokens: Float[Tensor, "tiles tokens channels"]
@@ -36,6 +38,7 @@ class Features:
     tile: Int[Tensor, "tiles tokens"] | None = None
     centre: Float[Tensor, "tiles tokens 2"] | None = None
     relevance: Float[Tensor, "tiles tokens"] | None = None
+    grid: Int[Tensor, "tiles 2"] | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

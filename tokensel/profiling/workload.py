@@ -20,6 +20,7 @@ from tokensel.utils.devices import check_device
 from tokensel.utils.errors import TokenselError, reason
 from tokensel.utils.loading import hub_options
 from tokensel.vlm import Choices, Encoded, Reduced, encode, load_vlm
+from tokensel.vlm.families import check_tiled
 from tokensel.vlm.layout import read_layout, tile_counts
 
 FULL = "full"  # the stock model on stock inputs: nothing of this library runs
@@ -61,7 +62,9 @@ def build_model(config: CostConfig) -> PreTrainedModel:
     device = check_device(config.device)
     if not (config.random_weights or config.model in SHAPES):
         dtype = None if config.dtype == "auto" else config.dtype
-        return load_vlm(config.model, device, dtype, config.attn, revision=config.revision).model
+        model = load_vlm(config.model, device, dtype, config.attn, revision=config.revision).model
+        check_tiled(model.config, "cost")
+        return model
     half = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = half if config.dtype == "auto" else getattr(torch, config.dtype)
     known = config.model in SHAPES

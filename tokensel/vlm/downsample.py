@@ -10,9 +10,9 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from tokensel.data.tower import run_tower
 from tokensel.utils.devices import device_of
-from tokensel.utils.errors import check_keep
+from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.choose import Choices
-from tokensel.vlm.encode import Encoded
+from tokensel.vlm.encoded import Encoded
 from tokensel.vlm.reduce import Reduced, assemble
 
 __all__ = ["coarse_grid", "downsample", "pool"]
@@ -88,7 +88,7 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
         choices: newline ("drop" leaves them out) and positions; budget and thumbnail have no effect here.
 
     Raises:
-        TokenselError: ``keep`` outside (0, 1], or an unknown choice.
+        TokenselError: ``keep`` outside (0, 1], an unknown choice, or a model without tiles.
     """
     options, grid = Choices.of(choices), _grid(encoded, keep)
     config = encoded.model.config
@@ -128,6 +128,11 @@ def pool(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
 
 
 def _grid(encoded: Encoded, keep: float) -> tuple[int, int]:
+    if not encoded.family.tiled:
+        raise TokenselError(
+            f"down-sampling and pooling know LLaVA's tiles, and {encoded.family.name} has none: give its "
+            "processor a smaller size limit instead"
+        )
     return coarse_grid(check_keep(keep), isqrt(encoded.layout.tokens))
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "empty_layout",
     "mark_cells",
     "pack",
+    "plain_layout",
     "read_layout",
     "real_tiles",
     "tile_counts",
@@ -44,7 +45,9 @@ class Layout:
         thumbnail: True for cells of an image's thumbnail. The only tile of a one-tile image is the image
             itself and no thumbnail.
         tiles: number of tiles of each image.
-        tokens: cells in one tile.
+        tokens: cells in one tile; in the largest, where tiles differ in size.
+        grid: rows and columns of each tile, where tiles differ in size or are not square; ``None`` where all
+            are squares of ``tokens`` cells.
     """
 
     source: Int[Tensor, "packed"]
@@ -52,6 +55,12 @@ class Layout:
     thumbnail: Bool[Tensor, "packed"]
     tiles: list[int]
     tokens: int
+    grid: Int[Tensor, "tiles 2"] | None = None
+
+    @property
+    def real(self) -> Bool[Tensor, "tiles tokens"] | None:
+        """True at the cells that a tile has, False where it is smaller than the largest; ``None``: all."""
+        return None if self.grid is None else torch.arange(self.tokens) < self.grid.prod(1)[:, None]
 
     @property
     def cell(self) -> Bool[Tensor, "packed"]:
@@ -79,8 +88,15 @@ class Layout:
 
     @property
     def centres(self) -> Float[Tensor, "cells 2"]:
-        """Middle of each visual cell in its image, as fractions of height and width, without letterbox."""
+        """Middle of each visual cell in its image, as fractions of height and width, without letterbox.
+
+        Where tiles are not joined into one map, that is the middle in the tile.
+        """
         cell, image = self.cell, self.image
+        if self.grid is not None:
+            height, width = self.grid[self.source // self.tokens].unbind(1)
+            place = self.source % self.tokens
+            return torch.stack([(place // width + 0.5) / height, (place % width + 0.5) / width], 1).float()
         side = isqrt(self.tokens)
         place = self.source[cell] % self.tokens  # in its tile, which for a whole tile is all there is to say
         row, column = place // side, place % side
@@ -98,11 +114,17 @@ class Layout:
         column[on_map] = torch.arange(len(line)) - (width.cumsum(0) - width)[line]
         return torch.stack([(row + 0.5) / high, (column + 0.5) / wide], 1).float()
 
+    def by_tile(self, cells: Float[Tensor, "cells channels"]) -> Float[Tensor, "tiles tokens channels"]:
+        """Features of the cells in packed order as a row for each tile, zeros beyond a smaller one."""
+        flat = cells.new_zeros(sum(self.tiles) * self.tokens, cells.shape[1])
+        flat.index_copy_(0, self.source[self.cell].to(cells.device), cells)
+        return flat.unflatten(0, (sum(self.tiles), self.tokens))
+
     def spread(self, packed: Bool[Tensor, "packed"]) -> Bool[Tensor, "tiles tokens"]:
         """A mask over packed tokens as a mask over the cells of each tile; newlines have no place there."""
         mask = torch.zeros(sum(self.tiles) * self.tokens, dtype=torch.bool)
         mask[self.source[packed & self.cell]] = True
-        return mask.view(-1, self.tokens)
+        return mask.view(sum(self.tiles), self.tokens)
 
 
 def tile_counts(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]:
@@ -202,6 +224,28 @@ def read_layout(core: Any, counts: Sequence[int], tokens: int, image_sizes: Tens
     first = (per_image.cumsum(0) - per_image)[image]  # the first tile of the token's image
     thumbnail = (source != NEWLINE) & (source // tokens == first) & (per_image[image] > 1)
     return Layout(source, image, thumbnail, list(counts), tokens)
+
+
+def plain_layout(
+    grid: Int[Tensor, "tiles 2"], tiles: Sequence[int], last_is_thumbnail: bool = False
+) -> Layout:
+    """The layout of images whose tiles follow one another as they are, row by row, without newlines.
+
+    Args:
+        grid: rows and columns of each tile, in visual tokens.
+        tiles: tiles of each image.
+        last_is_thumbnail: whether the last tile of an image with several of them is its thumbnail.
+    """
+    counts = grid.prod(1)
+    most = int(counts.max()) if len(counts) else 0
+    tile = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    source = tile * most + torch.arange(len(tile)) - (counts.cumsum(0) - counts)[tile]
+    per_image = torch.tensor(list(tiles), dtype=torch.long)
+    image_of_tile = torch.repeat_interleave(torch.arange(len(per_image)), per_image)
+    last = torch.zeros(len(counts), dtype=torch.bool)
+    if last_is_thumbnail:
+        last[per_image.cumsum(0)[per_image > 1] - 1] = True
+    return Layout(source, image_of_tile[tile], last[tile], list(tiles), most, grid)
 
 
 def empty_layout(tokens: int) -> Layout:

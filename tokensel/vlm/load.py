@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from tokensel.utils.devices import check_device, check_dtype
 from tokensel.utils.errors import CheckpointError, MissingPackageError, TokenselError, reason
 from tokensel.utils.loading import hub_options
-from tokensel.vlm.encode import check_model
+from tokensel.vlm.families import family_of
 from tokensel.vlm.model import Vlm
-from tokensel.vlm.native import LlavaOnevisionProcessor, switch_off
+from tokensel.vlm.native import switch_off
 
 __all__ = ["Vlm", "load_vlm"]
 
@@ -59,13 +59,8 @@ def load_vlm(
     given = {"device_map": device_map, "quantization_config": quantization_config}
     try:
         config = AutoConfig.from_pretrained(name, **hub)
-        if not hasattr(config, "image_grid_pinpoints"):
-            raise TokenselError(
-                f"{name} is a {config.model_type}, which cuts no image tiles: give a LLaVA-NeXT "
-                "or LLaVA-OneVision"
-            )
-        kind = LlavaOnevisionProcessor if config.model_type == "llava_onevision" else AutoProcessor
-        processor: Any = kind.from_pretrained(name, **hub)
+        family = family_of(config, str(name))
+        processor: Any = family.processor(str(name), config, **hub)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
             dtype=dtype,
@@ -79,7 +74,7 @@ def load_vlm(
             raise CheckpointError(
                 f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again"
             )
-        check_model(model)
+        family.check(model)
         if device_map is None and getattr(model, "hf_quantizer", None) is None:
             model = model.to(place)
     except TokenselError:

@@ -11,52 +11,19 @@ keeps more tokens of a page than the interpolating model sees; ``keep`` 1/1.7² 
 :func:`count_tokens` counts the tokens with and without.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import LlavaOnevisionProcessor as StockProcessor
 from transformers import PreTrainedModel
 
 from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
-from tokensel.vlm.encode import Encoded
+from tokensel.vlm.encoded import Encoded
+from tokensel.vlm.families.llava_onevision import OFF, LlavaOnevisionProcessor, switch_off
 from tokensel.vlm.layout import mark_cells, pack, tile_counts
 from tokensel.vlm.reduce import Reduced, assemble
 
 __all__ = ["OFF", "LlavaOnevisionProcessor", "count_tokens", "native", "switch_off"]
-
-OFF = "anyres_max_1000"  # more tiles than there ever are
-
-
-class LlavaOnevisionProcessor(StockProcessor):
-    """The stock processor for images and text alone: its part for videos needs torchvision.
-
-    It has the name of the stock class, so that the stock class reads what it saves.
-    """
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-    @property
-    def video_token_id(self) -> int | None:
-        """``None`` if the tokenizer has no video token: else every unknown word would count as one."""
-        known = self.video_token in self.tokenizer.get_vocab()
-        return self._video_token_id if known else None
-
-    @video_token_id.setter
-    def video_token_id(self, value: int | None) -> None:
-        self._video_token_id = value
-
-
-def switch_off(model: PreTrainedModel, processor: Any) -> str | None:
-    """Switch interpolation off in model and processor; returns their rule, ``None`` if they have none."""
-    native = getattr(model.config, "vision_aspect_ratio", None)
-    if native is not None:
-        model.config.vision_aspect_ratio = processor.vision_aspect_ratio = OFF
-    return native
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from tokensel.scorers import Scorer
 from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
-from tokensel.vlm.encode import Encoded, encode
-from tokensel.vlm.layout import NEWLINE
+from tokensel.vlm.encode import encode
+from tokensel.vlm.encoded import Encoded
 
 __all__ = ["Reduced", "assemble", "reduce", "reduce_inputs"]
 
@@ -94,7 +94,7 @@ def assemble(
     positions: str,
     cells: Bool[Tensor, "packed"] | None = None,
 ) -> tuple[
-    dict[str, Tensor],
+    dict[str, Any],
     Bool[Tensor, "rows length"],
     Bool[Tensor, "rows length"],
     Bool[Tensor, "rows length"],
@@ -122,15 +122,19 @@ def assemble(
     embedding: Any = encoded.model.get_input_embeddings()
     embeds = embedding(ids.to(device_of(embedding)))  # a new tensor, so it may be written into
     device = embeds.device
-    embeds[tuple(index.to(device) for index in slots.nonzero(as_tuple=True))] = visual.to(
-        device, embeds.dtype
-    )
-    out = {
-        "inputs_embeds": embeds,
+    out = encoded.family.place(encoded, embeds, slots, visual, kept) | {
         # always given: without it, gaps in the positions would be read as several packed sequences
         "attention_mask": mask.long().to(device),
     }
-    if positions == "original" and not bool(kept.all()):  # with nothing dropped the model makes them itself
+    if (axes := encoded.positions) is not None:
+        if positions == "compact":
+            raise TokenselError(
+                f"positions is 'compact': {encoded.family.name} gives a visual token its place in the image, "
+                "and there is no compact one; use 'original'"
+            )
+        # always given: without them the model would read visual tokens as text
+        out["position_ids"] = axes.gather(2, order.expand(len(axes), -1, -1)).to(device)
+    elif positions == "original" and not bool(kept.all()):  # with nothing dropped the model makes them itself
         place = (encoded.attention_mask.long().cumsum(1) - 1).clamp(min=0)
         out["position_ids"] = place.gather(1, order).masked_fill(~mask, 0).to(device)
     # columns and packed tokens are both in the order of the prompts, so that one mask fills the other
@@ -147,37 +151,6 @@ def _pad_id(encoded: Encoded) -> int:
         return int(padding[0])
     generation: Any = encoded.model.generation_config
     return generation.pad_token_id or 0
-
-
-def _visual(
-    encoded: Encoded,
-    kept: Bool[Tensor, "packed"],
-    features: Float[Tensor, "tiles tokens channels"] | None = None,
-) -> Float[Tensor, "kept width"]:
-    """Project the kept cells, and put the model's newline embedding where a newline is kept.
-
-    Args:
-        encoded: the batch.
-        kept: packed tokens that stay.
-        features: what is projected; by default what the encoder made.
-    """
-    core, layout = encoded.core, encoded.layout
-    source = layout.source[kept]
-    cell = source != NEWLINE
-    if len(source) == 0:
-        return core.image_newline.new_zeros(0, core.image_newline.shape[0])
-    tokens = encoded.features.tokens if features is None else features
-    tokens = tokens.to(device_of(core.multi_modal_projector))
-    chosen = source[cell].to(tokens.device)
-    if bool((kept | ~layout.cell).all()):
-        # Everything stays: project whole tiles, as the model does, so that not even rounding differs.
-        projected = core.multi_modal_projector(tokens).flatten(0, 1)[chosen]
-    else:
-        projected = core.multi_modal_projector(tokens.flatten(0, 1)[chosen])
-    visual = core.image_newline.to(projected).repeat(
-        len(source), 1
-    )  # newlines everywhere, then cells over them
-    return visual.index_copy_(0, cell.nonzero()[:, 0].to(projected.device), projected)
 
 
 @torch.no_grad()
@@ -221,7 +194,7 @@ def reduce(
     merges = hasattr(scorer, "merge") and bool(cells.any()) and not torch.equal(cells, layout.cell)
     features = encoded.merged(scorer, cells) if merges else None
     return Reduced(
-        *assemble(encoded, kept, _visual(encoded, kept, features), options.positions),
+        *assemble(encoded, kept, encoded.family.project(encoded, kept, features), options.positions),
         n_visual=encoded.per_row(cells),
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~layout.cell),

@@ -1,0 +1,176 @@
+"""A tiny model of each family besides LLaVA-NeXT and OneVision, in stock classes, with its processor.
+
+Random weights scaled up as in :mod:`tiny`; a tokenizer of one token a character.
+"""
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tiny import scale_up
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tokensel.vlm.families.processors import image_processor_only, stock_processor
+
+BASE = ["<pad>", "<s>", "</s>", "<unk>"]
+LETTERS = [c for c in string.printable if c not in "\r\x0b\x0c\t"]
+TEXT = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+)
+
+
+def vocabulary(special: list[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(BASE + special + LETTERS)}
+
+
+def tokenizer(special: list[str], **named: str) -> PreTrainedTokenizerFast:
+    """One token a character and one for each of ``special``; ``named`` are attributes such as image_token."""
+    tokens = Tokenizer(models.WordLevel(vocabulary(special), unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokens.decoder = decoders.Fuse()
+    tokens.add_special_tokens(BASE + special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=named,
+        padding_side="left",
+    )
+
+
+def template(image: str) -> str:
+    """A chat template in which each image is ``image``."""
+    return (
+        "{% for message in messages %}[INST] "
+        "{% for part in message['content'] if part['type'] == 'image' %}" + image + "\n{% endfor %}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} [/INST]"
+        "{% endfor %}"
+    )
+
+
+QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+def qwen_ids() -> dict[str, int]:
+    """Ids of the special tokens by the names that a Qwen-VL configuration gives them."""
+    words = vocabulary(QWEN)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    return {name: words[token] for name, token in zip(names, QWEN)}
+
+
+def qwen_processor(config, patch: int = 4):
+    return image_processor_only(stock_processor(config))(
+        image_processor=Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64}, patch_size=patch
+        ),
+        tokenizer=tokenizer(QWEN),
+        chat_template=template("<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+
+
+def qwen_text(**more) -> dict:
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    return TEXT | special | dict(vocab_size=len(vocabulary(QWEN)), rope_parameters=rope) | more
+
+
+def qwen2_vl() -> tuple[PreTrainedModel, object]:
+    vision = dict(depth=3, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=4)
+    config = Qwen2VLConfig(text_config=qwen_text(), vision_config=vision, **qwen_ids())
+    return Qwen2VLForConditionalGeneration(config), qwen_processor(config)
+
+
+def qwen2_5_vl() -> tuple[PreTrainedModel, object]:
+    vision = dict(depth=3, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=4)
+    # windows of two by two tokens, so that images have several and the tower changes the order
+    vision |= dict(patch_size=4, window_size=16, fullatt_block_indexes=[1])
+    config = Qwen2_5_VLConfig(text_config=qwen_text(), vision_config=vision, **qwen_ids())
+    return Qwen2_5_VLForConditionalGeneration(config), qwen_processor(config)
+
+
+INTERN = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+
+
+def internvl() -> tuple[PreTrainedModel, object]:
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    words = vocabulary(INTERN)
+    config = InternVLConfig(
+        vision_config=vision | dict(image_size=(24, 24), patch_size=(4, 4)),
+        text_config=Qwen2Config(**TEXT, vocab_size=len(words)),
+        image_token_id=words["<IMG_CONTEXT>"],
+        image_seq_length=9,
+    )
+    processor = image_processor_only(stock_processor(config))(
+        image_processor=GotOcr2ImageProcessorPil(size={"height": 24, "width": 24}, max_patches=4),
+        tokenizer=tokenizer(
+            INTERN,
+            start_image_token="<img>",
+            end_image_token="</img>",
+            context_image_token="<IMG_CONTEXT>",
+            video_token="<video>",
+        ),
+        image_seq_length=9,
+        chat_template=template("<IMG_CONTEXT>"),
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
+def llava() -> tuple[PreTrainedModel, object]:
+    words = vocabulary(["<image>"])
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, image_size=24, patch_size=4),
+        text_config=LlamaConfig(**TEXT, vocab_size=len(words)),
+        image_token_index=words["<image>"],
+    )
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+        ),
+        tokenizer=tokenizer(["<image>"], image_token="<image>"),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>"),
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+MAKERS: dict[str, Callable[[], tuple[PreTrainedModel, object]]] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "internvl": internvl,
+    "llava": llava,
+}
+
+
+def save(family: str, folder: Path) -> None:
+    """Save a checkpoint of ``family`` with its processor."""
+    torch.manual_seed(0)
+    model, processor = MAKERS[family]()
+    scale_up(model)
+    model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,155 @@
+"""What holds for every family: nothing dropped changes nothing, and dropping equals masking."""
+
+import pytest
+import tiny_families
+import torch
+from tiny import noise_image, tiny_selector
+
+from tokensel.scorers import SCORERS, make_scorer
+from tokensel.utils.errors import TokenselError
+from tokensel.vlm import Vlm, downsample, encode, load_vlm, reduce, reduce_inputs
+
+SIZES = [(40, 48), (24, 56), (32, 32), (64, 20)]
+# rows by number of image: one row; two ragged rows with one and two images; an image row and a text row
+BATCHES = ([[0]], [[1], [2, 0]], [[3], []], [[], [0, 1], [2]])
+NEW = 8
+
+
+@pytest.fixture(scope="module", params=tiny_families.MAKERS)
+def vlm(request, tmp_path_factory) -> Vlm:
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_families.save(request.param, folder)
+    return load_vlm(folder, device="cpu")
+
+
+def ask(vlm: Vlm, rows: list[list[int]]):
+    images = [[noise_image(*SIZES[i], seed=i) for i in row] for row in rows]
+    prompts = [vlm.prompt("what" + "?" * n, len(row)) for n, row in enumerate(rows)]
+    return vlm.inputs(images, prompts)
+
+
+def generated(vlm: Vlm, inputs, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens ``[rows, steps]`` and logits ``[rows, steps, words]`` of the prefill and further steps."""
+    options = dict(min_new_tokens=NEW + 1, max_new_tokens=NEW + 1, do_sample=False) | options
+    out = vlm.model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    return out.sequences[:, -NEW - 1 :], torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+def test_nothing_dropped_changes_no_logit(vlm, rows):
+    inputs = ask(vlm, rows)
+    reduced = reduce_inputs(vlm.model, inputs)
+    tokens, logits = generated(vlm, inputs)
+    for given in (reduced, reduce_inputs(vlm.model, inputs, make_scorer("norm"), 1.0)):
+        ours, ours_logits = generated(vlm, given)
+        assert (ours_logits - logits).abs().max() == 0.0 and torch.equal(ours, tokens)
+    assert torch.equal(reduced.n_visual, reduced.n_visual_full)
+    assert ((reduced.n_visual > 0) == torch.tensor([len(row) > 0 for row in rows])).all()
+    assert logits.std() > 0.3  # else every equality here would hold by being near zero
+
+
+@torch.no_grad()
+def masked_logits(vlm: Vlm, inputs, kept: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """One full-length forward of prompt and answer in which nobody attends to the dropped placeholders."""
+    steps = tokens.shape[1] - 1
+    full = reduce_inputs(vlm.model, inputs)
+    prompt = inputs["attention_mask"].bool()
+    positions = full.get("position_ids", (prompt.long().cumsum(-1) - 1).clamp(min=0))
+    further = positions[..., -1:] + 1 + torch.arange(steps)
+    stay = prompt.clone()
+    stay[encode(vlm.model, inputs).places.unbind(1)] = kept
+    embeds = torch.cat([full["inputs_embeds"], vlm.model.get_input_embeddings()(tokens[:, :-1])], 1)
+    out = vlm.model(
+        inputs_embeds=embeds,
+        attention_mask=torch.cat([stay, torch.ones_like(tokens[:, :-1]).bool()], 1).long(),
+        position_ids=torch.cat([positions, further], -1),
+        **{name: value for name, value in full.items() if name.startswith("mm_")},
+    )
+    return out.logits[:, -steps - 1 :]
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("scorer", ["norm", "uniform"])
+def test_half_dropped_equals_the_masked_full_prompt(vlm, rows, scorer):
+    inputs = ask(vlm, rows)
+    encoded = encode(vlm.model, inputs)
+    reduced = reduce(encoded, make_scorer(scorer), 0.5)
+    assert reduced["inputs_embeds"].shape[1] < inputs["input_ids"].shape[1]
+    tokens, logits = generated(vlm, reduced)
+    places = encoded.layout.source  # without newlines each packed token is a cell
+    kept = reduced.kept.flatten()[places]
+    masked = masked_logits(vlm, inputs, kept, tokens)
+    assert (logits - masked).abs().max() < 1e-4
+    whole = masked_logits(vlm, inputs, torch.ones_like(kept), tokens)
+    assert (whole - masked).abs().max() > 1e-2  # what is dropped is seen in the logits
+
+
+@pytest.mark.parametrize("scorer", ["norm", "uniform", "random", "diversity"])
+def test_a_batch_equals_its_rows_alone(vlm, scorer):
+    rows = [[1], [2, 0], [], [3]]
+    batch = reduce_inputs(vlm.model, ask(vlm, rows), make_scorer(scorer), 0.4)
+    tokens, logits = generated(vlm, batch)
+    prompts = [vlm.prompt("what" + "?" * n, len(row)) for n, row in enumerate(rows)]
+    for n, row in enumerate(rows):
+        images = [[noise_image(*SIZES[i], seed=i) for i in row]]
+        alone = reduce_inputs(vlm.model, vlm.inputs(images, prompts[n : n + 1]), make_scorer(scorer), 0.4)
+        assert torch.equal(alone.n_visual, batch.n_visual[n : n + 1])
+        ours, ours_logits = generated(vlm, alone)
+        assert torch.equal(ours[0], tokens[n]) and (ours_logits[0] - logits[n]).abs().max() < 1e-4
+
+
+def test_beams_and_several_sequences_equal_those_of_rows_alone(vlm):
+    rows = [[1], [2, 0]]
+    batch = reduce_inputs(vlm.model, ask(vlm, rows), make_scorer("norm"), 0.5)
+    options = dict(num_beams=2, num_return_sequences=2, max_new_tokens=5, do_sample=False)
+    tokens = vlm.model.generate(**batch, **options)
+    assert tokens.shape[0] == 4
+    prompts = [vlm.prompt("what" + "?" * n, len(row)) for n, row in enumerate(rows)]
+    for n, row in enumerate(rows):
+        images = [[noise_image(*SIZES[i], seed=i) for i in row]]
+        alone = reduce_inputs(vlm.model, vlm.inputs(images, prompts[n : n + 1]), make_scorer("norm"), 0.5)
+        ours = vlm.model.generate(**alone, **options)
+        assert torch.equal(ours[:, : tokens.shape[1]], tokens[2 * n : 2 * n + 2, : ours.shape[1]])
+
+
+def test_a_keep_ratio_is_kept_for_each_image(vlm):
+    encoded = encode(vlm.model, ask(vlm, [[0, 1], [2]]))
+    for budget in ("image", "tile"):
+        kept = reduce(encoded, make_scorer("uniform"), 0.3, budget=budget).kept
+        image = encoded.layout.image[kept.flatten()[encoded.layout.source]]
+        full = torch.bincount(encoded.layout.image)
+        assert torch.bincount(image).tolist() == [max(1, round(0.3 * n)) for n in full.tolist()]
+
+
+def test_every_scorer_works_or_is_refused_in_one_line(vlm):
+    encoded = encode(vlm.model, ask(vlm, [[0], [1, 2]]))
+    worked = set()
+    for name in set(SCORERS) - {"selector"}:
+        try:
+            reduced = reduce(encoded, make_scorer(name), 0.4)
+        except TokenselError as error:
+            assert "\n" not in str(error)
+        else:
+            assert 0 < int(reduced.n_visual[0]) < int(reduced.n_visual_full[0])
+            worked.add(name)
+    assert worked >= {"random", "uniform", "norm", "diversity"}
+    with pytest.raises(TokenselError, match=r"no selector is trained|was trained for features of width"):
+        reduce(encoded, make_scorer("selector", selector=tiny_selector(12)), 0.4)
+
+
+def test_what_cannot_be_right_is_refused_in_one_line(vlm):
+    inputs = ask(vlm, [[0]])
+    encoded = encode(vlm.model, inputs)
+    several_axes = encoded.positions is not None
+    calls = [
+        (lambda: downsample(encoded, 0.5), "know LLaVA.s tiles"),
+        (lambda: encode(vlm.model, {**inputs, "pixel_values_videos": torch.zeros(1)}), "videos cannot"),
+    ]
+    if several_axes:
+        calls.append((lambda: reduce(encoded, positions="compact"), "use 'original'"))
+    if encoded.cls_attention is None:
+        calls.append((lambda: reduce(encoded, make_scorer("cls"), 0.5), "no CLS attention"))
+    for call, line in calls:
+        with pytest.raises(TokenselError, match=line) as caught:
+            call()
+        assert "\n" not in str(caught.value)

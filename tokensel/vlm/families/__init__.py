@@ -1,0 +1,58 @@
+"""The model families whose visual tokens can be dropped: a file and a row each."""
+
+from typing import Any
+
+from tokensel.utils.errors import TokenselError
+from tokensel.vlm.families.base import Family, Located
+from tokensel.vlm.families.internvl import InternVl
+from tokensel.vlm.families.llava import Llava
+from tokensel.vlm.families.llava_next import LlavaNext
+from tokensel.vlm.families.llava_onevision import LlavaOnevision
+from tokensel.vlm.families.qwen_vl import QwenVl
+
+__all__ = ["FAMILIES", "Family", "Located", "check_tiled", "family_of"]
+
+# by the model_type of the configuration
+FAMILIES: dict[str, Family] = {
+    "llava_next": LlavaNext(),
+    "llava_onevision": LlavaOnevision(),
+    "qwen2_vl": QwenVl(),
+    "qwen2_5_vl": QwenVl(),
+    "internvl": InternVl(),
+    "llava": Llava(),
+}
+
+
+def family_of(config: Any, name: str = "the model") -> Family:
+    """The family of a model, by its configuration.
+
+    Args:
+        config: the model's configuration.
+        name: what to call the model in an error.
+
+    Raises:
+        TokenselError: a model of another family.
+    """
+    if config.model_type not in FAMILIES:
+        known = ", ".join(dict.fromkeys(family.name for family in FAMILIES.values()))
+        raise TokenselError(
+            f"{name} is a {config.model_type}, which packs no image tiles known here: give one of {known}"
+        )
+    return FAMILIES[config.model_type]
+
+
+def check_tiled(config: Any, what: str) -> None:
+    """Raise where a command knows the costs of LLaVA-NeXT and LLaVA-OneVision alone.
+
+    Args:
+        config: the model's configuration.
+        what: the command, to name in the error.
+
+    Raises:
+        TokenselError: a model of another family.
+    """
+    if not family_of(config).tiled:
+        raise TokenselError(
+            f"{what} counts the costs of LLaVA-NeXT and LLaVA-OneVision alone, and this is a "
+            f"{config.model_type}: use load_vlm and reduce_inputs with it"
+        )

@@ -1,0 +1,181 @@
+"""What one model family answers about its visual tokens, so that one ``encode`` and one ``reduce`` serve all.
+
+A family is one class in a file of its own and one row of :data:`tokensel.vlm.families.FAMILIES`. Nothing of a
+model is replaced: a family reads the processor's output, calls the model's own tower and projector, and hands
+``model.generate`` embeddings of the shortened prompt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel
+
+from tokensel.utils.errors import TokenselError
+from tokensel.vlm.encoded import Encoded, TowerOutput, content_keys
+from tokensel.vlm.layout import Layout
+
+__all__ = ["Family", "Located", "host_tensor", "needed", "no_visual", "run_lengths", "tensor"]
+
+
+@dataclass
+class Located:
+    """Where the visual tokens of a batch are, before the tower has run.
+
+    Attributes:
+        layout: where each packed token comes from; on the host.
+        pixel_values: what the tower reads, on its device; ``None`` without images.
+        image_sizes: height and width of each image in pixels, where the processor returns them.
+        extras: other outputs of the processor that the family needs later, by name; on the host.
+    """
+
+    layout: Layout
+    pixel_values: Tensor | None
+    image_sizes: Int[Tensor, "images 2"] | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+def tensor(inputs: Mapping[str, Any], name: str) -> Tensor | None:
+    """One of the processor's outputs as a tensor, whether or not it was asked for tensors."""
+    value = inputs.get(name)
+    if value is None or isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError):  # rows of several lengths, or something else that is no array
+        raise TokenselError(
+            f"{name} is no tensor: call the processor with padding=True and return_tensors='pt'"
+        ) from None
+
+
+def host_tensor(inputs: Mapping[str, Any], name: str) -> Tensor | None:
+    value = tensor(inputs, name)
+    return None if value is None else value.cpu()
+
+
+class Family:
+    """One family; the methods here are what most families share.
+
+    Attributes:
+        name: as readers know it.
+        tiled: whether it packs tiles and newlines as LLaVA-NeXT does, which down-sampling and the counting of
+            costs rely on.
+        selectors: whether a selector can have been trained on what its tower returns.
+    """
+
+    name = ""
+    tiled = False
+    selectors = False
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ``TokenselError`` if this model's visual tokens cannot be traced."""
+
+    def processor(self, name: str, config: Any, **hub: Any) -> Any:
+        """The processor of the checkpoint ``name``; ``hub`` are options of ``from_pretrained``."""
+        return AutoProcessor.from_pretrained(name, **hub)
+
+    def locate(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], ids: Int[Tensor, "rows length"]
+    ) -> Located:
+        """Find the visual tokens from the processor's output, without running the tower.
+
+        Args:
+            model: the model.
+            inputs: the processor's output.
+            ids: ``input_ids`` on the host.
+
+        Raises:
+            TokenselError: the inputs are incomplete.
+        """
+        raise NotImplementedError
+
+    def width(self, config: Any) -> int:
+        """Channels of the tokens that :meth:`run` returns."""
+        raise NotImplementedError
+
+    def run(self, encoded: Encoded) -> TowerOutput:
+        """Run the tower over the images of a batch that has some."""
+        raise NotImplementedError
+
+    def keys(self, encoded: Encoded) -> Int[Tensor, "tiles"]:
+        """A number for each tile that depends on its pixels alone."""
+        assert encoded.pixel_values is not None  # asked only where there are images
+        return content_keys(encoded.pixel_values)
+
+    def project(
+        self,
+        encoded: Encoded,
+        kept: Bool[Tensor, "packed"],
+        features: Float[Tensor, "tiles tokens channels"] | None = None,
+    ) -> Float[Tensor, "kept width"]:
+        """Embeddings of the packed tokens that stay, as the model itself makes them.
+
+        Args:
+            encoded: the batch.
+            kept: packed tokens that stay.
+            features: what is projected, from a scorer that merges; by default what the tower made.
+
+        Raises:
+            TokenselError: features of a family that projects its own alone.
+        """
+        if features is not None:
+            raise TokenselError(
+                f"{self.name} projects what its own tower made, so a scorer that merges dropped tokens into "
+                "kept ones cannot be used with it: choose another, such as diversity"
+            )
+        embeds = encoded.tower_output.embeds
+        return no_visual(encoded) if embeds is None else embeds[kept.to(embeds.device)]
+
+    def positions(self, encoded: Encoded) -> Int[Tensor, "axes rows length"] | None:
+        """Positions of the full prompt where they have several axes; ``None`` where they count tokens."""
+        return None
+
+    def place(
+        self,
+        encoded: Encoded,
+        embeds: Float[Tensor, "rows length width"],
+        slots: Bool[Tensor, "rows length"],
+        visual: Float[Tensor, "kept width"],
+        kept: Bool[Tensor, "packed"],
+    ) -> dict[str, Any]:
+        """Put visual tokens into the prompt; returns these inputs of ``generate``, by name.
+
+        Args:
+            encoded: the batch.
+            embeds: embeddings of the shortened prompt, which may be written into.
+            slots: True at its placeholders, on the host.
+            visual: embeddings of the tokens that stay, in packed order.
+            kept: which packed tokens those are.
+        """
+        rows, columns = (index.to(embeds.device) for index in slots.nonzero(as_tuple=True))
+        embeds[rows, columns] = visual.to(embeds.device, embeds.dtype)
+        return {"inputs_embeds": embeds}
+
+
+def needed(inputs: Mapping[str, Any], name: str) -> Tensor:
+    """One of the processor's outputs for images, on the host.
+
+    Raises:
+        TokenselError: it is missing.
+    """
+    value = host_tensor(inputs, name)
+    if value is None:
+        raise TokenselError(f"pixel_values without {name}: pass all that the processor returns")
+    return value
+
+
+def run_lengths(marks: Bool[Tensor, "rows length"]) -> list[int]:
+    """Lengths of the runs of True in each row, row after row."""
+    edge = torch.zeros(len(marks), 1, dtype=torch.long)
+    change = torch.cat([edge, marks.long(), edge], 1).diff(dim=1)
+    return ((change == -1).nonzero()[:, 1] - (change == 1).nonzero()[:, 1]).tolist()
+
+
+def no_visual(encoded: Encoded) -> Float[Tensor, "0 width"]:
+    """Embeddings of no visual token."""
+    weight: Any = encoded.model.get_input_embeddings().weight
+    return torch.zeros(0, weight.shape[1], dtype=encoded.model.dtype, device=weight.device)

@@ -1,0 +1,64 @@
+"""LLaVA-1.5: an image is one square tile of a CLIP tower; no newline, no separator."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tokensel.data.features import feature_width
+from tokensel.data.tower import run_tower
+from tokensel.utils.devices import device_of
+from tokensel.utils.errors import TokenselError
+from tokensel.vlm.encoded import Encoded, TowerOutput
+from tokensel.vlm.families.base import Family, Located, tensor
+from tokensel.vlm.layout import plain_layout
+
+__all__ = ["Llava"]
+
+
+class Llava(Family):
+    """The tower and the feature layer are those of LLaVA-NeXT, so selectors trained there may serve here."""
+
+    name = "LLaVA-1.5"
+    selectors = True
+
+    def check(self, model: PreTrainedModel) -> None:
+        config = model.config
+        if not config.vision_config.model_type.startswith(("clip", "siglip")):
+            raise TokenselError(
+                f"the vision tower is a {config.vision_config.model_type}: give a LLaVA-1.5 with a CLIP or "
+                "SigLIP tower"
+            )
+        if config.vision_config.model_type.startswith("clip") and (
+            config.vision_feature_select_strategy != "default"
+        ):
+            raise TokenselError(
+                f"vision_feature_select_strategy is '{config.vision_feature_select_strategy}', and the CLS "
+                "token fits into no grid: give 'default' in the configuration"
+            )
+
+    def locate(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], ids: Int[Tensor, "rows length"]
+    ) -> Located:
+        core: Any = model.base_model
+        vision, pixels = model.config.vision_config, tensor(inputs, "pixel_values")
+        images = 0 if pixels is None else len(pixels)
+        side = vision.image_size // vision.patch_size
+        layout = plain_layout(torch.full((images, 2), side), [1] * images)
+        return Located(
+            layout, None if pixels is None or not images else pixels.to(device_of(core.vision_tower))
+        )
+
+    def width(self, config: Any) -> int:
+        return feature_width(config.vision_config, config.vision_feature_layer)
+
+    def run(self, encoded: Encoded) -> TowerOutput:
+        core, config, pixels = encoded.core, encoded.model.config, encoded.pixel_values
+        assert pixels is not None  # asked only where there are images
+        drop_cls = config.vision_feature_select_strategy == "default"
+        tokens, attention = run_tower(core.vision_tower, pixels, config.vision_feature_layer, drop_cls)
+        projected = core.multi_modal_projector(tokens.to(device_of(core.multi_modal_projector)))
+        return TowerOutput(tokens, attention, projected.flatten(0, 1))

@@ -1,0 +1,82 @@
+"""Qwen2-VL and Qwen2.5-VL: images of any size, four patches a token, positions of three axes (M-RoPE)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.vision_utils import get_vision_window_index
+
+from tokensel.utils.devices import device_of
+from tokensel.vlm.encoded import Encoded, TowerOutput, content_keys
+from tokensel.vlm.families.base import Family, Located, needed, tensor
+from tokensel.vlm.families.processors import image_processor_only, stock_processor
+from tokensel.vlm.layout import plain_layout
+
+__all__ = ["QwenVl"]
+
+
+class QwenVl(Family):
+    """An image is one grid of tokens, each made of a square of ``merge_size**2`` patches."""
+
+    name = "Qwen2-VL or Qwen2.5-VL"
+
+    def processor(self, name: str, config: Any, **hub: Any) -> Any:
+        return image_processor_only(stock_processor(config)).from_pretrained(name, **hub)
+
+    def locate(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], ids: Int[Tensor, "rows length"]
+    ) -> Located:
+        core: Any = model.base_model
+        pixels = tensor(inputs, "pixel_values")
+        patches = torch.zeros(0, 3, dtype=torch.long)
+        if pixels is not None and len(pixels):
+            patches, pixels = needed(inputs, "image_grid_thw"), pixels.to(device_of(core.visual))
+        # [images, 3]: time, height and width in patches; an image has one time step
+        grid = patches[:, 1:] // model.config.vision_config.spatial_merge_size
+        layout = plain_layout(grid, [1] * len(grid))
+        return Located(layout, pixels if len(grid) else None, extras={"image_grid_thw": patches})
+
+    def width(self, config: Any) -> int:
+        vision = config.vision_config
+        # Qwen2-VL calls the channels of a patch embed_dim, and those of a token hidden_size
+        return getattr(vision, "embed_dim", vision.hidden_size) * vision.spatial_merge_size**2
+
+    def run(self, encoded: Encoded) -> TowerOutput:
+        core, vision = encoded.core, encoded.model.config.vision_config
+        patches = encoded.extras["image_grid_thw"]
+        out = core.get_image_features(
+            encoded.pixel_values, patches.to(device_of(core.visual)), return_dict=True
+        )
+        # patches of a token are neighbours in the tower's output: [tokens, merge**2 * channels]
+        groups = out.last_hidden_state.unflatten(0, (-1, vision.spatial_merge_size**2)).flatten(1)
+        if hasattr(vision, "window_size"):
+            # Qwen2.5-VL's tower leaves its tokens in the order of its attention windows
+            order, _ = get_vision_window_index(
+                patches, vision.spatial_merge_size, vision.window_size, vision.patch_size
+            )
+            groups = groups[order.argsort().to(groups.device)]
+        deepstack = [torch.cat(list(layer)) for layer in getattr(out, "deepstack_features", None) or []]
+        return TowerOutput(
+            encoded.layout.by_tile(groups), embeds=torch.cat(list(out.pooler_output)), deepstack=deepstack
+        )
+
+    def keys(self, encoded: Encoded) -> Int[Tensor, "tiles"]:
+        assert encoded.pixel_values is not None  # asked only where there are images
+        # pixels are [patches of all images, channels of a patch]
+        counts = encoded.extras["image_grid_thw"].prod(1).tolist()
+        return torch.cat([content_keys(image[None, None]) for image in encoded.pixel_values.split(counts)])
+
+    def positions(self, encoded: Encoded) -> Int[Tensor, "axes rows length"]:
+        """Plain text positions, then time, height and width, as the model makes them for the full prompt."""
+        mask, patches = encoded.attention_mask, encoded.extras["image_grid_thw"]
+        text = (mask.long().cumsum(1) - 1).clamp(min=0)
+        if not len(patches):
+            return text.expand(4, -1, -1)
+        types = (encoded.input_ids == encoded.model.config.image_token_id) & mask
+        axes, _ = encoded.core.get_rope_index(
+            encoded.input_ids, mm_token_type_ids=types.int(), image_grid_thw=patches, attention_mask=mask
+        )
+        return torch.cat([text[None], axes])
