@@ -9,7 +9,7 @@ import pytest
 from stand_in import count_operations
 
 REACHED: dict[str, str] = {}
-"""Functions during which the device computed something, by module and qualified name, and their first test."""
+"""Functions during which the device computed something, by qualified name, and the first such test."""
 
 
 @pytest.fixture(autouse=True)
