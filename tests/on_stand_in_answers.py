@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import suite_tiny
+import tiny_families
 import torch
 from reference import SCHEDULES, dyrate, prompt, vlm_of
 from staged_reference import STAGED
@@ -18,7 +19,7 @@ from tokensel.data.encoders import VisionEncoder
 from tokensel.methods import Batch, methods, prepare
 from tokensel.schedules.vtw import withdrawal_divergence
 from tokensel.scorers import SCORERS, make_scorer
-from tokensel.vlm import Vlm, count_tokens, reduce_inputs
+from tokensel.vlm import Vlm, count_tokens, load_vlm, reduce_inputs
 from tokensel.vlm.forced import answer_mass, force
 from tokensel.vlm.native import switch_off
 
@@ -147,6 +148,24 @@ def test_every_method_makes_the_same_prompts(device, make):
             for counts in ("n_visual", "n_visual_full", "n_newline", "n_tiles"):
                 count = getattr(reduced, counts)
                 assert count.device.type == "cpu" and torch.equal(count, getattr(expected, counts))
+
+
+@pytest.mark.parametrize("family", tiny_families.MAKERS)
+def test_other_families_make_the_same_prompts_and_answers(device, family, tmp_path):
+    tiny_families.save(family, tmp_path)
+    images, questions = [noise_image(40, 48), None, [noise_image(30, 60)] * 2], ["what?", "and?", "who?"]
+    batches = [
+        Batch(vlm, images, questions) for vlm in pair(lambda: load_vlm(tmp_path, device="cpu"), device)
+    ]
+    for name in ("full", "none", "norm", "uniform", "cdpruner"):
+        scorer = make_scorer(name) if name in SCORERS else None
+        expected, reduced = (prepare(batch, name, 0.4, {}, scorer) for batch in batches)
+        assert reduced.keys() == expected.keys()
+        assert all(close(reduced[key], expected[key]) for key in expected if key != "mm_token_type_ids")
+        expected, answers = (
+            batch.vlm.generate(made, 6) for batch, made in zip(batches, (expected, reduced), strict=True)
+        )
+        assert answers == expected
 
 
 @pytest.mark.parametrize("name", [*SCORERS, "lowest-norm"])

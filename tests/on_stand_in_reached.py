@@ -23,7 +23,11 @@ ROOMS = ("tokensel.book.explorer",)  # of the book, the part that handles tensor
 # Functions that compute nothing on the device: layouts and counts are on the host, and so are the data before
 # a model reads them; others only look at modules, or pass tensors on.
 LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_cells
-    vlm.encode.Encoded.n_tiles vlm.encode.Encoded.n_visual vlm.encode.Encoded.per_row vlm.layout.Layout.cell
+    vlm.encoded.Encoded.n_tiles vlm.encoded.Encoded.n_visual vlm.encoded.Encoded.per_row
+    vlm.encoded.Encoded.positions vlm.families.base.Family.positions vlm.families.base.run_lengths
+    vlm.families.base.tensor vlm.families.internvl.InternVl.locate vlm.families.llava.Llava.locate
+    vlm.families.qwen_vl.QwenVl.positions vlm.layout.Layout.real vlm.layout.plain_layout
+    vlm.layout.Layout.cell
     vlm.layout.Layout.image_of_tile vlm.layout.Layout.slots vlm.layout.Layout.spread vlm.layout.Layout.valid
     vlm.layout.mark_cells vlm.layout.read_layout vlm.native.count_tokens schedules.prompt.Prompt.map_cells
     schedules.prompt.Prompt.map_row schedules.prompt.Prompt.real schedules.prompt.Prompt.repeat
@@ -39,7 +43,8 @@ MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data
     profiling.timing.Spans.hooked profiling.workload.build_selector
     profiling.inference.summarise_inference schedules.decoder.decoder_of
     training.optim.adamw training.processes.Processes.parallel
-    utils.devices.device_of vlm.encode.check_model vlm.native.switch_off
+    utils.devices.device_of vlm.families.base.Family.check vlm.families.llava.Llava.check
+    vlm.families.llava_next.LlavaNext.check vlm.families.llava_onevision.switch_off
     model.gates.make_gate"""
 PASSED_ON = """profiling.timing.Stamps.put schedules.fastv.FastV.entering schedules.rates.Exponential.entering
     schedules.rates.Fixed.entering schedules.clse.Clse.entering schedules.feather.Feather.entering
@@ -67,7 +72,7 @@ def public_functions() -> Iterator[tuple[str, FunctionType]]:
             members = vars(value).items() if inspect.isclass(value) else [("", value)]
             for name, member in members:
                 function = plain(member)
-                if function is None or getattr(member, "__isabstractmethod__", False):
+                if function is None or name in getattr(value, "__abstractmethods__", ()):
                     continue
                 if not name.startswith("_") or name == "__call__":
                     yield f"{info.name}.{function.__qualname__}", function

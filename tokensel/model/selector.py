@@ -57,7 +57,7 @@ class MaskedEmbedding(Standardised):
         """``features`` where the mask is 1, the embedding where it is 0; gradients reach all three.
 
         Args:
-            features: F.
+            features: the tensor F.
             mask: M, between 0 and 1.
             noise: samples of N(0, 1), for the gate "throttle" (DiffPrune's information throttler): noise
                 takes the embedding's place. In units of the standard deviation a token becomes

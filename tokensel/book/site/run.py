@@ -1,6 +1,7 @@
 """Run chapters headless with papermill: several at a time, and only those whose inputs changed."""
 
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -242,6 +243,10 @@ def run_one(root: Path, path: Path, parameters: dict[str, Any], label: str) -> f
                     Any, {"desc": label, "leave": False, "position": _place, "mininterval": _PAUSE}
                 ),
             )
+    except KeyboardInterrupt:
+        # nobody asks the interrupted cell's task for its error any more, and asyncio would print that
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
     except PapermillExecutionError as error:
         os.replace(running, target)
         raise TokenselError(

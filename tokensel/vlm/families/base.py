@@ -5,6 +5,7 @@ model is replaced: a family reads the processor's output, calls the model's own 
 ``model.generate`` embeddings of the shortened prompt.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,7 @@ def host_tensor(inputs: Mapping[str, Any], name: str) -> Tensor | None:
     return None if value is None else value.cpu()
 
 
-class Family:
+class Family(ABC):
     """One family; the methods here are what most families share.
 
     Attributes:
@@ -71,13 +72,14 @@ class Family:
     tiled = False
     selectors = False
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel) -> None:  # noqa: B027 - most families can trace every model
         """Raise ``TokenselError`` if this model's visual tokens cannot be traced."""
 
     def processor(self, name: str, config: Any, **hub: Any) -> Any:
         """The processor of the checkpoint ``name``; ``hub`` are options of ``from_pretrained``."""
         return AutoProcessor.from_pretrained(name, **hub)
 
+    @abstractmethod
     def locate(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], ids: Int[Tensor, "rows length"]
     ) -> Located:
@@ -91,15 +93,14 @@ class Family:
         Raises:
             TokenselError: the inputs are incomplete.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def width(self, config: Any) -> int:
         """Channels of the tokens that :meth:`run` returns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, encoded: Encoded) -> TowerOutput:
         """Run the tower over the images of a batch that has some."""
-        raise NotImplementedError
 
     def keys(self, encoded: Encoded) -> Int[Tensor, "tiles"]:
         """A number for each tile that depends on its pixels alone."""
