@@ -123,8 +123,8 @@ def test_missing_hub_model_while_offline(models, tmp_path, refused):
     name = "nobody/no-such-model"
     assert name in refused(*evaluation(models, tmp_path, "--model", name))
     assert name in refused(*evaluation(models, tmp_path, "--selector", name))
-    pictures = save_images(tmp_path / "pictures")
-    assert name in refused(*training(pictures, name, tmp_path / "out"))
+    folder = save_images(tmp_path / "images")
+    assert name in refused(*training(folder, name, tmp_path / "out"))
 
 
 def test_a_folder_without_images(models, tmp_path, refused):
@@ -135,10 +135,10 @@ def test_a_folder_without_images(models, tmp_path, refused):
 
 
 def test_a_truncated_jpeg_among_good_ones_is_skipped_named_and_counted(tokensel, monkeypatch, tmp_path):
-    pictures = save_images(tmp_path / "pictures", 6)
-    cut(pictures / "2.jpg")
+    folder = save_images(tmp_path / "images", 6)
+    cut(folder / "2.jpg")
     clip_tower(tmp_path / "tower")
-    status, out, told = tokensel(*training(pictures, tmp_path / "tower", tmp_path / "out", "--steps", 6))
+    status, out, told = tokensel(*training(folder, tmp_path / "tower", tmp_path / "out", "--steps", 6))
     assert status == 0, told
     assert "selector" in out
     assert "2.jpg" in told and "skipped 1 " in told
@@ -175,8 +175,8 @@ def test_a_checkpoint_cut_short(which, models, tmp_path, refused):
 
 
 def test_a_training_checkpoint_cut_short(models, tmp_path, tokensel, refused):
-    pictures = save_images(tmp_path / "pictures")
-    command = training(pictures, models / "tiny-llava", tmp_path / "out")
+    folder = save_images(tmp_path / "images")
+    command = training(folder, models / "tiny-llava", tmp_path / "out")
     assert tokensel(*command)[0] == 0
     checkpoint = next(path for path in (tmp_path / "out").glob("*.safetensors"))
     cut(checkpoint)

@@ -68,7 +68,7 @@ def test_a_checkpoint_is_known_by_its_content_not_by_its_name(model, tmp_path):
     assert checkpoint_digest(str(same)) != checkpoint_digest(str(model))
 
 
-def test_changed_questions_or_pictures_are_refused(config, monkeypatch):
+def test_changed_questions_or_images_are_refused(config, monkeypatch):
     config = replace(config, benchmarks=("page",))
     evaluate(config, progress=False)
     page = suite_tiny.BENCHMARKS["page"]

@@ -46,24 +46,24 @@ def data(exploration):
 
 
 def test_kept_cells_are_those_that_reach_the_model(data):
-    for picture in data["examples"]:
-        tiles = picture["tiles"][0] * picture["tiles"][1]
-        assert [view["rows"] * view["columns"] for view in picture["views"]] == [36, tiles * 36]
-        for steps in picture["steps"].values():
+    for shown in data["examples"]:
+        tiles = shown["tiles"][0] * shown["tiles"][1]
+        assert [view["rows"] * view["columns"] for view in shown["views"]] == [36, tiles * 36]
+        for steps in shown["steps"].values():
             for keep, step in zip(data["keeps"], steps, strict=True):
                 letters = "".join(step["kept"])
                 real = letters.count("0") + letters.count("1")
-                assert real == picture["full"]["tokens"]
-                assert ("-" in letters) == (picture["name"] == "high"), "only this one has a letterbox"
+                assert real == shown["full"]["tokens"]
+                assert ("-" in letters) == (shown["name"] == "high"), "only this one has a letterbox"
                 assert letters.count("1") == step["tokens"] == max(1, round(keep * real))
                 assert [len(view) for view in step["kept"]] == [len(view) for view in step["error"]]
 
 
 def test_all_tokens_give_the_answer_of_all_tokens(data):
-    for picture in data["examples"]:
-        for steps in picture["steps"].values():
-            assert steps[-1]["answer"] == picture["full"]["answer"]
-        assert picture["none"]["tokens"] == 0
+    for shown in data["examples"]:
+        for steps in shown["steps"].values():
+            assert steps[-1]["answer"] == shown["full"]["answer"]
+        assert shown["none"]["tokens"] == 0
 
 
 def test_score_is_known_where_an_answer_is(data):
@@ -104,8 +104,8 @@ def test_answer_is_followed_step_by_step(parts):
     vlm = parts[0]
     schedules = {"fastv": FastV(1, 0.5), "vtw": Vtw(1), "exponential": Exponential(1, 0.7)}
     data = generation_steps(vlm, EXAMPLES, schedules, max_new_tokens=5, progress=False)
-    for picture, example in zip(data["examples"], EXAMPLES, strict=True):
-        for name, steps in picture["steps"].items():
+    for shown, example in zip(data["examples"], EXAMPLES, strict=True):
+        for name, steps in shown["steps"].items():
             answer = vlm.generate(
                 reduce_inputs(vlm.model, vlm.inputs([example.image], [vlm.prompt(example.question)])),
                 5,
@@ -116,14 +116,14 @@ def test_answer_is_followed_step_by_step(parts):
             assert (
                 counts == ["".join(step["kept"]).count("1") for step in steps] == sorted(counts, reverse=True)
             )
-        total = "".join(picture["steps"]["vtw"][0]["kept"]).count("0")
-        assert picture["steps"]["vtw"][0]["tokens"] == 0 and total == picture["tokens"]
+        total = "".join(shown["steps"]["vtw"][0]["kept"]).count("0")
+        assert shown["steps"]["vtw"][0]["tokens"] == 0 and total == shown["tokens"]
         assert (
-            picture["steps"]["exponential"][0]["tokens"]
-            == picture["tokens"]
-            > picture["steps"]["exponential"][-1]["tokens"]
+            shown["steps"]["exponential"][0]["tokens"]
+            == shown["tokens"]
+            > shown["steps"]["exponential"][-1]["tokens"]
         )
-        assert 0 < picture["steps"]["fastv"][0]["tokens"] < picture["tokens"]
+        assert 0 < shown["steps"]["fastv"][0]["tokens"] < shown["tokens"]
     page = embed(data)
     assert page.count("<img") == 1 and "tokens are left" in page
     with pytest.raises(TokenselError, match="at least one image"):

@@ -82,7 +82,7 @@ def test_language_models_in_prefill_and_decoding(kind):
     assert kv_bytes(config, 41, 4) == sum(tensor.nbytes for tensor in tensors)
 
 
-def test_a_tower_that_stops_early_on_smaller_pictures():
+def test_a_tower_that_stops_early_on_smaller_images():
     config = CLIPVisionConfig(**SMALL, image_size=56, patch_size=14)
     tower, pixels = CLIPVisionModel(config).eval(), torch.zeros(2, 3, 56, 28)
     run = counted(lambda: run_tower(tower, pixels, -2, True, interpolate=True))

@@ -41,7 +41,7 @@ def test_joining_masks_refuses_another_shape():
         overlays.join_masks(torch.ones(3, 4, dtype=torch.bool), 2, 2, (2, 2))
 
 
-def test_cut_tiles_gives_back_the_picture():
+def test_cut_tiles_gives_back_the_image():
     image = principia.principia_page(128, 192)
     tiles = overlays.cut_tiles(image, 3, 2, 64)
     assert len(tiles) == 6 and all(tile.size == (64, 64) for tile in tiles)

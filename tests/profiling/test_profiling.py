@@ -197,13 +197,13 @@ def test_training_beside_the_machines_products(model, config):
     )
     (row,) = found["rows"]
     assert row["repetitions"] == 10 and row["ceiling_flops_per_second"]["median"] > 0
-    for source in ("features", "pictures"):
+    for source in ("features", "images"):
         part = row[source]
         assert part["hours_for_100k_images"] == pytest.approx(
             1e5 / part["images_per_second"]["median"] / 3600
         )
         assert part["of_ceiling"]["median"] > 0
-    assert row["pictures"]["images_per_second"]["median"] < row["features"]["images_per_second"]["median"]
+    assert row["images"]["images_per_second"]["median"] < row["features"]["images_per_second"]["median"]
     assert row["peak_bytes"] > 0 or not Path("/proc/self/clear_refs").exists()
     assert len(list(training.training_lines(found))) == 3
 

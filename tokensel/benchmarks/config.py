@@ -173,7 +173,7 @@ class EvalConfig:
         """A configuration from plain JSON values.
 
         Raises:
-            TokenselError: a key that is no option, or a value out of range.
+            TokenselError: an unknown key, or a value out of range.
         """
         check_names(values, [field.name for field in fields(cls)])
         return cls(**values)

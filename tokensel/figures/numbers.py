@@ -122,7 +122,7 @@ def _errorbar(container: ErrorbarContainer, names: dict[str, str]) -> Iterator[S
     if line is None:
         return
     x, y = (np.asarray(part, dtype=float) for part in line.get_data(orig=False))
-    # bars along x come first; where both are drawn, the interval of y is the one that is told
+    # bars along x come first; where both are drawn, the interval of y is the one that is written
     bar = bars[-1] if bars else None
     ends = np.full((len(x), 2), np.nan)
     if isinstance(bar, LineCollection):

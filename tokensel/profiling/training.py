@@ -177,7 +177,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 def summarise_training(bench: TrainingBenchmark, size: int, times: list[dict[str, float]]) -> dict[str, Any]:
     """Images a second, share of the matmul peak, hours for the paper's images, and peak memory.
 
-    "features" trains on features that exist already, "pictures" encodes each batch first. The peak of a round
+    "features" trains on features that exist already, "images" encodes each batch first. The peak of a round
     is that of the matrix products of the same round.
     """
     flops = bench.flops()
@@ -185,7 +185,7 @@ def summarise_training(bench: TrainingBenchmark, size: int, times: list[dict[str
     row: dict[str, Any] = {"batch": size, "repetitions": len(times)}
     row["ceiling_flops_per_second"] = quartiles(ceilings)
     row["peak_bytes"] = max((round["peak_bytes"] for round in times if round["peak_bytes"]), default=None)
-    for name, parts in {"features": ("train",), "pictures": ("encode", "train")}.items():
+    for name, parts in {"features": ("train",), "images": ("encode", "train")}.items():
         seconds = [sum(round[part] for part in parts) for round in times]
         work = sum(flops[part] for part in parts)
         speed = quartiles([size / duration for duration in seconds])
@@ -205,7 +205,7 @@ def training_lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"{'batch':>5} {'from':>9} {'images/s':>9} {'of ceiling':>10} {'100K images':>12} {'peak':>9}"
     for row in report["rows"]:
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"
-        for name in ("features", "pictures"):
+        for name in ("features", "images"):
             part = row[name]
             yield (
                 f"{row['batch']:>5} {name:>9} {part['images_per_second']['median']:>9.4g} "

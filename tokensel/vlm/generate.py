@@ -67,7 +67,7 @@ class _Options:
         given = options.pop("generation_config", None)
         self.config: GenerationConfig = copy.deepcopy(given) or GenerationConfig()
         unset = {name: value for name, value in GREEDY.items() if getattr(self.config, name) is None}
-        # update() validates, and returns what is no option of the configuration: arguments for the model and
+        # update() validates, and returns what the configuration does not have: arguments for the model and
         # others
         self.other: dict[str, Any] = self.config.update(
             **{**unset, **options, "max_new_tokens": max_new_tokens}
