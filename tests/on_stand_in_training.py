@@ -128,4 +128,4 @@ def test_measurements_of_answers_and_of_training(device, tmp_path):
     assert all(row["first_token"]["median"] > 0 for row in report["rows"])
     training = replace(config, name="training", selector=None, selector_layers=1, batch_sizes=(2,))
     report = json.loads(measure_training(training, progress=False).read_text())
-    assert report["rows"][0]["pictures"]["images_per_second"]["median"] > 0
+    assert report["rows"][0]["images"]["images_per_second"]["median"] > 0
