@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from tokensel.training.train import train
 TABLES = ("evaluate.csv", "evaluate.differences.csv")
 
 
-class Command:
+class Command(ABC):
     """One command on the tiny models.
 
     Attributes:
@@ -46,15 +47,15 @@ class Command:
     def __init__(self, folder: Path):
         self.folder, self.model = folder, str(folder / "tiny-llava")
 
+    @abstractmethod
     def run(self, out: Path, **kind: Any) -> None:
         """Run it in this process, or go on with what is in ``out``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self, out: Path) -> Any:
         """The final numbers: equal for equal runs."""
-        raise NotImplementedError
 
-    def check(self, out: Path, expected: Any) -> None:
+    def check(self, out: Path, expected: Any) -> None:  # noqa: B027 - most commands need no more
         """What must hold after a kill besides whole files."""
 
 

@@ -45,7 +45,7 @@ MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data
     training.optim.adamw training.processes.Processes.parallel
     utils.devices.device_of vlm.families.base.Family.check vlm.families.llava.Llava.check
     vlm.families.llava_next.LlavaNext.check vlm.families.llava_onevision.switch_off
-    model.gates.make_gate"""
+"""
 PASSED_ON = """profiling.timing.Stamps.put schedules.fastv.FastV.entering schedules.rates.Exponential.entering
     schedules.rates.Fixed.entering schedules.clse.Clse.entering schedules.feather.Feather.entering
     schedules.priortr.PriorTR.entering schedules.pyramiddrop.PyramidDrop.entering

@@ -6,7 +6,7 @@ of Eq. (3) limits how many are kept. The others divide a budget among the tokens
 budget may therefore change from step to step, which the hinge does not allow: nothing tells the selector at
 which p it is judged.
 
-A new gate is one function and one row of :data:`GATES`.
+A new gate is one function and one row of :data:`BUDGETED`.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,15 @@ from torch import Tensor
 from tokensel.model.gumbel import DROP, KEEP, gumbel_mask
 from tokensel.utils.errors import TokenselError
 
-__all__ = ["GATES", "Gate", "make_gate", "soft_top_k", "threshold"]
+__all__ = ["BUDGETED", "GATES", "alone", "gate_mask", "hard_top_k", "soft_top_k", "threshold"]
 
 Total = Callable[[Tensor], Tensor]
-Gate = Callable[..., Tensor]
 
 # halvings of the interval that holds a threshold: 60 leave nothing of it in single precision
 _HALVINGS = 60
 
 
-def _alone(value: Tensor) -> Tensor:
+def alone(value: Tensor) -> Tensor:
     """The sum over one process."""
     return value
 
@@ -38,7 +37,7 @@ def threshold(
     keep: float,
     tau: float = 0.0,
     valid: Bool[Tensor, "batch tokens"] | None = None,
-    total: Total = _alone,
+    total: Total = alone,
 ) -> Float[Tensor, ""]:
     """The t at which ``sigmoid((scores - t) / tau)``, or ``scores > t`` where tau is 0, keeps ``keep``.
 
@@ -87,7 +86,7 @@ def soft_top_k(
     keep: float,
     tau: float,
     valid: Bool[Tensor, "batch tokens"] | None = None,
-    total: Total = _alone,
+    total: Total = alone,
 ) -> Float[Tensor, "batch tokens"]:
     """Weights in (0, 1) whose sum is ``keep`` of the valid tokens: a relaxed choice of the best of a batch.
 
@@ -113,78 +112,59 @@ def soft_top_k(
     return ((scores - _Threshold.apply(scores, t, share, total)) / tau).sigmoid() * real
 
 
-def gumbel_gate(
-    logits: Float[Tensor, "batch tokens 2"],
+def hard_top_k(
+    scores: Float[Tensor, "batch tokens"],
+    keep: float,
     tau: float,
-    noise: Float[Tensor, "batch tokens 2"] | None = None,
-    keep: float | None = None,
     valid: Bool[Tensor, "batch tokens"] | None = None,
-    total: Total = _alone,
+    total: Total = alone,
 ) -> Float[Tensor, "batch tokens"]:
-    """The paper's: each token by itself, 0 or 1; see :func:`~tokensel.model.gumbel.gumbel_mask`.
-
-    ``keep`` and ``total`` are not used: the hinge of Eq. (3) limits the count.
-    """
-    mask = gumbel_mask(logits, tau, noise)
-    return mask if valid is None else mask * valid
-
-
-def top_k_gate(
-    logits: Float[Tensor, "batch tokens 2"],
-    tau: float,
-    noise: Float[Tensor, "batch tokens 2"] | None = None,
-    keep: float | None = None,
-    valid: Bool[Tensor, "batch tokens"] | None = None,
-    total: Total = _alone,
-) -> Float[Tensor, "batch tokens"]:
-    """0 or 1: the best ``keep`` of the batch under Gumbel noise; the gradient is that of the soft top-k."""
-    scores = _scores(logits, noise)
-    soft = soft_top_k(scores, _given(keep), tau, valid, total)
-    hard = (scores > threshold(scores, _given(keep), 0.0, valid, total)).to(soft)
+    """0 or 1: the best ``keep`` of the batch; the gradient is that of :func:`soft_top_k`."""
+    soft = soft_top_k(scores, keep, tau, valid, total)
+    hard = (scores > threshold(scores, keep, 0.0, valid, total)).to(soft)
     if valid is not None:
         hard = hard * valid
     return hard + (soft - soft.detach())  # the value of hard, the gradient of soft
 
 
-def soft_gate(
+# "throttle" has the mask of "scale": what differs is what a token becomes, see MaskedEmbedding
+BUDGETED: dict[str, Callable[..., Tensor]] = {
+    "topk": hard_top_k,
+    "scale": soft_top_k,
+    "throttle": soft_top_k,
+}
+GATES = ("gumbel", *BUDGETED)
+
+
+def gate_mask(
+    gate: str,
     logits: Float[Tensor, "batch tokens 2"],
     tau: float,
     noise: Float[Tensor, "batch tokens 2"] | None = None,
     keep: float | None = None,
     valid: Bool[Tensor, "batch tokens"] | None = None,
-    total: Total = _alone,
+    total: Total = alone,
 ) -> Float[Tensor, "batch tokens"]:
-    """The soft top-k itself: between 0 and 1, so that a token may be passed on in part."""
-    return soft_top_k(_scores(logits, noise), _given(keep), tau, valid, total)
+    """The mask of a batch under the gate called ``gate``; 0 on padding.
 
-
-def _scores(logits: Tensor, noise: Tensor | None) -> Tensor:
-    """Keep logit minus drop logit, with the same difference of the noise."""
-    noisy = logits if noise is None else logits + noise
-    return noisy[..., KEEP] - noisy[..., DROP]
-
-
-def _given(keep: float | None) -> float:
-    if keep is None or not 0 < keep < 1:
-        raise TokenselError(f"keep is {keep!r}: this gate divides a budget; give a fraction between 0 and 1")
-    return keep
-
-
-# "throttle" has the mask of "scale": what differs is what a token becomes, see MaskedEmbedding
-GATES: dict[str, Gate] = {
-    "gumbel": gumbel_gate,
-    "topk": top_k_gate,
-    "scale": soft_gate,
-    "throttle": soft_gate,
-}
-
-
-def make_gate(name: str) -> Gate:
-    """The gate called ``name``.
+    Args:
+        gate: one of :data:`GATES`.
+        logits: drop and keep logit of each token.
+        tau: temperature, above 0.
+        noise: Gumbel(0, 1) samples; ``None`` for none.
+        keep: the fraction of the batch's tokens that a gate other than "gumbel" keeps, in (0, 1).
+        valid: True where a token is real; ``None`` when all are.
+        total: the sum of a value over all processes; by default there is one.
 
     Raises:
-        TokenselError: an unknown name.
+        TokenselError: an unknown gate, or one that divides a budget without a budget.
     """
-    if name not in GATES:
-        raise TokenselError(f"gate is '{name}': choose one of {', '.join(GATES)}")
-    return GATES[name]
+    if gate not in GATES:
+        raise TokenselError(f"gate is '{gate}': choose one of {', '.join(GATES)}")
+    if gate == "gumbel":
+        mask = gumbel_mask(logits, tau, noise)
+        return mask if valid is None else mask * valid
+    if keep is None or not 0 < keep < 1:
+        raise TokenselError(f"keep is {keep!r}: this gate divides a budget; give a fraction between 0 and 1")
+    noisy = logits if noise is None else logits + noise
+    return BUDGETED[gate](noisy[..., KEEP] - noisy[..., DROP], keep, tau, valid, total)

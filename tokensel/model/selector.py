@@ -11,7 +11,7 @@ from transformers.utils.generic import ModelOutput
 
 from tokensel.budget import top_fraction
 from tokensel.model.base import CoreConfig, CoreModel
-from tokensel.model.gates import make_gate
+from tokensel.model.gates import alone, gate_mask
 from tokensel.model.gumbel import DROP, KEEP
 from tokensel.model.layers import Standardised, Trunk, full_precision
 
@@ -107,7 +107,7 @@ class TokenSelector(CoreModel):
         gate: str = "gumbel",
         keep: float | None = None,
         throttle: Float[Tensor, "batch tokens channels"] | None = None,
-        total: Callable[[Tensor], Tensor] | None = None,
+        total: Callable[[Tensor], Tensor] = alone,
     ) -> SelectorOutput:
         """Select as in training: F^pr, M = S(F), Eq. (4).
 
@@ -126,7 +126,7 @@ class TokenSelector(CoreModel):
             TokenselError: the width of the features does not fit; an unknown gate, or one without a budget.
         """
         logits = self.logits(features, valid)
-        mask = make_gate(gate)(logits, tau, noise, keep, valid, **({"total": total} if total else {}))
+        mask = gate_mask(gate, logits, tau, noise, keep, valid, total)
         if valid is not None:
             features = features.masked_fill(~valid[..., None], 0.0)
         return SelectorOutput(selected=self.masked(features, mask, throttle), mask=mask, logits=logits)

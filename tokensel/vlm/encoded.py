@@ -29,14 +29,11 @@ class TowerOutput:
             that become one token, before the model's projector.
         cls_attention: computes the CLS token's attention to them; ``None`` without a CLS token.
         embeds: embeddings of all packed tokens, where the model made them along the way.
-        deepstack: for each of the first layers of the language model what it adds at the packed tokens, where
-            a model does that.
     """
 
     tokens: Float[Tensor, "tiles tokens channels"]
     cls_attention: Callable[[], Tensor] | None = None
     embeds: Float[Tensor, "packed width"] | None = None
-    deepstack: list[Float[Tensor, "packed width"]] = field(default_factory=list)
 
 
 @dataclass

@@ -58,10 +58,7 @@ class QwenVl(Family):
                 patches, vision.spatial_merge_size, vision.window_size, vision.patch_size
             )
             groups = groups[order.argsort().to(groups.device)]
-        deepstack = [torch.cat(list(layer)) for layer in getattr(out, "deepstack_features", None) or []]
-        return TowerOutput(
-            encoded.layout.by_tile(groups), embeds=torch.cat(list(out.pooler_output)), deepstack=deepstack
-        )
+        return TowerOutput(encoded.layout.by_tile(groups), embeds=torch.cat(list(out.pooler_output)))
 
     def keys(self, encoded: Encoded) -> Int[Tensor, "tiles"]:
         assert encoded.pixel_values is not None  # asked only where there are images
