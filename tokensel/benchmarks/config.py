@@ -8,7 +8,7 @@ from tokensel.benchmarks.conditions import Condition, parse_pairs
 from tokensel.benchmarks.shards import Shard
 from tokensel.benchmarks.table import Benchmark, load_suite
 from tokensel.utils.errors import TokenselError, check_names
-from tokensel.utils.options import SEED_MOST, Option, check_fields
+from tokensel.utils.options import SEED_MOST, Option, check_fields, revision_option
 
 KEEPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 SHORT_KEEPS = KEEPS[:6]
@@ -32,14 +32,7 @@ class EvalConfig:
         str,
         Option("Module with a table BENCHMARKS; the paper's ten are tokensel.benchmarks.paper.", DATA),
     ]
-    # a token would end up in the provenance, so it is read from where the Hub's own tools look
-    revision: Annotated[
-        str | None,
-        Option(
-            "Branch, tag or commit of the model on the Hub. Tokens: set HF_TOKEN or run `hf auth login`.",
-            MODEL,
-        ),
-    ] = None
+    revision: Annotated[str | None, revision_option(MODEL)] = None
     data: Annotated[
         str | None,
         Option("Folder with a folder of parquet files for each benchmark, instead of the Hub.", DATA),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, no_type_check
 
 from tokensel.utils.errors import TokenselError
-from tokensel.utils.options import SEED_MOST, Option, check_fields
+from tokensel.utils.options import SEED_MOST, Option, check_fields, revision_option
 
 FEWEST = 10  # repetitions below which no median is worth its name
 
@@ -32,14 +32,7 @@ class CostConfig:
             MODEL,
         ),
     ]
-    # a token would end up in the provenance, so it is read from where the Hub's own tools look
-    revision: Annotated[
-        str | None,
-        Option(
-            "Branch, tag or commit of the model on the Hub. Tokens: set HF_TOKEN or run `hf auth login`.",
-            MODEL,
-        ),
-    ] = None
+    revision: Annotated[str | None, revision_option(MODEL)] = None
     # always so for a row of the table: how long a model takes depends on its shapes and not on its weights
     random_weights: Annotated[
         bool,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, no_type_check
 
 from tokensel.utils.errors import TokenselError, check_names
-from tokensel.utils.options import SEED_MOST, Option, check_fields
+from tokensel.utils.options import SEED_MOST, Option, check_fields, revision_option
 
 # headings under which the command line lists the options
 DATA, MODEL, OBJECTIVE, OPTIMISATION, RUNNING = "Data", "Model", "Objective", "Optimisation", "Running"
@@ -181,14 +181,7 @@ class DyRateConfig:
 
     model: Annotated[str, Option("LLaVA-NeXT, which is not changed: folder or Hub id.", DATA)]
     suite: Annotated[str, Option("Module with a table BENCHMARKS, by its dotted name.", DATA)]
-    # a token would end up in the provenance, so it is read from where the Hub's own tools look
-    revision: Annotated[
-        str | None,
-        Option(
-            "Branch, tag or commit of the model on the Hub. Tokens: set HF_TOKEN or run `hf auth login`.",
-            DATA,
-        ),
-    ] = None
+    revision: Annotated[str | None, revision_option(DATA)] = None
     # "" writes nothing
     out: Annotated[str, Option("Folder for checkpoint, history and predictor.", DATA)] = ""
     benchmarks: Annotated[

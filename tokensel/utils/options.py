@@ -33,6 +33,17 @@ class Option:
     example: str = ""
 
 
+def revision_option(panel: str) -> Option:
+    """The option that says which revision of a model on the Hub is meant.
+
+    There is none for a token: it would end up in the provenance, so it is read from where the Hub's own tools
+    look.
+    """
+    return Option(
+        "Branch, tag or commit of the model on the Hub. Tokens: set HF_TOKEN or run `hf auth login`.", panel
+    )
+
+
 SEED_MOST = 2**32 - 1  # what every random generator behind us takes
 
 
