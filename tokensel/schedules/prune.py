@@ -13,23 +13,20 @@ device.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from threading import get_ident
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tokensel.budget import fraction_count
-from tokensel.schedules.attention import RESPONSE, chosen_rows, last_rows, token_types, type_mass
+from tokensel.schedules.choosing import Choosing
 from tokensel.schedules.decoder import Decoder, attention_of, cache_of, decoder_of
 from tokensel.schedules.options import check_cache, check_window
 from tokensel.schedules.prompt import Prompt
 from tokensel.schedules.schedule import Schedule
-from tokensel.schedules.stages import Drop, Stage, evict, gather_columns, report_length, stay_columns
-from tokensel.schedules.view import View
+from tokensel.schedules.stages import Drop, Stage, evict, gather_columns, report_length
 from tokensel.utils.errors import TokenselError, check_layers
 
 __all__ = ["Pruning", "pruned"]
@@ -76,16 +73,13 @@ class Pruning:
         left: for each generation step the visual tokens that every layer reads, ``[layers, rows]``; newlines
             count.
         cells: the same without newlines, which is what a fraction to keep counts.
-        ranked: step and layer of the rows of attention that were computed in addition to the model's own, and
-            how many of them each row of the batch needed.
     """
 
     def __init__(self, decoder: Decoder, prompt: Prompt, schedule: Schedule):
         count = len(decoder.layers)
         check_layers(schedule.name, schedule.layers(), count)
         self.decoder, self.schedule, self.thread = decoder, schedule, get_ident()
-        self.rank: Callable[[View], Tensor] | None = getattr(schedule, "rank", None)
-        self.count: Callable[[View], Tensor] | None = getattr(schedule, "count", None)
+        self.choosing = Choosing(decoder, schedule)
         self.evicts: bool = getattr(schedule, "evicts", False) and bool(schedule.layers())
         self.given = self.prompt = prompt.on_host()
         self.length = self.given.visual.shape[1]
@@ -93,16 +87,10 @@ class Pruning:
         self.drops: list[Drop] = []
         self.left: list[Int[Tensor, "layers rows"]] = []
         self.cells: list[Int[Tensor, "layers rows"]] = []
-        self.ranked: dict[tuple[int, int], Tensor] = {}
-        self.step = -1  # no prefill yet
         self.answer_keys: Tensor | None = None  # of the first layer, where rows are copies of one prompt
         self.used, self.used_elsewhere = False, False
-        self.starts = (0, *sorted(schedule.layers()))
         self.stages: dict[int, Stage] = {}  # by the first of their layers
         self.changed: dict[str, Any] = {}  # keyword arguments of a stage's layers at this step, computed once
-        self.attention_inputs: dict[int, tuple] = {}  # of the attention before a drop, at this step
-        self.rows: dict[int, Tensor] = {}  # the attention its last token paid
-        self.entered: dict[int, Tensor] = {}  # hidden states at the entrance of layers, for a ranking
         self.hooks: list[Any] = []
         try:
             self._register(count)
@@ -128,7 +116,7 @@ class Pruning:
         for index in range(first, count):
             hook = self._enter(index)
             self.hooks.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
-        if self.rank is not None:
+        if self.choosing.rank is not None:
             # after the hooks above, so that a layer's input is what it is after a drop
             for index in {0, *(layer - 1 for layer in self.schedule.layers())}:
                 hook = self._remember_input(index)
@@ -139,6 +127,16 @@ class Pruning:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+
+    @property
+    def ranked(self) -> dict[tuple[int, int], Tensor]:
+        """Rows of attention computed in addition to the model's own, see :class:`Choosing`."""
+        return self.choosing.ranked
+
+    @property
+    def step(self) -> int:
+        """The generation step; 0 is the prefill, -1 is before it."""
+        return self.choosing.step
 
     def ranked_in(self, row: int, steps: int) -> list[tuple[int, int]]:
         """Where one row of the batch needed its attention in its first ``steps`` steps: step and layer."""
@@ -184,16 +182,15 @@ class Pruning:
         # of the first layer, which reports what was evicted from it, too
         past = 0 if cache is None else cache.get_seq_length()
         check_window(self.schedule.name, self.decoder, past + length)
-        self.rows.clear()
+        self.choosing.rows.clear()
         if past == 0:
             self._begin_prefill(rows, length)
         elif length == 1 and self.step >= 0 and past == self.length + self.step:
-            self.step += 1
+            self.choosing.begin_decode()
             self._check_rows(cache)
             for counts in (self.left, self.cells):
                 # after the prefill an evicting schedule leaves in every layer what it left in the last
                 counts.append(counts[-1][-1:].expand_as(counts[-1]) if self.evicts else counts[-1])
-            self.entered.clear()
         else:
             raise TokenselError(
                 f"{self.schedule.name}: the model reads {length} tokens after {past}, where the prompt has "
@@ -209,18 +206,18 @@ class Pruning:
                 f"{len(self.given.visual)} of {self.length}: give it that prompt, in one pass, with a cache"
             )
         self.prompt = self.given.repeat(times)
-        self.types = token_types(self.prompt.visual, self.prompt.real)
-        self.total = self.prompt.cells.sum(1)
-        ends = (*self.starts[1:], len(self.decoder.layers))
+        starts = self.choosing.starts
+        ends = (*starts[1:], len(self.decoder.layers))
         columns = torch.arange(length).expand(rows, -1)
         self.stages = {
             start: Stage(range(start, end), order=columns, real=self.prompt.real)
-            for start, end in zip(self.starts, ends)
+            for start, end in zip(starts, ends)
         }
         layers = len(self.decoder.layers)
-        self.step, self.drops, self.ranked, self.answer_keys = 0, [], {}, None
+        self.choosing.begin_prefill(self.prompt, self.stages)
+        self.drops, self.answer_keys = [], None
         self.left = [self.prompt.visual.sum(1).expand(layers, -1)]
-        self.cells = [self.total.expand(layers, -1)]
+        self.cells = [self.choosing.total.expand(layers, -1)]
 
     def _check_rows(self, cache: Any) -> None:
         """Raise if copies of one prompt changed places: what is left is known row by row."""
@@ -237,90 +234,22 @@ class Pruning:
         self.answer_keys = keys.clone()
 
     def _remember(self, index: int) -> Callable:
-        """A hook that keeps the inputs of the attention before layer ``index``, in case they are needed."""
+        """A hook on the attention before layer ``index``, whose inputs a choice may need."""
 
         def hook(_attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any = None) -> None:
             if self._is_mine():
-                inputs = kwargs["hidden_states"], kwargs["position_embeddings"], cache_of(kwargs)
-                self.attention_inputs[index] = inputs
+                self.choosing.remember_attention(index, kwargs)
 
         return hook
 
     def _remember_input(self, index: int) -> Callable:
-        """A hook that keeps what enters layer ``index`` in the prefill."""
+        """A hook on layer ``index``, whose input a choice may need."""
 
         def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-            if self._is_mine() and self.step == 0:
-                self.entered[index] = args[0]
+            if self._is_mine():
+                self.choosing.remember_input(index, args[0])
 
         return hook
-
-    def _attention(self, index: int, needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows heads keys"]:
-        """What the newest token attended to in the layer before ``index``, computed at most once a step."""
-        if index not in self.rows:
-            hidden, rotation, cache = self.attention_inputs[index]
-            real = self._before(index).real
-            # the newest token sees what is left of the prompt, and every token of the answer: one a decode
-            # step
-            attn_mask = torch.cat([real, real.new_ones(len(real), self.step)], 1)[:, None].to(hidden.device)
-            attention = attention_of(self.decoder, index - 1)
-            self.rows[index] = last_rows(attention, hidden, rotation, cache, attn_mask)[:, :, 0]
-        # a row counts for itself: its cost must not depend on which other rows are in the batch
-        place = (self.step, index - 1)
-        self.ranked[place] = self.ranked.get(place, torch.zeros_like(needed)) | needed
-        return self.rows[index]
-
-    def _view(self, index: int, hidden: Float[Tensor, "rows length width"]) -> View:
-        """What a schedule's own ranking may read at the entrance of layer ``index``."""
-        stage = self._before(index)
-
-        def rows(queries: Int[Tensor, "rows queries"], rotate: bool) -> Tensor:
-            place = (0, index - 1)
-            known = self.ranked.get(place, torch.zeros(len(queries), dtype=torch.long))
-            # a row without an image needs no ranking, whatever the other rows need
-            self.ranked[place] = known + (self.total > 0) * queries.shape[1]
-            inputs, rotation, _ = self.attention_inputs[index]
-            attention = attention_of(self.decoder, index - 1)
-            return chosen_rows(attention, inputs, rotation, queries, stage.real, rotate)
-
-        return View(
-            index,
-            self.prompt.gather(stage.order, stage.real),
-            stage.order,
-            self.prompt,
-            self.entered[0],
-            self.entered[index - 1],
-            hidden,
-            rows,
-        )
-
-    def _before(self, index: int) -> Stage:
-        return self.stages[self.starts[self.starts.index(index) - 1]]
-
-    def _mass(self, index: int) -> Float[Tensor, "rows heads types"]:
-        """The same by type of token, as a schedule may read it."""
-        attention = self._attention(index, torch.ones_like(self.total, dtype=torch.bool))
-        types = self.types.gather(1, self._before(index).order)
-        types = torch.cat([types, types.new_full((len(types), self.step), RESPONSE)], 1)
-        return type_mass(attention[:, :, None], types.to(attention.device))[:, 0]
-
-    def _scores(self, index: int, needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows left"]:
-        """The same averaged over heads (FastV's ranking), for the columns that layer ``index`` may keep."""
-        before = self._before(index).order
-        rows = (
-            self._attention(index, needed).mean(1).cpu()[:, : before.shape[1]]
-        )  # without the answer's tokens
-        # the layer before may hold more columns than this stage: go through the prompt's own numbering
-        prompt = torch.zeros(self.prompt.visual.shape, dtype=rows.dtype).scatter(1, before, rows)
-        prompt[:, -1] = torch.inf  # the answer is predicted from the last column: it comes first
-        return prompt.gather(1, self.stages[index].order)
-
-    def _own_scores(self, view: View, _needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows left"]:
-        """The schedule's own ranking; the last column comes first, as in FastV's."""
-        assert self.rank is not None, "there is a view only for a schedule that ranks"
-        scores = self.rank(view).float().cpu().clone()
-        scores[:, -1] = torch.inf
-        return scores
 
     def _enter(self, index: int) -> Callable:
         """A hook that hands layer ``index`` what is left, after a drop at its entrance if there is one."""
@@ -344,8 +273,8 @@ class Pruning:
         """Choose what stays in the layers from ``index`` on; gather it, from ``hidden`` or from the cache."""
         stage, prefill = self.stages[index], self.step == 0
         if prefill:  # takes over what earlier layers left
-            stage = self.stages[index] = replace(self._before(index), layers=stage.layers)
-        stay = self._choose(index, stage, hidden)
+            stage = self.stages[index] = replace(self.choosing.before(index), layers=stage.layers)
+        stay = self.choosing.choose(index, stage, hidden)
         if torch.equal(stay, stage.real):
             return hidden
         length = int(stay.sum(1).max())
@@ -371,29 +300,9 @@ class Pruning:
 
     def _evict_before(self, index: int, chosen: Int[Tensor, "rows kept"], cache: Any) -> None:
         """Leave in the layers before ``index``, which ran already, what that layer is given."""
-        stage, length = self.stages[index], self._before(index).order.shape[1]
-        for start in [start for start in self.starts if start < index]:
+        stage, length = self.stages[index], self.choosing.before(index).order.shape[1]
+        for start in [start for start in self.choosing.starts if start < index]:
             self.stages[start] = replace(stage, layers=self.stages[start].layers)
         if cache is not None:
             evict(cache.layers[:index], chosen, length)
             report_length(cache.layers[0], self.length - chosen.shape[1])
-
-    def _choose(self, index: int, stage: Stage, hidden: Tensor) -> Bool[Tensor, "rows left"]:
-        """Which of the stage's columns stay. An evicted column never comes back."""
-        view = self._view(index, hidden) if self.step == 0 and self.rank is not None else None
-        if self.count is not None and view is not None:
-            count, before = self.count(view).cpu(), view.columns.cells.sum(1)
-            scores = partial(self._own_scores, view)
-            return stay_columns(self.prompt, stage, count, count < before, scores, self.schedule.newline)
-        keep = self.schedule.entering(index, self.step, partial(self._mass, index))
-        if isinstance(keep, Tensor):
-            keep = keep.cpu()
-            count = fraction_count(self.total, keep)
-        elif keep >= stage.keep:
-            return stage.real
-        else:
-            stage.keep = keep
-            count = fraction_count(self.total, keep) if keep > 0 else torch.zeros_like(self.total)
-            keep = torch.full((len(self.total),), keep, dtype=torch.float64)  # 0.9999999999999998 is below 1
-        scores = partial(self._scores, index) if view is None else partial(self._own_scores, view)
-        return stay_columns(self.prompt, stage, count, keep < 1, scores, self.schedule.newline)

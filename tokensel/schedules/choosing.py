@@ -1,0 +1,151 @@
+"""How a schedule chooses among the columns of one prompt: what it may read, and what it lets stay."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokensel.budget import fraction_count
+from tokensel.schedules.attention import RESPONSE, chosen_rows, last_rows, token_types, type_mass
+from tokensel.schedules.decoder import Decoder, attention_of, cache_of
+from tokensel.schedules.prompt import Prompt
+from tokensel.schedules.schedule import Schedule
+from tokensel.schedules.stages import Stage, stay_columns
+from tokensel.schedules.view import View
+
+__all__ = ["Choosing"]
+
+
+class Choosing:
+    """The choices of one schedule, and the attention that they need beside the model's own.
+
+    Attributes:
+        starts: the first layers of the stages, rising.
+        total: cells of each row of the prompt.
+        step: the generation step; 0 is the prefill, -1 is before it.
+        ranked: step and layer of the rows of attention that were computed in addition to the model's own, and
+            how many of them each row of the batch needed.
+    """
+
+    def __init__(self, decoder: Decoder, schedule: Schedule):
+        self.decoder, self.schedule = decoder, schedule
+        self.rank: Callable[[View], Tensor] | None = getattr(schedule, "rank", None)
+        self.count: Callable[[View], Tensor] | None = getattr(schedule, "count", None)
+        self.starts = (0, *sorted(schedule.layers()))
+        self.step = -1
+        self.ranked: dict[tuple[int, int], Tensor] = {}
+        self.attention_inputs: dict[int, tuple] = {}  # of the attention before a drop, at this step
+        self.rows: dict[int, Tensor] = {}  # the attention its last token paid
+        self.entered: dict[int, Tensor] = {}  # hidden states at the entrance of layers, for a ranking
+
+    def begin_prefill(self, prompt: Prompt, stages: dict[int, Stage]) -> None:
+        """Begin with a prompt, on the host, and what is left of it by the first layer of each stage."""
+        self.prompt, self.stages = prompt, stages
+        self.types, self.total = token_types(prompt.visual, prompt.real), prompt.cells.sum(1)
+        self.step, self.ranked = 0, {}
+
+    def begin_decode(self) -> None:
+        """Begin the next decode step."""
+        self.step += 1
+        self.entered.clear()
+
+    def remember_attention(self, index: int, kwargs: dict[str, Any]) -> None:
+        """Keep the inputs of the attention before layer ``index``, in case they are needed."""
+        inputs = kwargs["hidden_states"], kwargs["position_embeddings"], cache_of(kwargs)
+        self.attention_inputs[index] = inputs
+
+    def remember_input(self, index: int, hidden: Float[Tensor, "rows length width"]) -> None:
+        """Keep what enters layer ``index`` in the prefill."""
+        if self.step == 0:
+            self.entered[index] = hidden
+
+    def before(self, index: int) -> Stage:
+        """The stage before the one that begins at layer ``index``."""
+        return self.stages[self.starts[self.starts.index(index) - 1]]
+
+    def choose(self, index: int, stage: Stage, hidden: Tensor) -> Bool[Tensor, "rows left"]:
+        """Which of the stage's columns stay. An evicted column never comes back."""
+        view = self._view(index, hidden) if self.step == 0 and self.rank is not None else None
+        if self.count is not None and view is not None:
+            count, before = self.count(view).cpu(), view.columns.cells.sum(1)
+            scores = partial(self._own_scores, view)
+            return stay_columns(self.prompt, stage, count, count < before, scores, self.schedule.newline)
+        keep = self.schedule.entering(index, self.step, partial(self._mass, index))
+        if isinstance(keep, Tensor):
+            keep = keep.cpu()
+            count = fraction_count(self.total, keep)
+        elif keep >= stage.keep:
+            return stage.real
+        else:
+            stage.keep = keep
+            count = fraction_count(self.total, keep) if keep > 0 else torch.zeros_like(self.total)
+            keep = torch.full((len(self.total),), keep, dtype=torch.float64)  # 0.9999999999999998 is below 1
+        scores = partial(self._scores, index) if view is None else partial(self._own_scores, view)
+        return stay_columns(self.prompt, stage, count, keep < 1, scores, self.schedule.newline)
+
+    def _view(self, index: int, hidden: Float[Tensor, "rows length width"]) -> View:
+        """What a schedule's own ranking may read at the entrance of layer ``index``."""
+        stage = self.before(index)
+
+        def rows(queries: Int[Tensor, "rows queries"], rotate: bool) -> Tensor:
+            place = (0, index - 1)
+            known = self.ranked.get(place, torch.zeros(len(queries), dtype=torch.long))
+            # a row without an image needs no ranking, whatever the other rows need
+            self.ranked[place] = known + (self.total > 0) * queries.shape[1]
+            inputs, rotation, _ = self.attention_inputs[index]
+            attention = attention_of(self.decoder, index - 1)
+            return chosen_rows(attention, inputs, rotation, queries, stage.real, rotate)
+
+        return View(
+            index,
+            self.prompt.gather(stage.order, stage.real),
+            stage.order,
+            self.prompt,
+            self.entered[0],
+            self.entered[index - 1],
+            hidden,
+            rows,
+        )
+
+    def _own_scores(self, view: View, _needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows left"]:
+        """The schedule's own ranking; the last column comes first, as in FastV's."""
+        assert self.rank is not None, "there is a view only for a schedule that ranks"
+        scores = self.rank(view).float().cpu().clone()
+        scores[:, -1] = torch.inf
+        return scores
+
+    def _attention(self, index: int, needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows heads keys"]:
+        """What the newest token attended to in the layer before ``index``, computed at most once a step."""
+        if index not in self.rows:
+            hidden, rotation, cache = self.attention_inputs[index]
+            real = self.before(index).real
+            # the newest token sees what is left of the prompt, and every token of the answer: one a decode
+            # step
+            attn_mask = torch.cat([real, real.new_ones(len(real), self.step)], 1)[:, None].to(hidden.device)
+            attention = attention_of(self.decoder, index - 1)
+            self.rows[index] = last_rows(attention, hidden, rotation, cache, attn_mask)[:, :, 0]
+        # a row counts for itself: its cost must not depend on which other rows are in the batch
+        place = (self.step, index - 1)
+        self.ranked[place] = self.ranked.get(place, torch.zeros_like(needed)) | needed
+        return self.rows[index]
+
+    def _mass(self, index: int) -> Float[Tensor, "rows heads types"]:
+        """The same by type of token, as a schedule may read it."""
+        attention = self._attention(index, torch.ones_like(self.total, dtype=torch.bool))
+        types = self.types.gather(1, self.before(index).order)
+        types = torch.cat([types, types.new_full((len(types), self.step), RESPONSE)], 1)
+        return type_mass(attention[:, :, None], types.to(attention.device))[:, 0]
+
+    def _scores(self, index: int, needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows left"]:
+        """The same averaged over heads (FastV's ranking), for the columns that layer ``index`` may keep."""
+        before = self.before(index).order
+        rows = (
+            self._attention(index, needed).mean(1).cpu()[:, : before.shape[1]]
+        )  # without the answer's tokens
+        # the layer before may hold more columns than this stage: go through the prompt's own numbering
+        prompt = torch.zeros(self.prompt.visual.shape, dtype=rows.dtype).scatter(1, before, rows)
+        prompt[:, -1] = torch.inf  # the answer is predicted from the last column: it comes first
+        return prompt.gather(1, self.stages[index].order)
