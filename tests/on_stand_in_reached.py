@@ -51,7 +51,8 @@ PASSED_ON = """profiling.timing.Stamps.put schedules.fastv.FastV.entering schedu
     schedules.priortr.PriorTR.entering schedules.pyramiddrop.PyramidDrop.entering
     schedules.random_cut.RandomCut.entering schedules.sparsevlm.SparseVLM.entering schedules.vtw.Vtw.entering
     scorers.cls.ClsScorer.__call__
-    model.gates.alone training.optim.mean_over_processes training.processes.Processes.sum vlm.reduce.Reduced.copy
+    model.gates.alone training.optim.mean_over_processes training.processes.Processes.sum
+    vlm.reduce.Reduced.copy
     vlm.reduce.Reduced.prompt"""
 ON_HOST = {f"tokensel.{name}" for name in f"{LAYOUT} {CPU_DATA} {MODULES} {PASSED_ON}".split()}
 ON_META = {"tokensel.cost.published.hollow"}  # shapes without values, on no device at all

@@ -124,7 +124,7 @@ def test_a_whole_output_and_another_end_token(vlm, schedule):
     assert int(vlm.generate_output(reduced, 6, schedule, eos_token_id=end).lengths[0]) == first
 
 
-@pytest.mark.parametrize("number", [0, -1, 2.5, "5", None])
+@pytest.mark.parametrize("number", [0, -1, 2.5, "5", None, True])
 def test_a_number_of_new_tokens_that_is_none_gets_one_line(vlm, number):
     with pytest.raises(TokenselError, match="max_new_tokens is") as error:
         unwrap(generate)(vlm.model, vlm.processor.tokenizer, prompt(vlm, [0]), number)

@@ -197,7 +197,7 @@ def test_a_llava_next_that_keeps_the_cls_token_is_refused():
     vlm = tiny_vlm()
     inputs = ask(vlm, [0])
     vlm.model.config.vision_feature_select_strategy = "full"
-    with pytest.raises(TokenselError, match=r"strategy 'full' packs no tiles.*give 'default'"):
+    with pytest.raises(TokenselError, match=r"strategy 'full' keeps the CLS token.*give 'default'"):
         reduce_inputs(vlm.model, inputs)
 
 

@@ -17,7 +17,7 @@ from tokensel.schedules.prompt import Prompt
 from tokensel.schedules.schedule import Mass
 from tokensel.schedules.staged import Staged
 from tokensel.schedules.view import View
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import check_count
 
 __all__ = ["Feather", "grid_cells"]
 
@@ -58,8 +58,7 @@ class Feather(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.stride, int) or self.stride < 1:
-            raise TokenselError(f"stride is {self.stride!r}: give a whole number of at least 1, such as 3")
+        object.__setattr__(self, "stride", check_count("stride", self.stride, 3))
 
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float:
         """The fraction ``keep ** stage``, of all visual cells; decode steps drop nothing more."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tokensel.data.features import Features
 from tokensel.scorers.merging import merge_nearest
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import check_count
 
 __all__ = ["ApetScorer", "residual"]
 
@@ -68,9 +68,7 @@ class ApetScorer:
         Raises:
             TokenselError: ``basis`` is no whole number of at least 1.
         """
-        if not isinstance(basis, int) or isinstance(basis, bool) or basis < 1:
-            raise TokenselError(f"basis is {basis!r}: give a whole number of at least 1, such as 10")
-        self.basis = basis
+        self.basis = check_count("basis", basis, 10)
 
     def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]:
         """Errors in the units of the features. A row is one image."""

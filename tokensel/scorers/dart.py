@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tokensel.data.features import Features
 from tokensel.scorers.ranks import falling_ranks
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import check_count
 
 __all__ = ["DartScorer"]
 
@@ -35,9 +35,7 @@ class DartScorer:
         Raises:
             TokenselError: ``pivots`` is no whole number of at least 1.
         """
-        if not isinstance(pivots, int) or isinstance(pivots, bool) or pivots < 1:
-            raise TokenselError(f"pivots is {pivots!r}: give a whole number of at least 1, such as 8")
-        self.pivots = pivots
+        self.pivots = check_count("pivots", pivots, 8)
 
     def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]:
         """Scores in [0, 2]: pivots above 1, the others below. A row is one image."""

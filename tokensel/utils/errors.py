@@ -1,6 +1,7 @@
 """The errors of the project, each a line that names the value and the fix; and checks used everywhere."""
 
 import difflib
+import operator
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -68,6 +69,21 @@ def check_type(name: str, value: Any, kind: type | tuple[type, ...], give: str) 
     """
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
         raise TokenselError(f"{name} is {' '.join(repr(value).split())[:100]}: give {give}")
+
+
+def check_count(name: str, value: Any, example: int) -> int:
+    """Return ``value`` as an ``int`` if it is a whole number of at least 1, of any library.
+
+    Raises:
+        TokenselError: it is not.
+    """
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)  # refuses 2.5 and "5"
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise TokenselError(f"{name} is {value!r}: give a whole number of at least 1, such as {example}")
+    return count
 
 
 def check_names(names: Iterable[str], known: Collection[str]) -> None:

@@ -1,7 +1,6 @@
 """Generate answers from a reduced prompt, with or without a schedule inside the language model."""
 
 import copy
-import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +15,7 @@ from tokensel.schedules.decoder import decoder_of
 from tokensel.schedules.options import check_options, check_window
 from tokensel.schedules.prune import Pruning, pruned
 from tokensel.schedules.schedule import Schedule
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import TokenselError, check_count
 from tokensel.vlm.reduce import Reduced
 
 __all__ = ["GenerationOutput", "generate"]
@@ -93,16 +92,6 @@ class _Options:
                 raise TokenselError(f"{name} was given, or set by the checkpoint: {why}; leave it out")
 
 
-def _check_max_new_tokens(number: Any) -> int:
-    try:
-        count = operator.index(number)  # integers of any library, but no 2.5 and no "5"
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise TokenselError(f"max_new_tokens is {number!r}: give a whole number of at least 1, such as 64")
-    return count
-
-
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -126,7 +115,7 @@ def generate(
         TokenselError: options under which a reduced prompt or a schedule cannot work, whether they come from
             the call or from the checkpoint; a schedule that does not fit the model.
     """
-    given = _Options(model, _check_max_new_tokens(max_new_tokens), options)
+    given = _Options(model, check_count("max_new_tokens", max_new_tokens, 64), options)
     given.check()
     context = nullcontext()
     if schedule is not None and not isinstance(schedule, Schedule):

@@ -20,7 +20,7 @@ from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encoded import Encoded, TowerOutput, content_keys
 from tokensel.vlm.layout import Layout
 
-__all__ = ["Family", "Located", "host_tensor", "needed", "no_visual", "run_lengths", "tensor"]
+__all__ = ["Family", "Located", "check_cls", "host_tensor", "needed", "no_visual", "run_lengths", "tensor"]
 
 
 @dataclass
@@ -155,6 +155,20 @@ class Family(ABC):
         rows, columns = (index.to(embeds.device) for index in slots.nonzero(as_tuple=True))
         embeds[rows, columns] = visual.to(embeds.device, embeds.dtype)
         return {"inputs_embeds": embeds}
+
+
+def check_cls(model: PreTrainedModel) -> None:
+    """Raise unless the model leaves out the CLS token of its tower, if that has one.
+
+    Raises:
+        TokenselError: it keeps it, and there is no place for it in the grid of an image.
+    """
+    strategy = model.config.vision_feature_select_strategy
+    if model.config.vision_config.model_type.startswith("clip") and strategy != "default":
+        raise TokenselError(
+            f"{type(model).__name__} with vision_feature_select_strategy '{strategy}' keeps the CLS token, "
+            "which fits into no grid: give 'default' in its configuration"
+        )
 
 
 def needed(inputs: Mapping[str, Any], name: str) -> Tensor:

@@ -13,7 +13,7 @@ from tokensel.data.tower import run_tower
 from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encoded import Encoded, TowerOutput
-from tokensel.vlm.families.base import Family, Located, tensor
+from tokensel.vlm.families.base import Family, Located, check_cls, tensor
 from tokensel.vlm.layout import plain_layout
 
 __all__ = ["Llava"]
@@ -32,13 +32,7 @@ class Llava(Family):
                 f"the vision tower is a {config.vision_config.model_type}: give a LLaVA-1.5 with a CLIP or "
                 "SigLIP tower"
             )
-        if config.vision_config.model_type.startswith("clip") and (
-            config.vision_feature_select_strategy != "default"
-        ):
-            raise TokenselError(
-                f"vision_feature_select_strategy is '{config.vision_feature_select_strategy}', and the CLS "
-                "token fits into no grid: give 'default' in the configuration"
-            )
+        check_cls(model)
 
     def locate(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], ids: Int[Tensor, "rows length"]

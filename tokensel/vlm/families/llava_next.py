@@ -12,7 +12,7 @@ from tokensel.data.tower import run_tower
 from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encoded import Encoded, TowerOutput
-from tokensel.vlm.families.base import Family, Located, needed, tensor
+from tokensel.vlm.families.base import Family, Located, check_cls, needed, tensor
 from tokensel.vlm.layout import NEWLINE, empty_layout, read_layout, real_tiles, tile_counts
 
 __all__ = ["LlavaNext"]
@@ -26,14 +26,7 @@ class LlavaNext(Family):
     selectors = True
 
     def check(self, model: PreTrainedModel) -> None:
-        config = model.config
-        has_cls = config.vision_config.model_type.startswith("clip")
-        if has_cls and config.vision_feature_select_strategy != "default":
-            raise TokenselError(
-                f"{type(model).__name__} with vision_feature_select_strategy "
-                f"'{config.vision_feature_select_strategy}' packs no tiles, as the CLS token fits into no "
-                "grid: give 'default' in its configuration"
-            )
+        check_cls(model)
 
     def locate(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], ids: Int[Tensor, "rows length"]
