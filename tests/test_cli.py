@@ -155,7 +155,7 @@ def test_other_errors_are_not_hidden(monkeypatch):
     ("command", "loader"),
     [
         ("evaluate --model us/model --suite suite_tiny --methods full", "benchmarks.session.load_vlm"),
-        ("dyrate --model us/model --suite suite_tiny --out OUT", "training.dyrate.load_vlm"),
+        ("dyrate --model us/model --suite suite_tiny --out OUT", "training.frozen.load_vlm"),
         ("cost --model us/model --out OUT", "profiling.workload.load_vlm"),
         ("cost --model us/model --out OUT --random-weights", "profiling.workload.hub_options"),
     ],

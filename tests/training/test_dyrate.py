@@ -17,6 +17,7 @@ from reference import dyrate, generated, prompt, vlm_of
 from tokensel.schedules import RatePredictor
 from tokensel.schedules.attention import TYPES
 from tokensel.training import dyrate as dyrate_training
+from tokensel.training import frozen
 from tokensel.training.dyrate import DyRateConfig, MaskedForward, attention_mask, train_dyrate
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.forced import IGNORED, answer_mass, force
@@ -135,14 +136,14 @@ def test_a_heavy_weight_on_compute_drops_tokens_and_none_keeps_them(config):
 
 def test_an_interrupted_training_ends_where_an_undisturbed_one_does(config, tmp_path, monkeypatch):
     whole, history = train_dyrate(config)
-    draw, other = dyrate_training._draw_questions, replace(config, out=str(tmp_path / "other"))
+    draw, other = dyrate_training.draw_questions, replace(config, out=str(tmp_path / "other"))
 
     def stop(vlm, data, config, step):
         if step == 5:
             raise KeyboardInterrupt
         return draw(vlm, data, config, step)
 
-    monkeypatch.setattr(dyrate_training, "_draw_questions", stop)
+    monkeypatch.setattr(dyrate_training, "draw_questions", stop)
     with pytest.raises(KeyboardInterrupt):
         train_dyrate(other)
     monkeypatch.undo()
@@ -161,13 +162,13 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(config, tmp_
 @pytest.mark.parametrize("changed", ["prompts", "answers"])
 def test_as_many_other_questions_are_another_training(changed, config, monkeypatch):
     train_dyrate(replace(config, steps=2))
-    load = dyrate_training.load_questions
+    load = frozen.load_questions
 
     def other(*args):
         questions = load(*args)
         return replace(questions, **{changed: getattr(questions, changed)[::-1]})
 
-    monkeypatch.setattr(dyrate_training, "load_questions", other)
+    monkeypatch.setattr(frozen, "load_questions", other)
     with pytest.raises(TokenselError, match="was trained on"):
         train_dyrate(replace(config, steps=2))
 

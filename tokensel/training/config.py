@@ -7,7 +7,7 @@ The defaults are meant for encoders of the paper's size. The selectors that ship
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal, no_type_check
+from typing import Annotated, Any, Literal, Self, no_type_check
 
 from tokensel.utils.errors import TokenselError, check_names
 from tokensel.utils.options import SEED_MOST, Option, check_fields, revision_option
@@ -172,8 +172,8 @@ FREE = frozenset(
 
 @no_type_check  # check_fields does it, with a message for users
 @dataclass(frozen=True)
-class DyRateConfig:
-    """How DyRate's rate predictor is trained. None of the numbers is in its abstract (arXiv 2501.14204).
+class FrozenModelConfig:
+    """What a training on the questions of a suite with a frozen model has to know, whatever is trained.
 
     Raises:
         TokenselError: a value of another type or out of range; one line with field, value and what to give.
@@ -183,42 +183,25 @@ class DyRateConfig:
     suite: Annotated[str, Option("Module with a table BENCHMARKS, by its dotted name.", DATA)]
     revision: Annotated[str | None, revision_option(DATA)] = None
     # "" writes nothing
-    out: Annotated[str, Option("Folder for checkpoint, history and predictor.", DATA)] = ""
+    out: Annotated[str, Option("Folder for checkpoint, history and what is trained.", DATA)] = ""
     benchmarks: Annotated[
         tuple[str, ...], Option("Benchmarks of the suite, comma-separated; all by default.", DATA)
     ] = ()
     split: Annotated[str, Option("Split of every benchmark.", DATA)] = "train"
     n: Annotated[int, Option("Questions a benchmark, the first of the split.", DATA, least=1)] = 200
-    # as in FastV
-    layer: Annotated[int, Option("First layer at which tokens are dropped.", MODEL, least=1)] = 2
-    # k of the paper
-    rates: Annotated[
-        int, Option("Number of rates to choose from, at least 2.", MODEL, least=2, example="10")
-    ] = 10
-    # what the fraction kept counts for beside the cross entropy, in nats per token
-    weight: Annotated[
-        float,
-        Option(
-            "Weight of the visual tokens kept against the cross entropy.", OBJECTIVE, least=0, example="0.1"
-        ),
-    ] = 1.0
     # as for the selector
-    tau_start: Annotated[
-        float, Option("Gumbel-Softmax temperature at the first step.", OBJECTIVE, above=0)
-    ] = 1.0
-    tau_end: Annotated[float, Option("Gumbel-Softmax temperature at the last step.", OBJECTIVE, above=0)] = (
-        0.5
-    )
+    tau_start: Annotated[float, Option("Temperature of choices at the first step.", OBJECTIVE, above=0)] = 1.0
+    tau_end: Annotated[float, Option("Temperature of choices at the last step.", OBJECTIVE, above=0)] = 0.5
     steps: Annotated[int, Option("Optimiser steps.", OPTIMISATION, least=1)] = 100
     batch_size: Annotated[int, Option("Questions a step.", OPTIMISATION, least=1)] = 8
-    # high, for a linear layer on fractions between 0 and 1
-    lr: _LearningRate = 0.1
+    lr: _LearningRate = 1e-3
     # after it the learning rate follows a cosine to 0
     warmup: _Warmup = 0.05
     weight_decay: Annotated[float, Option("Weight decay of AdamW.", OPTIMISATION, least=0)] = 0.0
     max_grad_norm: _MaxGradNorm = 1.0
     seed: Annotated[
-        int, Option("Seed of the questions drawn and of the Gumbel noise.", RUNNING, least=0, most=SEED_MOST)
+        int,
+        Option("Seed of weights, questions drawn and noise.", RUNNING, least=0, most=SEED_MOST),
     ] = 0
     save_every: Annotated[int, Option("Steps between checkpoints.", RUNNING, least=1)] = 25
     device: Annotated[str, Option("cpu, cuda, cuda:1 ...; auto: a GPU if there is one.", RUNNING)] = "auto"
@@ -228,7 +211,7 @@ class DyRateConfig:
         check_fields(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "DyRateConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Make a configuration from names and values.
 
         Raises:
@@ -244,3 +227,29 @@ class DyRateConfig:
                 {name: value for name, value in asdict(self).items() if name not in ("model", "revision")}
             )
         )
+
+
+@no_type_check  # check_fields does it, with a message for users
+@dataclass(frozen=True)
+class DyRateConfig(FrozenModelConfig):
+    """How DyRate's rate predictor is trained. None of the numbers is in its abstract (arXiv 2501.14204).
+
+    Raises:
+        TokenselError: a value of another type or out of range; one line with field, value and what to give.
+    """
+
+    # as in FastV
+    layer: Annotated[int, Option("First layer at which tokens are dropped.", MODEL, least=1)] = 2
+    # k of the paper
+    rates: Annotated[
+        int, Option("Number of rates to choose from, at least 2.", MODEL, least=2, example="10")
+    ] = 10
+    # what the fraction kept counts for beside the cross entropy, in nats per token
+    weight: Annotated[
+        float,
+        Option(
+            "Weight of the visual tokens kept against the cross entropy.", OBJECTIVE, least=0, example="0.1"
+        ),
+    ] = 1.0
+    # high, for a linear layer on fractions between 0 and 1
+    lr: _LearningRate = 0.1

@@ -16,40 +16,34 @@ not depend on one another, and the masks of all steps follow from one pass throu
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 from transformers import PreTrainedModel
 
-from tokensel.benchmarks.questions import Questions, load_questions
-from tokensel.benchmarks.table import load_suite
 from tokensel.budget import fraction_count, rank
-from tokensel.methods import Batch
 from tokensel.model.gumbel import gumbel_noise
 from tokensel.schedules.attention import last_rows, type_mass
 from tokensel.schedules.decoder import decoder_of
 from tokensel.schedules.dyrate import RateConfig, RatePredictor
-from tokensel.training.checkpoint import (
-    History,
-    Progress,
-    load_checkpoint,
-    remove_partial_files,
-    save_checkpoint,
-)
 from tokensel.training.config import DyRateConfig
-from tokensel.training.optim import adamw, optimizer_step, seeded, temperature
+from tokensel.training.frozen import (
+    answer_loss,
+    draw_questions,
+    load_frozen,
+    run_steps,
+    training_facts,
+    training_identity,
+)
+from tokensel.training.optim import seeded, temperature
 from tokensel.utils.errors import check_layers
-from tokensel.utils.files import write_json
-from tokensel.utils.progress import progress_bar
-from tokensel.utils.provenance import checkpoint_digest, json_digest
 from tokensel.utils.seeds import generator
 from tokensel.vlm.forced import IGNORED, Forced, force
-from tokensel.vlm.load import Vlm, load_vlm
+from tokensel.vlm.load import Vlm
 from tokensel.vlm.reduce import reduce
 
 _DROPPED_WEIGHT = 1e-6  # weight of a dropped token in the softmax
@@ -155,11 +149,7 @@ class MaskedForward:
         """The loss, its cross entropy in nats per token, and its fraction of visual tokens kept."""
         logits, kept = self.logits(forced, tau, noise)
         counted = forced.labels != IGNORED
-        losses = cross_entropy(
-            logits.flatten(0, 1), forced.labels.flatten(), reduction="none", ignore_index=IGNORED
-        )
-        # each question's mean over its own tokens, then the mean over the questions
-        accuracy = (losses.view(counted.shape).sum(1) / counted.sum(1)).mean()
+        accuracy = answer_loss(logits, forced.labels)
         compute = ((kept * counted).sum(1) / counted.sum(1)).mean()
         return accuracy + weight * compute, accuracy, compute
 
@@ -210,81 +200,29 @@ def train_dyrate(
         TokenselError: no model or data, a layer outside the model, a checkpoint of another training, a full
         disk.
     """
-    device = None if config.device == "auto" else config.device
-    vlm = vlm or load_vlm(config.model, device, revision=config.revision)
-    model = vlm.model.requires_grad_(False)
-    data = [
-        load_questions(benchmark, config.split, config.n)
-        for benchmark in load_suite(config.suite, config.benchmarks).values()
-    ]
+    vlm, data = load_frozen(config, vlm)
+    model = vlm.model
     heads = cast(Any, decoder_of(model).config).num_attention_heads
     shape = {"heads": heads, "layer": config.layer, "rates": config.rates}
     predictor = seeded(lambda: RatePredictor(RateConfig(**shape)), config.seed)
     cast(nn.Module, predictor).to(model.device)
     forward = MaskedForward(model, predictor)
-    optimizer, out = adamw(predictor, config), Path(config.out) if config.out else None
-    identity = _identity(config, model, data)
-    earlier = load_checkpoint(out, predictor, optimizer, identity, config.result()) if out else None
-    first = earlier.step if earlier else 0
-    history = History(out, first)
-    if out:
-        remove_partial_files(out)
-        write_json(out / "train.json", asdict(config))
-    predictor.train()
-    with progress_bar(config.steps, done=first, unit="steps", shown=config.progress) as bar:
-        for step in range(first, config.steps):
-            forced = force(model, *_draw_questions(vlm, data, config, step))
-            tau = temperature(step, config)
-            noise = gumbel_noise(
-                *forced.labels.shape, config.rates, generator=generator(config.seed, "noise", step)
-            )
-            loss, accuracy, kept = forward.loss(forced, config.weight, tau, noise.to(model.device))
-            optimizer_step(predictor, optimizer, loss, step, config)
-            values = {"loss": loss, "accuracy_loss": accuracy, "kept": kept}
-            record = {"step": step + 1, **{name: value.item() for name, value in values.items()}, "tau": tau}
-            history.extend([record])
-            bar.update()
-            bar.set_postfix(loss=f"{record['loss']:.3f}", kept=f"{record['kept']:.2f}", refresh=False)
-            if out and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
-                save_checkpoint(
-                    out, predictor, optimizer, Progress(step + 1, 1.0, identity, {}), config.result()
-                )
-    predictor.eval()
-    last = [record for record in history.records if record["step"] > 0.9 * config.steps]
-    names = ", ".join(questions.benchmark.name for questions in data)
+
+    def losses(step: int) -> dict[str, Tensor | float]:
+        encoded, tokens, lengths = draw_questions(vlm, data, config, step)
+        forced = force(model, reduce(encoded), tokens, lengths)
+        tau = temperature(step, config)
+        noise = gumbel_noise(
+            *forced.labels.shape, config.rates, generator=generator(config.seed, "noise", step)
+        )
+        loss, accuracy, kept = forward.loss(forced, config.weight, tau, noise.to(model.device))
+        return {"loss": loss, "accuracy_loss": accuracy, "kept": kept, "tau": tau}
+
+    records = run_steps(config, predictor, training_identity(config, model, data), losses)
     predictor.config.update(
-        {name: sum(record[name] for record in last) / len(last) for name in ("accuracy_loss", "kept")}
-        | {"model": vlm.name, "weight": config.weight, "steps": config.steps, "seed": config.seed}
-        | {"training_data": f"{config.suite}, {config.split}: {names}"}
+        training_facts(config, data, records, "accuracy_loss", "kept")
+        | {"model": vlm.name, "weight": config.weight}
     )
-    if out:
-        predictor.cpu().save_pretrained(out / "dyrate")
-    return predictor, history.records
-
-
-def _identity(config: DyRateConfig, model: PreTrainedModel, data: list[Questions]) -> str:
-    """Equal for the same model and the same questions with the same answers."""
-    weights = checkpoint_digest(config.model, getattr(model.config, "_commit_hash", None))
-    asked = json_digest([[questions.ids, questions.prompts, questions.answers] for questions in data])
-    names = " ".join(f"{questions.benchmark.name}:{len(questions)}" for questions in data)
-    return f"model {weights}, {config.suite} {config.split}: {names} {asked}"
-
-
-def _draw_questions(vlm: Vlm, data: list[Questions], config: DyRateConfig, step: int) -> tuple:
-    """The prompts of one step and their reference answers: tokens and lengths."""
-    draws = generator(config.seed, "questions", step)
-    rows = []
-    for _ in range(config.batch_size):
-        questions = data[int(torch.randint(len(data), (), generator=draws))]
-        rows.append((questions, int(torch.randint(len(questions), (), generator=draws))))
-    images = [questions.image(i) for questions, i in rows]
-    batch = Batch(vlm, images, [questions.prompts[i] for questions, i in rows])
-    tokenizer = vlm.processor.tokenizer
-    answers = [
-        [*tokenizer(questions.answers[i][0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        for questions, i in rows
-    ]
-    lengths = torch.tensor([len(answer) for answer in answers], device=vlm.model.device)
-    longest = max(len(answer) for answer in answers)
-    padded = [answer + [tokenizer.eos_token_id] * (longest - len(answer)) for answer in answers]
-    return reduce(batch.seeing), torch.tensor(padded, device=vlm.model.device), lengths
+    if config.out:
+        predictor.cpu().save_pretrained(Path(config.out) / "dyrate")
+    return predictor, records

@@ -1,6 +1,5 @@
 """What a field of a configuration means and may hold; the command line and the checks read it from here."""
 
-import inspect
 import math
 import operator
 import os
@@ -73,10 +72,9 @@ class Field:
 
 def fields_of(config: Any) -> list[Field]:
     """The fields of a configuration, a dataclass or an instance of one, in their order."""
-    hints = inspect.get_annotations(config if isinstance(config, type) else type(config))
     read = []
     for field in fields(config):
-        kind, option = get_args(hints[field.name])
+        kind, option = get_args(field.type)
         optional = get_origin(kind) in (Union, UnionType)
         if optional:
             (kind,) = (part for part in get_args(kind) if part is not NoneType)
