@@ -121,6 +121,7 @@ def masked_reference(
     """
     lm, layers = vlm.model.model.language_model, vlm.model.model.language_model.layers
     embeds, mask, logits, tokens = reduced["inputs_embeds"], reduced["attention_mask"], [], []
+    positions = reduced.get("position_ids", (mask.cumsum(1) - 1).clamp(min=0))  # [(axes,) rows, length]
     rows, prompt = mask.shape
     visual, newlines = reduced.visual.tolist(), reduced.newlines.tolist()
     columns = [
@@ -165,7 +166,11 @@ def masked_reference(
     for step in range(steps):
         if schedule.layers():
             attentions = lm(
-                inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                output_attentions=True,
+                use_cache=False,
             ).attentions
             paid = attentions[start - 1][:, :, -1]
             keep = schedule.entering(start, step, partial(mass, paid))
@@ -181,11 +186,14 @@ def masked_reference(
                     raise NearTie
                 for column in gone:
                     gone_at[row, column] = step
-        hidden = lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
+        hidden = lm(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state[:, -1]
         logits.append(vlm.model.lm_head(hidden))
         tokens.append(logits[-1].argmax(-1))
         embeds = torch.cat([embeds, lm.embed_tokens(tokens[-1])[:, None]], 1)
         mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], -1)
     for hook in hooks:
         hook.remove()
     vlm.model.set_attn_implementation(attn)

@@ -29,7 +29,7 @@ STAGED = {
 class Row:
     """One row of a batch of prompts: what its columns hold, and what the eager model did with them."""
 
-    def __init__(self, reduced, row: int):
+    def __init__(self, reduced, row: int, grids: list[tuple[int, int]] | None = None):
         real = reduced["attention_mask"][row].bool()
         self.columns = real.nonzero()[:, 0].tolist()
         self.visual = reduced.visual[row].tolist()
@@ -39,9 +39,16 @@ class Row:
         last_visual = max((c for c in self.columns if self.visual[c]), default=-1)
         self.question = [c for c in self.columns if c > last_visual]
         self.left = list(self.columns)
+        self.grids = grids
 
     def maps(self) -> list[list[list[int]]]:
-        """Grids of the images: a thumbnail is square, a map has the rows that newlines end."""
+        """Grids of the images: a thumbnail is square, a map has the rows that newlines end.
+
+        Without newlines the rows and columns of each grid are given, and their cells follow one another.
+        """
+        if self.grids is not None:
+            cells = iter(self.cells)
+            return [[[next(cells) for _ in range(wide)] for _ in range(high)] for high, wide in self.grids]
         small = [c for c in self.cells if self.small[c]]
         side = int(len(small) ** 0.5)
         grids = [[small[i * side : (i + 1) * side] for i in range(side)]] if small else []
@@ -125,24 +132,30 @@ def unrotated(lm, layer: int, hidden: torch.Tensor, allowed: torch.Tensor) -> to
     attention = lm.layers[layer].self_attn
     states = lm.layers[layer].input_layernorm(hidden)
     heads = (*states.shape[:2], -1, attention.head_dim)
-    query = attention.q_proj(states).view(heads)[:, -1]  # [rows, heads, width]
-    keys = attention.k_proj(states).view(heads).repeat_interleave(attention.num_key_value_groups, 2)
+    query, keys = attention.q_proj(states).view(heads), attention.k_proj(states).view(heads)
+    if hasattr(attention, "q_norm"):
+        query, keys = attention.q_norm(query), attention.k_norm(keys)
+    query = query[:, -1]  # [rows, heads, width]
+    keys = keys.repeat_interleave(attention.num_key_value_groups, 2)
     logits = torch.einsum("rhw,rkhw->rhk", query, keys) * attention.head_dim**-0.5
     return logits.masked_fill(~allowed[:, -1, None], -1e30).softmax(-1)
 
 
 @torch.no_grad()
-def staged_reference(vlm: Vlm, reduced, schedule, steps: int = STEPS) -> tuple[torch.Tensor, torch.Tensor]:
+def staged_reference(
+    vlm: Vlm, reduced, schedule, steps: int = STEPS, grids: list[list[tuple[int, int]]] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy decoding where dropped columns are hidden from the later layers; tokens and logits.
 
     The prompt is read once more for every cut. Where a schedule evicts, the tokens of the answer do not see
-    what was dropped in any layer.
+    what was dropped in any layer. ``grids`` are rows and columns of each row's tiles, for a model without
+    newlines.
     """
     lm = vlm.model.model.language_model
     embeds, mask, logits, tokens = reduced["inputs_embeds"], reduced["attention_mask"], [], []
     batch, prompt = mask.shape
-    rows = [Row(reduced, row) for row in range(batch)]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = [Row(reduced, row, None if grids is None else grids[row]) for row in range(batch)]
+    positions = reduced.get("position_ids", (mask.cumsum(1) - 1).clamp(min=0))  # [(axes,) rows, length]
     gone_from = torch.full((batch, prompt), len(lm.layers))  # the first layer that does not see a column
 
     def allowed(index: int) -> torch.Tensor:
@@ -187,7 +200,7 @@ def staged_reference(vlm: Vlm, reduced, schedule, steps: int = STEPS) -> tuple[t
         tokens.append(logits[-1].argmax(-1))
         embeds = torch.cat([embeds, lm.embed_tokens(tokens[-1])[:, None]], 1)
         mask = torch.cat([mask, mask.new_ones(batch, 1)], 1)
-        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], -1)
     for hook in hooks:
         hook.remove()
     vlm.model.set_attn_implementation(attn)

@@ -18,6 +18,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -25,6 +26,7 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3Config,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -113,12 +115,12 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, object]:
 INTERN = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
 
 
-def internvl() -> tuple[PreTrainedModel, object]:
+def internvl(text: PreTrainedConfig | None = None) -> tuple[PreTrainedModel, object]:
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
     words = vocabulary(INTERN)
     config = InternVLConfig(
         vision_config=vision | dict(image_size=(24, 24), patch_size=(4, 4)),
-        text_config=Qwen2Config(**TEXT, vocab_size=len(words)),
+        text_config=text or Qwen2Config(**TEXT, vocab_size=len(words)),
         image_token_id=words["<IMG_CONTEXT>"],
         image_seq_length=9,
     )
@@ -135,6 +137,11 @@ def internvl() -> tuple[PreTrainedModel, object]:
         chat_template=template("<IMG_CONTEXT>"),
     )
     return InternVLForConditionalGeneration(config), processor
+
+
+def internvl3_5() -> tuple[PreTrainedModel, object]:
+    """Its language model is a Qwen3, which normalises queries and keys head by head."""
+    return internvl(Qwen3Config(**TEXT, head_dim=8, vocab_size=len(vocabulary(INTERN))))
 
 
 def llava() -> tuple[PreTrainedModel, object]:
@@ -162,6 +169,7 @@ MAKERS: dict[str, Callable[[], tuple[PreTrainedModel, object]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "internvl": internvl,
+    "internvl3_5": internvl3_5,
     "llava": llava,
 }
 

@@ -55,12 +55,12 @@ def last_rows(
         attn_mask: for each of the last tokens, as many as are asked for, True where attention is allowed.
     """
     queries, (cosine, sine) = attn_mask.shape[1], rotation
-    query = _split_heads(attention, attention.q_proj(hidden[:, -queries:]))
+    query = _heads(attention, "q", hidden[:, -queries:])
     # the stock function rotates a pair; here each of the two is wanted alone
     query, _ = apply_rotary_pos_emb(query, query, cosine[:, -queries:], sine[:, -queries:])
     keys = _cached_keys(cache, attention.layer_idx)  # rotated already
     if keys is None:
-        keys = _split_heads(attention, attention.k_proj(hidden))
+        keys = _heads(attention, "k", hidden)
         _, keys = apply_rotary_pos_emb(keys, keys, cosine, sine)
     return _softmax(attention, query, keys, attn_mask)
 
@@ -85,8 +85,7 @@ def chosen_rows(
     """
     queries, real = queries.to(hidden.device), real.to(hidden.device)
     asking = hidden.gather(1, queries[:, :, None].expand(-1, -1, hidden.shape[2]))
-    query = _split_heads(attention, attention.q_proj(asking))
-    keys = _split_heads(attention, attention.k_proj(hidden))
+    query, keys = _heads(attention, "q", asking), _heads(attention, "k", hidden)
     if rotate:
         cosine, sine = (part.expand(len(hidden), -1, -1) for part in rotation)
         place = queries[:, :, None].expand(-1, -1, cosine.shape[2])
@@ -98,9 +97,12 @@ def chosen_rows(
     return _softmax(attention, query, keys, allowed)
 
 
-def _split_heads(attention: Attention, states: Float[Tensor, "rows length _"]) -> Tensor:
-    """``[rows, length, heads * head_dim]`` -> ``[rows, heads, length, head_dim]``."""
-    return states.view(len(states), states.shape[1], -1, attention.head_dim).transpose(1, 2)
+def _heads(attention: Attention, kind: str, hidden: Float[Tensor, "rows length width"]) -> Tensor:
+    """Queries ("q") or keys ("k") before rotation, ``[rows, heads, length, head_dim]``."""
+    states = getattr(attention, f"{kind}_proj")(hidden)
+    states = states.view(*states.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, f"{kind}_norm", None)  # Qwen3 normalises each head
+    return (states if norm is None else norm(states)).transpose(1, 2)
 
 
 def _softmax(attention: Attention, query: Tensor, keys: Tensor, attn_mask: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ def _softmax(attention: Attention, query: Tensor, keys: Tensor, attn_mask: Tenso
     return logits.masked_fill(~attn_mask[:, None], -torch.inf).softmax(-1)
 
 
-def _cached_keys(cache: Cache | None, layer: int) -> Float[Tensor, "rows heads keys width"] | None:
-    if cache is None or len(cache.layers) <= layer:
+def _cached_keys(cache: Cache | None, layer: int | None) -> Float[Tensor, "rows heads keys width"] | None:
+    if cache is None or layer is None or len(cache.layers) <= layer:
         return None
     return getattr(cache.layers[layer], "keys", None)  # None before the layer ran

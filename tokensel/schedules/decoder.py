@@ -2,23 +2,43 @@
 
 from typing import Any, TypeAlias
 
-from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
+from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, Qwen2_5_VLTextModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention, Qwen2VLTextModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from tokensel.utils.errors import TokenselError
 
 __all__ = ["Attention", "Decoder", "attention_of", "cache_of", "decoder_of"]
 
-Decoder: TypeAlias = LlamaModel | MistralModel | Qwen2Model
-Attention: TypeAlias = LlamaAttention | MistralAttention | Qwen2Attention
+Decoder: TypeAlias = (
+    LlamaModel | MistralModel | Qwen2Model | Qwen3Model | Qwen2VLTextModel | Qwen2_5_VLTextModel
+)
+Attention: TypeAlias = (
+    LlamaAttention
+    | MistralAttention
+    | Qwen2Attention
+    | Qwen3Attention
+    | Qwen2VLAttention
+    | Qwen2_5_VLAttention
+)
 
-MODELS = {"llama": LlamaModel, "mistral": MistralModel, "qwen2": Qwen2Model}
+# M-RoPE differs in how positions become cosines and sines, which happens before the first layer
+MODELS = {
+    "llama": LlamaModel,
+    "mistral": MistralModel,
+    "qwen2": Qwen2Model,
+    "qwen3": Qwen3Model,
+    "qwen2_vl_text": Qwen2VLTextModel,
+    "qwen2_5_vl_text": Qwen2_5_VLTextModel,
+}
 
 
 def decoder_of(model: PreTrainedModel) -> Decoder:
-    """The Llama, Mistral or Qwen2 inside ``model``.
+    """The language model inside ``model``, one of :data:`MODELS`.
 
     Raises:
         TokenselError: another language model, or an attention implementation that takes no mask from this

@@ -36,7 +36,8 @@ def grids(name: str, prompt: Prompt) -> list[list[Grid]]:
     """For each row of a batch the grids of its images: every thumbnail, and the map without its letterbox.
 
     A thumbnail and an image of one tile are square. A map has the rows that its newlines end. In a prompt
-    that marks no newlines, cells that stand together are a square, or else one line.
+    that marks no newlines, each tile is a grid where the prompt names its tiles; else cells that stand
+    together are a square, or one line.
 
     Args:
         name: of the schedule that asks, for the error message.
@@ -45,8 +46,29 @@ def grids(name: str, prompt: Prompt) -> list[list[Grid]]:
     Raises:
         TokenselError: cells are missing, as after a scorer, so that what is left is no grid.
     """
+    if prompt.tiles is not None:
+        return [_tiles(name, tiles) for tiles in prompt.tiles]
     marked = prompt.newlines is not None
     return [_grids(name, _runs(prompt, row), marked) for row in range(len(prompt.visual))]
+
+
+def _tiles(name: str, tiles: Int[Tensor, "length 3"]) -> list[Grid]:
+    found: list[Grid] = []
+    for tile in tiles[:, 0].unique().tolist():
+        columns = (tiles[:, 0] == tile).nonzero()[:, 0]
+        high, wide = tiles[columns[0], 1:].tolist()
+        if tile > 0 and len(columns) != high * wide:
+            raise _broken(name)
+        if tile > 0:
+            found.append(columns.view(high, wide))
+    return found
+
+
+def _broken(name: str) -> TokenselError:
+    return TokenselError(
+        f"{name}: cells of an image are missing in the prompt, so that it has no grid to read: leave out "
+        "what drops tokens before the language model"
+    )
 
 
 def _runs(prompt: Prompt, row: int) -> list[_Run]:
@@ -68,10 +90,7 @@ def _runs(prompt: Prompt, row: int) -> list[_Run]:
 
 
 def _grids(name: str, runs: list[_Run], marked: bool) -> list[Grid]:
-    broken = TokenselError(
-        f"{name}: cells of an image are missing in the prompt, so that it has no grid to read: leave out "
-        "what drops tokens before the language model"
-    )
+    broken = _broken(name)
     found: list[Grid] = []
     tile, rows = 0, []  # cells of the thumbnail in front of the map, and rows of the map so far
 

@@ -21,6 +21,8 @@ class Prompt:
         newlines: True at those newlines; ``None`` where there are none.
         thumbnail: True at the cells of a thumbnail, which belong to no row of the map; ``None`` where there
             are none.
+        tiles: for a model without newlines the tile of each cell: its number in the batch from 1 on, and the
+            tile's rows and columns; 0 elsewhere. ``None`` where newlines mark the rows, or nothing does.
 
     Raises:
         TokenselError: the prompt is padded on the right, or empty.
@@ -30,6 +32,7 @@ class Prompt:
     visual: Bool[Tensor, "rows length"]
     newlines: Bool[Tensor, "rows length"] | None = None
     thumbnail: Bool[Tensor, "rows length"] | None = None
+    tiles: Int[Tensor, "rows length 3"] | None = None
 
     def on_host(self) -> "Prompt":
         """The same on the host, where a schedule chooses: reading a tensor there makes nobody wait.
@@ -58,8 +61,11 @@ class Prompt:
         def left(marks: Tensor | None) -> Tensor | None:
             return None if marks is None else marks.gather(1, order) & real
 
+        tiles = self.tiles
+        if tiles is not None:
+            tiles = tiles.gather(1, order[..., None].expand(-1, -1, 3)) * real[..., None]
         visual = self.visual.gather(1, order) & real
-        return Prompt(real.long(), visual, left(self.newlines), left(self.thumbnail))
+        return Prompt(real.long(), visual, left(self.newlines), left(self.thumbnail), tiles)
 
     @property
     def real(self) -> Bool[Tensor, "rows length"]:

@@ -48,7 +48,8 @@ def pruned(model: PreTrainedModel, prompt: Prompt, schedule: Schedule) -> Iterat
     threads may use the model at the same time, with another schedule or with none.
 
     Args:
-        model: a LLaVA whose language model is a Llama, Mistral or Qwen2, or such a language model.
+        model: a vision-language model with one of the language models in
+            :data:`tokensel.schedules.decoder.MODELS`, or such a language model.
         prompt: what the columns of the prompt hold, such as ``reduced.prompt``.
         schedule: which tokens stay.
 

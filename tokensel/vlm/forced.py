@@ -63,7 +63,8 @@ def force(
     prompt, mask = reduced["attention_mask"], torch.cat([reduced["attention_mask"], read.long()], 1)
     # without gaps the positions count the real tokens; padding before them gets 0
     positions = reduced.get("position_ids", (prompt.cumsum(1) - 1).clamp(min=0))
-    positions = torch.cat([positions, positions[:, -1:] + 1 + step[:-1]], 1)
+    # all axes of M-RoPE go on together, as the last token of a prompt is text
+    positions = torch.cat([positions, positions[..., -1:] + 1 + step[:-1]], -1)
     answers = model.get_input_embeddings()(tokens[:, :-1])
     embeds = torch.cat([reduced["inputs_embeds"], answers.to(reduced["inputs_embeds"])], 1)
     response = torch.where(read, RESPONSE, PADDING)
@@ -89,7 +90,7 @@ def answer_mass(model: PreTrainedModel, forced: Forced) -> Float[Tensor, "layers
             that is.
 
     Raises:
-        TokenselError: another language model than a Llama, Mistral or Qwen2.
+        TokenselError: a language model that is not in :data:`tokensel.schedules.decoder.MODELS`.
     """
     decoder = decoder_of(model)
     masses: list[Tensor] = []

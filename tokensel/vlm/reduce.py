@@ -20,6 +20,7 @@ from tokensel.utils.errors import TokenselError
 from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
 from tokensel.vlm.encode import encode
 from tokensel.vlm.encoded import Encoded
+from tokensel.vlm.layout import Layout
 
 __all__ = ["Reduced", "assemble", "reduce", "reduce_inputs"]
 
@@ -47,6 +48,8 @@ class Reduced(Mapping[str, Any]):
         cells: tokens that it makes of each tile.
         kept: True for the cells of each tile that are kept (``None`` where the tiles were encoded again at
             another size).
+        tiles: for a model without newlines the tile of each column, see
+            :class:`~tokensel.schedules.prompt.Prompt`; else ``None``.
     """
 
     inputs: dict[str, Any]
@@ -59,6 +62,7 @@ class Reduced(Mapping[str, Any]):
     n_tiles: Int[Tensor, "rows"]
     cells: int
     kept: Bool[Tensor, "tiles tokens"] | None = None
+    tiles: Int[Tensor, "rows length 3"] | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.inputs[name]
@@ -78,7 +82,7 @@ class Reduced(Mapping[str, Any]):
     @property
     def prompt(self) -> Prompt:
         """What the columns hold, for :func:`tokensel.schedules.pruned`."""
-        return Prompt(self["attention_mask"], self.visual, self.newlines, self.thumbnail)
+        return Prompt(self["attention_mask"], self.visual, self.newlines, self.thumbnail, self.tiles)
 
     def copy(self) -> "Reduced":
         """The same tensors in a mapping of its own."""
@@ -144,6 +148,18 @@ def assemble(
     return out, slots.to(device), newlines.to(device), thumbnail.to(device)
 
 
+def _tile_columns(
+    layout: Layout, kept: Bool[Tensor, "packed"], visual: Bool[Tensor, "rows length"]
+) -> Int[Tensor, "rows length 3"] | None:
+    """Number, rows and columns of the tile in each column of a shortened prompt; ``None`` with newlines."""
+    if layout.grid is None:
+        return None
+    tile = layout.source[kept] // layout.tokens
+    columns = torch.zeros(*visual.shape, 3, dtype=torch.long)
+    columns[visual.cpu()] = torch.cat([tile[:, None] + 1, layout.grid[tile]], 1)
+    return columns.to(visual.device)
+
+
 def _pad_id(encoded: Encoded) -> int:
     """What stands at padding: the batch's own choice, so that an untouched batch stays what it was."""
     padding = encoded.input_ids[~encoded.attention_mask]
@@ -193,14 +209,18 @@ def reduce(
     # some scorers merge what is dropped into what is kept; with nothing dropped, there is nothing to merge
     merges = hasattr(scorer, "merge") and bool(cells.any()) and not torch.equal(cells, layout.cell)
     features = encoded.merged(scorer, cells) if merges else None
+    visual = encoded.family.project(encoded, kept, features)
+    inputs, *marks = assemble(encoded, kept, visual, options.positions)
     return Reduced(
-        *assemble(encoded, kept, encoded.family.project(encoded, kept, features), options.positions),
+        inputs,
+        *marks,
         n_visual=encoded.per_row(cells),
         n_visual_full=encoded.n_visual,
         n_newline=encoded.per_row(kept & ~layout.cell),
         n_tiles=encoded.n_tiles,
         cells=layout.tokens,
         kept=layout.spread(cells),
+        tiles=_tile_columns(layout, kept, marks[0]),
     )
 
 
