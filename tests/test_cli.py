@@ -37,11 +37,11 @@ def test_help_lists_the_commands_without_loading_torch():
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "dyrate", "evaluate", "cost", "mini", "book"):
+    for command in ("train", "dyrate", "evaluate", "cost", "doctor", "mini", "book"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost"])
+@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost", "doctor"])
 def test_every_option_has_a_line_of_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -66,7 +66,7 @@ def inner_commands(command: str) -> dict:
     return typer.main.get_group(__import__(module, fromlist=["app"]).app).commands
 
 
-@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost", "mini", "book"])
+@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost", "doctor", "mini", "book"])
 def test_unknown_options_are_refused(command, monkeypatch, capsys):
     code, _, told = ended(monkeypatch, capsys, command, "--no-such-option", "1")
     assert code == 2 and "--no-such-option" in told

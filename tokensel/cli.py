@@ -1,4 +1,4 @@
-"""``python -m tokensel``: train, dyrate, evaluate, cost, mini, book.
+"""``python -m tokensel``: train, dyrate, evaluate, cost, doctor, mini, book.
 
 The options of a command are the fields of its configuration. Heavy packages are imported when a command runs.
 """
@@ -17,10 +17,10 @@ from typer.main import get_group
 
 from tokensel.benchmarks import config as evaluation
 from tokensel.benchmarks.config import EvalConfig
-from tokensel.profiling.config import CostConfig
+from tokensel.profiling.config import DATA, MODEL, RUNNING, CostConfig
 from tokensel.training.config import OBJECTIVE, DyRateConfig, TrainConfig
 from tokensel.utils.errors import TokenselError
-from tokensel.utils.options import Field, fields_of
+from tokensel.utils.options import Field, fields_of, revision_option
 
 app = typer.Typer(
     name="tokensel",
@@ -198,6 +198,26 @@ def cost(
     _quiet()
     path = measure(config, progress)
     typer.echo("\n".join([*lines(json.loads(path.read_text(encoding="utf-8"))), str(path)]))
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, _option("Vision-language model: folder or Hub id.", MODEL)],
+    image: Annotated[
+        str | None, _option("Image file to try the methods on; by default a drawn one.", DATA)
+    ] = None,
+    keep: Annotated[float, _option("Fraction of the visual tokens to keep.", RUNNING)] = 0.3,
+    device: Annotated[str | None, _option("Device; by default a GPU if there is one.", RUNNING)] = None,
+    attn: Annotated[str | None, _option("Attention implementation of transformers.", RUNNING)] = None,
+    revision: Annotated[str | None, _option(revision_option(MODEL).help, MODEL)] = None,
+) -> None:
+    """Print what would happen to an image in a model: its tokens, and which methods fit."""
+    from tokensel.doctor import examine
+    from tokensel.vlm import load_vlm
+
+    _quiet()
+    for line in examine(load_vlm(model, device, attn=attn, revision=revision), image, keep):
+        typer.echo(line)
 
 
 def _quiet() -> None:

@@ -133,11 +133,7 @@ class Encoded:
             raise TokenselError(f"scorer is {scorer!r}: pass a scorer, such as make_scorer({str(scorer)!r})")
         if scorer not in self._scores:
             if (check := getattr(scorer, "check_model", None)) is not None:
-                if not self.family.selectors:
-                    raise TokenselError(
-                        f"scorer '{scorer.name}': no selector is trained for {self.family.name}; choose "
-                        "another scorer, such as diversity"
-                    )
+                self.family.check_selectors(scorer.name)
                 check(self.model.config)
             self._scores[scorer] = self._score(scorer)
         return self._scores[scorer]

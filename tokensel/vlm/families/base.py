@@ -63,17 +63,34 @@ class Family(ABC):
 
     Attributes:
         name: as readers know it.
+        way: how a shortened prompt reaches the model.
         tiled: whether it packs tiles and newlines as LLaVA-NeXT does, which down-sampling and the counting of
             costs rely on.
         selectors: whether a selector can have been trained on what its tower returns.
     """
 
     name = ""
+    way = "embeddings of the shortened prompt go to model.generate, nothing of the model is replaced"
     tiled = False
     selectors = False
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 - most families can trace every model
         """Raise ``TokenselError`` if this model's visual tokens cannot be traced."""
+
+    def check_selectors(self, name: str) -> None:
+        """Raise unless a selector can have been trained on what the tower returns.
+
+        Args:
+            name: of the scorer.
+
+        Raises:
+            TokenselError: none can.
+        """
+        if not self.selectors:
+            raise TokenselError(
+                f"scorer '{name}': no selector is trained for {self.name}; choose another scorer, such as "
+                "diversity"
+            )
 
     def processor(self, name: str, config: Any, **hub: Any) -> Any:
         """The processor of the checkpoint ``name``; ``hub`` are options of ``from_pretrained``."""
