@@ -32,6 +32,8 @@ def config(model, tmp_path) -> EvalConfig:
     return EvalConfig(
         model=str(model),
         selector=str(model.parent / "selector"),
+        diffprune=str(model.parent / "diffprune"),
+        visionselector=str(model.parent / "visionselector"),
         suite="suite_tiny",
         methods=("full", "none", "random", "selector"),
         keeps=(0.2, 0.6),

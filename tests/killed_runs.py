@@ -1,7 +1,7 @@
 """Kill runs at drawn moments and resume them: ``python killed_runs.py FOLDER COMMAND KILLS``.
 
-COMMAND is train, dyrate, evaluate or cost. Prints how many kills hit a run and how many runs were finished;
-an assertion fails where a finished run differs from an undisturbed one.
+COMMAND is train, train-answers, dyrate, evaluate or cost. Prints how many kills hit a run and how many runs
+were finished; an assertion fails where a finished run differs from an undisturbed one.
 
 Imports take longer than these runs, so they are done once: each run is a fork of this process, which itself
 computes nothing.
@@ -28,7 +28,8 @@ from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.runner import evaluate
 from tokensel.profiling.config import CostConfig
 from tokensel.profiling.inference import measure_inference
-from tokensel.training.config import DyRateConfig, TrainConfig
+from tokensel.training.answers import train_answers
+from tokensel.training.config import AnswersConfig, DyRateConfig, TrainConfig
 from tokensel.training.dyrate import train_dyrate
 from tokensel.training.train import train
 
@@ -92,6 +93,23 @@ class DyRate(Command):
         return history(out), digests(out / "dyrate" / name for name in names)
 
 
+class Answers(Command):
+    kinds = ({"scorer": "diffprune"}, {"scorer": "visionselector"})
+
+    def run(self, out: Path, *, scorer: str) -> None:
+        config = AnswersConfig(
+            model=self.model, suite="suite_tiny", out=str(out), benchmarks=("page", "list"), n=6,
+            scorer=scorer, steps=12, batch_size=3, save_every=2, progress=False, device="cpu",
+        )  # fmt: skip
+        train_answers(config)
+
+    def result(self, out: Path) -> Any:
+        assert not list(out.rglob(".*.part")), "a partial file is left"
+        (card,) = out.glob("*/README.md")
+        names = ("model.safetensors", "config.json", "README.md")
+        return history(out), digests(card.with_name(name) for name in names)
+
+
 class Evaluate(Command):
     def run(self, out: Path) -> None:
         config = EvalConfig(
@@ -144,6 +162,7 @@ class Cost(Command):
 
 COMMANDS: dict[str, Callable[[Path], Command]] = {
     "train": Train,
+    "train-answers": Answers,
     "dyrate": DyRate,
     "evaluate": Evaluate,
     "cost": Cost,

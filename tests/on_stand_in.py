@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from stand_in import NAME, stand_in
-from tiny import WIDTH, ask, noise_image, tiny_selector, tiny_vlm
+from tiny import WIDTH, ask, noise_image, tiny_learned, tiny_vlm
 
 from tokensel.book.explorer import Example, Exploration, embed, generation_steps
 from tokensel.figures import overlays, style
@@ -99,7 +99,7 @@ def test_gradients_and_optimisers_stay_on_the_device(device):
 def parts(vlm):
     torch.manual_seed(0)
     judge = MaskedAutoencoder.new(WIDTH, layers=1, heads=4).eval()
-    scorers = {name: make_scorer(name, selector=tiny_selector()) for name in SCORERS}
+    scorers = {name: make_scorer(name, **tiny_learned()) for name in SCORERS}
     return vlm, EXAMPLES, scorers, judge
 
 

@@ -9,7 +9,7 @@ import torch
 from reference import SCHEDULES, dyrate, prompt, vlm_of
 from staged_reference import STAGED
 from stand_in import NAME, stand_in
-from tiny import ask, noise_image, onevision_processor, tiny_onevision, tiny_selector, tiny_vlm
+from tiny import ask, noise_image, onevision_processor, tiny_learned, tiny_onevision, tiny_vlm
 
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.runner import evaluate
@@ -138,7 +138,7 @@ def test_every_method_makes_the_same_prompts(device, make):
                 continue
             results = []
             for batch, where in zip(batches, ("cpu", device), strict=True):
-                scorer = make_scorer(row.scorer, selector=tiny_selector().to(where)) if row.scorer else None
+                scorer = make_scorer(row.scorer, **tiny_learned(where)) if row.scorer else None
                 choices = {"newline": "row", "thumbnail": "keep"} if row.chooses else {}
                 results.append(prepare(batch, name, 0.3, choices, scorer))
             expected, reduced = results
@@ -172,7 +172,7 @@ def test_other_families_make_the_same_prompts_and_answers(device, family, tmp_pa
 def test_scorers_and_budgets_stay_with_their_features(device, name):
     encoder = VisionEncoder.from_vlm(tiny_vlm().model, tiny_vlm().processor)
     pixels = encoder.preprocess([noise_image(40, 48), noise_image(30, 20)], tiles="anyres")
-    scorer = make_scorer(name, selector=tiny_selector().to(device))
+    scorer = make_scorer(name, **tiny_learned(device))
     on_host = encoder.features(pixels, cls_attention=True)
     on_host.keys = torch.arange(len(on_host))
     generator, shape = torch.Generator().manual_seed(0), on_host.tokens.shape[:2]
@@ -190,10 +190,10 @@ def test_scorers_and_budgets_stay_with_their_features(device, name):
     assert hard(scores, on_device.valid).device.type == NAME
     assert torch.equal(rank(scores, on_device.valid).cpu(), rank(scores.cpu(), on_host.valid))
     if name == "selector":
-        chooser = scorer.selector
+        chooser = scorer.model
         assert torch.equal(chooser.keep_mask(on_device.tokens, 0.3, on_device.valid).cpu(), kept.cpu())
         assert chooser.keep_mask(on_device.tokens, None, on_device.valid).device.type == NAME
-        scorer = make_scorer(name, selector=tiny_selector())
+    scorer = make_scorer(name, **tiny_learned())
     assert close(scores, scorer(on_host))
     assert encoder.encode([noise_image(24, 24)]).tokens.device.type == "cpu"
     assert (

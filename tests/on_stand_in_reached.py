@@ -33,7 +33,8 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     schedules.prompt.Prompt.map_row schedules.prompt.Prompt.real schedules.prompt.Prompt.repeat
     schedules.prompt.Prompt.gather schedules.feather.grid_cells schedules.grids.grids
     schedules.view.View.question
-    schedules.random_cut.RandomCut.rank schedules.prune.Pruning.cached vlm.layout.Layout.centres
+    schedules.random_cut.RandomCut.rank schedules.prune.Pruning.cached
+    schedules.prune.Pruning.ranked schedules.choosing.Choosing.begin_prefill vlm.layout.Layout.centres
     book.explorer.steps.cell_codes scorers.uniform.even_order"""
 CPU_DATA = """data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLoader.batches
     data.loader.epoch_order data.loader.features_identity data.loader.rows_of_step
@@ -41,6 +42,8 @@ CPU_DATA = """data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLo
     training.autoencoder.MaskedAutoencoder.standardise"""
 MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data.tower.module_view
     profiling.timing.Spans.hooked profiling.workload.build_selector
+    profiling.workload.build_learned training.answers.Learner.prepare training.frozen.training_identity
+    vlm.families.base.check_cls
     profiling.inference.summarise_inference schedules.decoder.decoder_of
     training.optim.adamw training.processes.Processes.parallel
     utils.devices.device_of vlm.families.base.Family.check vlm.families.llava.Llava.check
@@ -53,7 +56,7 @@ PASSED_ON = """profiling.timing.Stamps.put schedules.fastv.FastV.entering schedu
     scorers.cls.ClsScorer.__call__
     model.gates.alone training.optim.mean_over_processes training.processes.Processes.sum
     vlm.reduce.Reduced.copy
-    vlm.reduce.Reduced.prompt"""
+    schedules.choosing.Choosing.remember_input vlm.reduce.Reduced.prompt"""
 ON_HOST = {f"tokensel.{name}" for name in f"{LAYOUT} {CPU_DATA} {MODULES} {PASSED_ON}".split()}
 ON_META = {"tokensel.cost.published.hollow"}  # shapes without values, on no device at all
 

@@ -16,8 +16,9 @@ from tokensel.profiling.config import CostConfig
 from tokensel.profiling.inference import measure_inference
 from tokensel.profiling.training import measure_training
 from tokensel.scorers import make_scorer
+from tokensel.training.answers import train_answers
 from tokensel.training.autoencoder import MaskedAutoencoder, Statistics
-from tokensel.training.config import DyRateConfig
+from tokensel.training.config import AnswersConfig, DyRateConfig
 from tokensel.training.dyrate import train_dyrate
 from tokensel.training.judge import policy_scores, reconstruction_error, train_reconstructor
 from tokensel.training.processes import launched_processes
@@ -107,6 +108,26 @@ def test_dyrates_training(device, tmp_path):
     there, history = train_dyrate(replace(config, device=NAME, out=str(tmp_path / NAME)))
     assert close(there.state_dict(), here.state_dict()) and len(history) == 2
     assert (tmp_path / NAME / "dyrate").is_dir()
+
+
+@pytest.mark.parametrize("scorer", ["diffprune", "visionselector"])
+def test_training_by_answers(device, scorer, tmp_path):
+    config = AnswersConfig(
+        model=str(suite_tiny.save_models(tmp_path)),
+        scorer=scorer,
+        out=str(tmp_path / "cpu"),
+        suite="suite_tiny",
+        benchmarks=("choice",),
+        n=2,
+        steps=2,
+        batch_size=2,
+        save_every=1,
+        progress=False,
+    )
+    here, _ = train_answers(replace(config, device="cpu"))
+    there, history = train_answers(replace(config, device=NAME, out=str(tmp_path / NAME)))
+    assert len(history) == 2 and here.state_dict().keys() == there.state_dict().keys()
+    assert all(torch.allclose(there.state_dict()[k], v, atol=1e-4) for k, v in here.state_dict().items())
 
 
 def test_measurements_of_answers_and_of_training(device, tmp_path):

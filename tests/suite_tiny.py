@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PilImage
-from tiny import WIDTH, tiny_llava
+from tiny import WIDTH, tiny_learned, tiny_llava
 
 from tokensel.benchmarks import Benchmark
 from tokensel.model.selector import SelectorConfig, TokenSelector
@@ -64,11 +64,14 @@ BENCHMARKS = {
 
 
 def save_models(folder: Path) -> Path:
-    """Write ``tiny-llava`` and a ``selector`` for it below ``folder``; returns the path of the first."""
+    """Write ``tiny-llava`` and trained scorers for it below ``folder``; returns the path of the first."""
     model, processor = tiny_llava()
     model.save_pretrained(folder / "tiny-llava")
     processor.save_pretrained(folder / "tiny-llava")
     TokenSelector(SelectorConfig(width=WIDTH, layers=1, heads=2)).save_pretrained(folder / "selector")
+    for name, part in tiny_learned().items():
+        if name != "selector":
+            part.save_pretrained(folder / name)
     return folder / "tiny-llava"
 
 

@@ -236,7 +236,7 @@ def test_records_changed_by_other_hands(models, tmp_path, tokensel, refused):
     assert len(read_records(path)) == 4
 
 
-@pytest.mark.parametrize("command", ["evaluate", "dyrate"])
+@pytest.mark.parametrize("command", ["evaluate", "dyrate", "train-answers"])
 def test_a_question_with_a_placeholder_of_an_image_is_named(command, models, tmp_path, refused, monkeypatch):
     page = suite_tiny.BENCHMARKS["page"]
     asked = replace(page, prompt=lambda row: "is there an <image> tag?")
@@ -244,8 +244,9 @@ def test_a_question_with_a_placeholder_of_an_image_is_named(command, models, tmp
     if command == "evaluate":
         line = refused(*evaluation(models, tmp_path))
     else:
-        words = ["dyrate", "--model", models / "tiny-llava", "--suite", "suite_tiny", "--out", tmp_path]
-        line = refused(*words, "--benchmarks", "page", "--layer", 1, "--n", 2, "--steps", 1, "--no-progress")
+        words = [command, "--model", models / "tiny-llava", "--suite", "suite_tiny", "--out", tmp_path]
+        words += ["--layer", 1] if command == "dyrate" else []
+        line = refused(*words, "--benchmarks", "page", "--n", 2, "--steps", 1, "--no-progress")
     assert "is there an <image> tag?" in line and "stands for an image" in line
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tokensel import cli
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.profiling.config import CostConfig
-from tokensel.training.config import DyRateConfig, TrainConfig
+from tokensel.training.config import AnswersConfig, DyRateConfig, TrainConfig
 from tokensel.utils.errors import TokenselError
 
 HELP = {"TERM": "dumb", "COLUMNS": "200"}
@@ -37,11 +37,11 @@ def test_help_lists_the_commands_without_loading_torch():
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "dyrate", "evaluate", "cost", "doctor", "mini", "book"):
+    for command in ("train", "train-answers", "dyrate", "evaluate", "cost", "doctor", "mini", "book"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost", "doctor"])
+@pytest.mark.parametrize("command", ["train", "train-answers", "dyrate", "evaluate", "cost", "doctor"])
 def test_every_option_has_a_line_of_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -66,7 +66,9 @@ def inner_commands(command: str) -> dict:
     return typer.main.get_group(__import__(module, fromlist=["app"]).app).commands
 
 
-@pytest.mark.parametrize("command", ["train", "dyrate", "evaluate", "cost", "doctor", "mini", "book"])
+@pytest.mark.parametrize(
+    "command", ["train", "train-answers", "dyrate", "evaluate", "cost", "doctor", "mini", "book"]
+)
 def test_unknown_options_are_refused(command, monkeypatch, capsys):
     code, _, told = ended(monkeypatch, capsys, command, "--no-such-option", "1")
     assert code == 2 and "--no-such-option" in told
@@ -76,6 +78,7 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
     ("command", "config", "renamed"),
     [
         (cli.train, TrainConfig, {"ps"}),
+        (cli.train_answers, AnswersConfig, set()),
         (cli.dyrate, DyRateConfig, set()),
         (cli.evaluate, EvalConfig, {"whole", "progress"}),
         (cli.cost, CostConfig, {"training", "progress"}),
@@ -156,6 +159,7 @@ def test_other_errors_are_not_hidden(monkeypatch):
     [
         ("evaluate --model us/model --suite suite_tiny --methods full", "benchmarks.session.load_vlm"),
         ("dyrate --model us/model --suite suite_tiny --out OUT", "training.frozen.load_vlm"),
+        ("train-answers --model us/model --suite suite_tiny --out OUT", "training.frozen.load_vlm"),
         ("cost --model us/model --out OUT", "profiling.workload.load_vlm"),
         ("cost --model us/model --out OUT --random-weights", "profiling.workload.hub_options"),
     ],

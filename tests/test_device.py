@@ -7,7 +7,7 @@ wait for the device would, raises, and so does an operation whose operands are o
 
 import pytest
 import torch
-from tiny import ask, tiny_selector, tiny_vlm
+from tiny import ask, tiny_learned, tiny_vlm
 from torch.overrides import TorchFunctionMode
 
 from tokensel.scorers import SCORERS, make_scorer
@@ -50,7 +50,7 @@ def test_scores_are_all_that_the_host_waits_for(name, positions):
     inputs["pixel_values"] = inputs["pixel_values"].to("meta")
     model, scorer = vlm.model.to("meta"), None
     if name in SCORERS:
-        scorer = make_scorer(name, selector=tiny_selector().to("meta"))
+        scorer = make_scorer(name, **tiny_learned("meta"))
     with Fetches() as fetches, torch.no_grad():
         encoded = encode(model, inputs)
         reduced = downsample(encoded, 0.3) if name == "downsample" else reduce(

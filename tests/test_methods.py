@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import noise_image, tiny_selector, tiny_vlm
+from tiny import noise_image, tiny_learned, tiny_selector, tiny_vlm
 
 from tokensel.methods import Batch, check_method, methods, prepare
 from tokensel.schedules import SCHEDULES
-from tokensel.scorers import make_scorer
+from tokensel.scorers import LEARNED, make_scorer
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Choices, Vlm
 
@@ -31,8 +31,9 @@ def ask(vlm, method, keep=0.3, batch=None, **options):
 @pytest.mark.parametrize(
     "method", [name for name in methods() if name != "native"]
 )  # which needs a LLaVA-OneVision
-def test_every_method_gives_generate_what_it_needs(vlm, selector, method):
-    reduced = ask(vlm, method, scorer=selector if method == "selector" else None)
+def test_every_method_gives_generate_what_it_needs(vlm, method):
+    scorer = make_scorer(method, **tiny_learned()) if method in LEARNED else None
+    reduced = ask(vlm, method, scorer=scorer)
     answers = vlm.generate(reduced, max_new_tokens=4)
     assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
     assert reduced.n_visual_full.tolist() == [156, 144]
@@ -121,7 +122,7 @@ def test_bad_input(vlm, selector):
     for method in methods():
         for keep in (0.0, 1.5, float("nan")):
             with pytest.raises(TokenselError, match="keep is"):
-                ask(vlm, method, keep, scorer=selector if method == "selector" else None)
+                ask(vlm, method, keep, scorer=selector if method in LEARNED else None)
     with pytest.raises(TokenselError, match="needs one: pass selector="):
         ask(vlm, "selector")
     with pytest.raises(TokenselError, match="not an option"):

@@ -1,4 +1,4 @@
-"""SIGKILL at drawn moments of train, dyrate, evaluate and cost, and the same call again; see ``killed_runs``.
+"""SIGKILL at drawn moments of every long command, and the same call again; see ``killed_runs``.
 
 TOKENSEL_KILLS=20 in the environment kills each of them twenty times.
 """

@@ -9,6 +9,7 @@ initialisation every test of equality would pass by being near zero.
 import inspect
 import string
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from tokensel.data.features import Features
+from tokensel.model.diffprune import DiffPrune, DiffPruneConfig
 from tokensel.model.selector import SelectorConfig, TokenSelector
+from tokensel.model.visionselector import VisionSelector, VisionSelectorConfig
 from tokensel.vlm import Vlm
 from tokensel.vlm.native import LlavaOnevisionProcessor
 
@@ -236,6 +239,14 @@ def tiny_selector(width: int = WIDTH) -> TokenSelector:
     """A selector with random weights."""
     torch.manual_seed(1)
     return TokenSelector(SelectorConfig(width=width, heads=4))
+
+
+def tiny_learned(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What every scorer with a trained model takes, by the name of its option; with random weights."""
+    torch.manual_seed(2)
+    others = {"diffprune": DiffPrune(DiffPruneConfig(width=WIDTH, heads=4))}
+    others["visionselector"] = VisionSelector(VisionSelectorConfig(width=WIDTH))
+    return {name: model.to(device) for name, model in ({"selector": tiny_selector()} | others).items()}
 
 
 class GivenScores:

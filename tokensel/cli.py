@@ -1,4 +1,4 @@
-"""``python -m tokensel``: train, dyrate, evaluate, cost, doctor, mini, book.
+"""``python -m tokensel``: train, train-answers, dyrate, evaluate, cost, doctor, mini, book.
 
 The options of a command are the fields of its configuration. Heavy packages are imported when a command runs.
 """
@@ -18,7 +18,7 @@ from typer.main import get_group
 from tokensel.benchmarks import config as evaluation
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.profiling.config import DATA, MODEL, RUNNING, CostConfig
-from tokensel.training.config import OBJECTIVE, DyRateConfig, TrainConfig
+from tokensel.training.config import OBJECTIVE, AnswersConfig, DyRateConfig, TrainConfig
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.options import Field, fields_of, revision_option
 
@@ -147,6 +147,20 @@ def dyrate(values: dict[str, Any]) -> None:
     _quiet()
     train_dyrate(config)
     typer.echo(f"predictor: {config.out}/dyrate")
+
+
+@_command(AnswersConfig, "out")
+def train_answers(values: dict[str, Any]) -> None:
+    """Train a scorer of visual tokens by the answers of a frozen LLaVA: DiffPrune or VisionSelector.
+
+    Run it again with the same options to go on after an interruption.
+    """
+    config = AnswersConfig.from_dict(values)
+    from tokensel.training.answers import train_answers as run
+
+    _quiet()
+    run(config)
+    typer.echo(f"{config.scorer}: {config.out}/{config.scorer}")
 
 
 @_command(EvalConfig)

@@ -80,9 +80,9 @@ def before(batch: Batch, keep: float) -> Verdicts:
     verdicts: Verdicts = {}
     for name, row in methods().items():
         try:
-            if row.uses_selector:
+            if row.learned is not None:
                 batch.seeing.family.check_selectors(name)
-                verdicts[f"{name} (with a selector trained on this tower)"] = None
+                verdicts[f"{name} (with a {row.learned} trained on this model)"] = None
                 continue
             prepare(batch, name, keep)
         except TokenselError as error:

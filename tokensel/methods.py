@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tokensel.schedules import SCHEDULES, schedule_options
-from tokensel.scorers import SCORERS, Scorer, make_scorer, scorer_class, scorer_options
+from tokensel.scorers import LEARNED, SCORERS, Scorer, make_scorer, scorer_class, scorer_options
 from tokensel.scorers.lowest import LOWEST, Lowest
 from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.choose import Choices
@@ -129,9 +129,10 @@ class Method:
         return scorer or (self.schedule is not None and "seed" in schedule_options(self.schedule))
 
     @property
-    def uses_selector(self) -> bool:
-        """Whether its scorer has a learned part, a selector."""
-        return self.scorer is not None and "selector" in scorer_options(self.scorer)
+    def learned(self) -> str | None:
+        """The option of its scorer that is a trained model, a key of ``LEARNED``, if it has one."""
+        options = () if self.scorer is None else scorer_options(self.scorer)
+        return next((option for option in options if option in LEARNED), None)
 
     @property
     def uses_predictor(self) -> bool:

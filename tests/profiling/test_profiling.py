@@ -77,6 +77,8 @@ def test_every_method_is_timed_part_by_part(model, config):
             "apet",
             "visionzip",
             "cdpruner",
+            "diffprune",
+            "visionselector",
         ):
             assert times["phases"]["selector"] > 0 and times["n_visual"] == round(0.3 * full)
             assert times["length"] == inputs["input_ids"].shape[1] - full + times["n_visual"]

@@ -38,7 +38,7 @@ def noisy(monkeypatch):
 def test_it_is_a_method_and_can_be_prepared(noisy):
     vlm, selector = tiny_vlm(), tiny_selector()
     row = check_method("noisy+fastv")
-    assert "noisy" in methods() and row.uses_seed and row.uses_selector and row.needs_cls_attention
+    assert "noisy" in methods() and row.uses_seed and row.learned == "selector" and row.needs_cls_attention
     batch = Batch(vlm, [noise_image(40, 48)], ["what?"], [1])
     kept = [
         prepare(

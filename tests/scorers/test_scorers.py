@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from tokensel.budget import top_fraction
 from tokensel.data.features import Features
+from tokensel.model.diffprune import DiffPrune, DiffPruneConfig
 from tokensel.model.selector import SelectorConfig, TokenSelector
+from tokensel.model.visionselector import VisionSelector, VisionSelectorConfig
 from tokensel.scorers import SCORERS, Scorer, make_scorer
 from tokensel.scorers.diversity import max_min_order
 from tokensel.scorers.random import RandomScorer
@@ -35,7 +37,9 @@ def selector(width: int = 64) -> TokenSelector:
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_every_scorer_honours_the_protocol(name: str):
-    scorer = make_scorer(name, seed=1, selector=selector())
+    learned = {"diffprune": DiffPrune(DiffPruneConfig(width=64))}
+    learned["visionselector"] = VisionSelector(VisionSelectorConfig(width=64))
+    scorer = make_scorer(name, seed=1, selector=selector(), **learned)
     assert isinstance(scorer, Scorer)
     assert scorer.name == name and scorer.scope in ("tile", "image")
     batch = features()

@@ -6,7 +6,7 @@ Mixing devices raises there, and so does reading a value on the host; only the s
 import pytest
 import torch
 from test_device import Fetches
-from tiny import ask, onevision_processor, tiny_onevision, tiny_selector, tiny_vlm
+from tiny import ask, onevision_processor, tiny_learned, tiny_onevision, tiny_vlm
 
 from tokensel.data.features import Features
 from tokensel.methods import EncodedBatch, methods, prepare
@@ -34,7 +34,7 @@ class Given(EncodedBatch):
 
 
 def scorer(name: str):
-    return make_scorer(name, selector=tiny_selector().to("meta"), seed=1)
+    return make_scorer(name, **tiny_learned("meta"), seed=1)
 
 
 @pytest.mark.parametrize("name", SCORERS)

@@ -45,9 +45,9 @@ class EvalConfig:
         tuple[str, ...],
         Option(
             "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, dart, hired, "
-            "apet, visionzip, cdpruner, any of these with lowest- in front, downsample, pool, native; inside "
-            "the language model fastv, vtw, dyrate, fixed, exponential, pyramiddrop, feather, sparsevlm, "
-            "priortr, clse, random-cut; both in turn, as selector+fastv.",
+            "apet, visionzip, cdpruner, diffprune, visionselector, any of these with lowest- in front, "
+            "downsample, pool, native; inside the language model fastv, vtw, dyrate, fixed, exponential, "
+            "pyramiddrop, feather, sparsevlm, priortr, clse, random-cut; both in turn, as selector+fastv.",
             RUNNING,
         ),
     ] = ("full", "none", "random", "selector")
@@ -80,6 +80,8 @@ class EvalConfig:
         ),
     ] = ()
     selector: Annotated[str | None, Option("Trained selector: folder or Hub id.", MODEL)] = None
+    diffprune: Annotated[str | None, Option("Trained DiffPrune: folder or Hub id.", MODEL)] = None
+    visionselector: Annotated[str | None, Option("Trained VisionSelector: folder or Hub id.", MODEL)] = None
     inside: Annotated[
         float,
         Option(
@@ -152,9 +154,10 @@ class EvalConfig:
             raise TokenselError("methods is empty: give at least one, such as full")
         for method in self.methods:
             row = check_method(method)
-            if self.selector is None and row.uses_selector:
+            if row.learned is not None and getattr(self, row.learned) is None:
                 raise TokenselError(
-                    f"method {method}: give the folder or Hub id of a trained selector with --selector"
+                    f"method {method}: give the folder or Hub id of a trained {row.learned} with "
+                    f"--{row.learned}"
                 )
             if self.dyrate is None and row.uses_predictor:
                 raise TokenselError(

@@ -59,7 +59,7 @@ class Tokensel(_Base):
             pretrained: folder or hub id of the model.
             method: a row of :func:`tokensel.methods.methods`; no schedule.
             keep: fraction of the visual tokens to keep, in (0, 1].
-            selector: folder or hub id of the selector, for the method ``selector``.
+            selector: folder or hub id of the trained model of a method such as ``selector``.
             seed: of the method ``random``.
             batch_size: questions at a time.
             device: of the model; by default the GPU of this process, if there is one.
@@ -77,7 +77,7 @@ class Tokensel(_Base):
                 f"method {method} drops tokens inside the language model: give one that chooses before it"
             )
         self.method, self.keep, self.choices = method, check_keep(float(keep)), Choices.of(choices)
-        if selector is not None and not row.uses_selector:
+        if selector is not None and row.learned is None:
             raise TokenselError(
                 f"method {method} uses no selector: give method=selector, or leave selector out"
             )
@@ -86,7 +86,7 @@ class Tokensel(_Base):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise TokenselError(f"batch_size is {batch_size!r}: give a whole number of at least 1")
         self.batch_size = int(batch_size)
-        options = {"seed": int(seed)} | ({"selector": selector} if row.uses_selector else {})
+        options = {"seed": int(seed)} | ({} if row.learned is None else {row.learned: selector})
         self.scorer = make_scorer(row.scorer, **options) if row.scorer else None
         self.vlm = load_vlm(pretrained, local_device(str(device or "auto")), dtype)
 

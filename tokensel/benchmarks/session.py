@@ -13,7 +13,7 @@ from tokensel.benchmarks.config import KEEPS, SHORT_KEEPS, EvalConfig
 from tokensel.benchmarks.shards import local_device
 from tokensel.cost.answers import Work, work_cost
 from tokensel.methods import check_method
-from tokensel.model.selector import TokenSelector
+from tokensel.model.base import CoreModel
 from tokensel.schedules import (
     SCHEDULES,
     RatePredictor,
@@ -22,7 +22,7 @@ from tokensel.schedules import (
     make_schedule,
     schedule_options,
 )
-from tokensel.scorers import Scorer, make_scorer
+from tokensel.scorers import LEARNED, Scorer, make_scorer
 from tokensel.utils.errors import TokenselError, check_layers
 from tokensel.utils.provenance import checkpoint_digest
 from tokensel.utils.source import code_digest
@@ -36,7 +36,7 @@ ANSWERING = ("tokensel.methods", "tokensel.vlm.load")
 
 
 class EvalSession:
-    """Loads the model, selector and rate predictor when they are needed, and each scorer once for all keeps.
+    """Loads the model and trained parts when they are needed, and each scorer once for all keeps.
 
     Attributes:
         config: the configuration, with the keeps that suit the model where none were given.
@@ -57,11 +57,13 @@ class EvalSession:
         keeps = config.keeps or (SHORT_KEEPS if self.vlm.native else KEEPS)
         self.config = replace(config, keeps=keeps)
         self._scorers: dict[tuple[str, int], Scorer] = {}
+        self._learned: dict[str, CoreModel] = {}
 
-    @cached_property
-    def selector(self) -> TokenSelector:
-        """The trained selector."""
-        return TokenSelector.from_pretrained(self._selector_name)
+    def learned(self, option: str) -> CoreModel:
+        """The trained model of a scorer, which the configuration names under ``option``."""
+        if option not in self._learned:
+            self._learned[option] = LEARNED[option].from_pretrained(getattr(self.config, option))
+        return self._learned[option]
 
     @cached_property
     def predictor(self) -> RatePredictor:
@@ -69,11 +71,6 @@ class EvalSession:
         predictor = RatePredictor.from_pretrained(self._predictor_name)
         nn.Module.to(predictor, self.vlm.model.device)
         return predictor
-
-    @property
-    def _selector_name(self) -> str:
-        assert self.config.selector is not None, "EvalConfig refuses the method without it"
-        return self.config.selector
 
     @property
     def _predictor_name(self) -> str:
@@ -93,7 +90,8 @@ class EvalSession:
             return None
         key = (name, condition.seed)
         if key not in self._scorers:
-            options = {"selector": self.selector} if check_method(condition.method).uses_selector else {}
+            learned = check_method(condition.method).learned
+            options: dict[str, Any] = {} if learned is None else {learned: self.learned(learned)}
             self._scorers[key] = make_scorer(name, seed=condition.seed, **options)
         return self._scorers[key]
 
@@ -146,7 +144,8 @@ class EvalSession:
     def mean_cost(self, condition: Condition, work: Sequence[Work]) -> tuple[float, float]:
         """FLOPs and bytes of keys and values of an answer under a condition, averaged over the answers."""
         model = self.vlm.model
-        selector = self.selector.config if check_method(condition.method).uses_selector else None
+        learned = check_method(condition.method).learned
+        selector = None if learned is None else self.learned(learned).config
         costs = [work_cost(model.config, answer, model.dtype.itemsize, selector) for answer in work]
         return sum(flops for flops, _ in costs) / len(costs), sum(kept for _, kept in costs) / len(costs)
 
@@ -154,11 +153,6 @@ class EvalSession:
     def model_digest(self) -> str:
         """Identifies the model's files."""
         return checkpoint_digest(self.config.model, getattr(self.vlm.model.config, "_commit_hash", None))
-
-    @cached_property
-    def selector_digest(self) -> str:
-        """Identifies the selector's files."""
-        return checkpoint_digest(self._selector_name, getattr(self.selector.config, "_commit_hash", None))
 
     @cached_property
     def predictor_digest(self) -> str:
@@ -177,8 +171,9 @@ class EvalSession:
         }
         if row.chooses:
             identity |= self.config.choices()
-        if row.uses_selector:
-            identity["selector"] = self.selector_digest
+        if row.learned is not None:  # the files of its trained model
+            revision = getattr(self.learned(row.learned).config, "_commit_hash", None)
+            identity[row.learned] = checkpoint_digest(getattr(self.config, row.learned), revision)
         if schedule is not None:
             learned = f"{self.predictor_digest} {schedule.newline}" if row.uses_predictor else None
             identity["schedule"] = learned or repr(schedule)

@@ -70,6 +70,8 @@ LABELS = {
     "apet": "ApET",
     "visionzip": "VisionZip",
     "cdpruner": "CDPruner",
+    "diffprune": "DiffPrune",
+    "visionselector": "VisionSelector",
     "pool": "average pooling",
     "downsample": "down-sampling",
     "native": "own interpolation",

@@ -19,7 +19,7 @@ from torch import Tensor
 from tokensel.model.gumbel import DROP, KEEP, gumbel_mask
 from tokensel.utils.errors import TokenselError
 
-__all__ = ["BUDGETED", "GATES", "alone", "gate_mask", "hard_top_k", "soft_top_k", "threshold"]
+__all__ = ["BUDGETED", "GATES", "alone", "gate_mask", "hard_top_k", "mix_noise", "soft_top_k", "threshold"]
 
 Total = Callable[[Tensor], Tensor]
 
@@ -125,6 +125,26 @@ def hard_top_k(
     if valid is not None:
         hard = hard * valid
     return hard + (soft - soft.detach())  # the value of hard, the gradient of soft
+
+
+def mix_noise(
+    centred: Float[Tensor, "batch tokens channels"],
+    std: Float[Tensor, "channels"],
+    mask: Float[Tensor, "batch tokens"],
+    noise: Float[Tensor, "batch tokens channels"],
+) -> Float[Tensor, "batch tokens channels"]:
+    """DiffPrune's information throttler: ``sqrt(m) x + sqrt(1 - m) noise``, x in units of ``std``.
+
+    The variance stays the same while the information falls.
+
+    Args:
+        centred: tokens less their mean.
+        std: standard deviation of each channel, above 0.
+        mask: between 0 and 1.
+        noise: samples of N(0, 1).
+    """
+    m = mask[..., None].clamp(1e-6, 1 - 1e-6)  # the root has no finite slope at 0
+    return m.sqrt() * centred / std + (1 - m).sqrt() * noise
 
 
 # "throttle" has the mask of "scale": what differs is what a token becomes, see MaskedEmbedding

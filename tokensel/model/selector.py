@@ -11,7 +11,7 @@ from transformers.utils.generic import ModelOutput
 
 from tokensel.budget import top_fraction
 from tokensel.model.base import CoreConfig, CoreModel
-from tokensel.model.gates import alone, gate_mask
+from tokensel.model.gates import alone, gate_mask, mix_noise
 from tokensel.model.gumbel import DROP, KEEP
 from tokensel.model.layers import Standardised, Trunk, full_precision
 
@@ -64,8 +64,7 @@ class MaskedEmbedding(Standardised):
                 ``sqrt(m) x + sqrt(1 - m) noise``: its variance stays the same while its information falls.
         """
         if noise is not None:
-            m = mask[..., None].clamp(1e-6, 1 - 1e-6)  # the root has no finite slope at 0
-            mixed = m.sqrt() * (features - self.mean) / self.std.clamp(min=1e-12) + (1 - m).sqrt() * noise
+            mixed = mix_noise(features - self.mean, self.std.clamp(min=1e-12), mask, noise)
             return (self.mean + self.std * mixed).to(features.dtype)
         embedding = (self.mean + self.std * self.vector).to(features.dtype)
         return torch.lerp(embedding.expand_as(features), features, mask[..., None].to(features.dtype))

@@ -250,7 +250,7 @@ def counted(
             count_decoder(model.text_config, length),
         )
     else:
-        selector = measured.selector.config if row.uses_selector else None
+        selector = None if row.learned is None else measured.learned[row.learned].config
         keep = variant.keep if row.chooses else 1.0
         cost = first_token(model, tiles, visual, text, keep, newlines, selector, read)
     if (schedule := schedule_of(variant, config)) is not None:

@@ -11,11 +11,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from tokensel.data.features import feature_width
 from tokensel.methods import EncodedBatch, check_method
+from tokensel.model.base import CoreModel
 from tokensel.model.selector import SelectorConfig, TokenSelector
 from tokensel.profiling.config import CostConfig, image_size
 from tokensel.profiling.shapes import SHAPES
 from tokensel.schedules import Schedule, make_schedule, pruned, schedule_options
-from tokensel.scorers import Scorer, make_scorer
+from tokensel.scorers import LEARNED, Scorer, make_scorer, scorer_class
 from tokensel.utils.devices import check_device
 from tokensel.utils.errors import TokenselError, reason
 from tokensel.utils.loading import hub_options
@@ -105,6 +106,17 @@ def build_selector(config: CostConfig, model: PreTrainedModel) -> TokenSelector:
         return TokenSelector(SelectorConfig(width=width, layers=config.selector_layers))
 
 
+def build_learned(config: CostConfig, model: PreTrainedModel, option: str) -> CoreModel:
+    """The trained model that a scorer takes under ``option``; but for the selector, with random weights."""
+    if option == "selector":
+        return build_selector(config, model)
+    scorer: Any = scorer_class(option)
+    shape: Any = LEARNED[option].config_class
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return LEARNED[option](shape(width=scorer.width(model.config)))
+
+
 def make_inputs(model: PreTrainedModel, size: str, rows: int, text: int, seed: int = 0) -> dict[str, Tensor]:
     """What a processor would make of ``rows`` images of one size: noise for pixels, random text tokens.
 
@@ -156,25 +168,28 @@ class MeasuredModel:
         config: what to measure.
         model: the model.
         selector: the selector, trained or random.
+        learned: what scorers take that have a trained model, by the name of the option.
         scorers: by name, one for every method that has a scorer.
     """
 
     config: CostConfig
     model: PreTrainedModel
     selector: TokenSelector
+    learned: dict[str, CoreModel]
     scorers: dict[str, Scorer]
 
     @classmethod
     def of(cls, config: CostConfig, model: PreTrainedModel | None = None) -> "MeasuredModel":
         """Load or draw what ``config`` names; a ``model`` in memory is used instead of ``config.model``."""
         model = build_model(config) if model is None else model
+        rows = [row for method in config.methods if (row := check_method(method)).scorer is not None]
         selector = build_selector(config, model)
-        scorers = {
-            name: make_scorer(name, seed=config.seed, selector=selector)
-            for method in config.methods
-            if (name := check_method(method).scorer) is not None
-        }
-        return cls(config, model, selector, scorers)
+        learned: dict[str, CoreModel] = {"selector": selector}
+        for row in rows:
+            if row.learned is not None and row.learned not in learned:
+                learned[row.learned] = build_learned(config, model, row.learned)
+        scorers = {str(row.scorer): make_scorer(str(row.scorer), seed=config.seed, **learned) for row in rows}
+        return cls(config, model, selector, learned, scorers)
 
     def prepare(
         self, variant: Variant, inputs: dict[str, Tensor], scorer: Scorer | None

@@ -7,8 +7,7 @@ command line and the evaluation:
 
 - ``seed``: the scorer is stochastic; the evaluation runs it once for each seed and lists each as a row of its
     own;
-- ``selector``: the scorer has a learned part, the :class:`~tokensel.model.selector.TokenSelector` under this
-    name.
+- the keys of :data:`LEARNED`: the scorer has a trained model of this kind.
 """
 
 import inspect
@@ -19,10 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokensel.data.features import Features
+from tokensel.model.base import CoreModel
+from tokensel.model.diffprune import DiffPrune
+from tokensel.model.selector import TokenSelector
+from tokensel.model.visionselector import VisionSelector
 from tokensel.scorers.apet import ApetScorer
 from tokensel.scorers.cdpruner import CdprunerScorer
 from tokensel.scorers.cls import ClsScorer
 from tokensel.scorers.dart import DartScorer
+from tokensel.scorers.diffprune import DiffPruneScorer
 from tokensel.scorers.diversity import DiversityScorer
 from tokensel.scorers.hired import HiredScorer
 from tokensel.scorers.lowest import LOWEST, Lowest
@@ -30,10 +34,11 @@ from tokensel.scorers.norm import NormScorer
 from tokensel.scorers.random import RandomScorer
 from tokensel.scorers.selector import SelectorScorer
 from tokensel.scorers.uniform import UniformScorer
+from tokensel.scorers.visionselector import VisionSelectorScorer
 from tokensel.scorers.visionzip import VisionZipScorer
 from tokensel.utils.errors import TokenselError, check_names
 
-__all__ = ["SCORERS", "Scorer", "make_scorer", "scorer_class", "scorer_options"]
+__all__ = ["LEARNED", "SCORERS", "Scorer", "make_scorer", "scorer_class", "scorer_options"]
 
 
 @runtime_checkable
@@ -52,6 +57,7 @@ class Scorer(Protocol):
 
     - ``check_model(config)`` raises ``TokenselError`` for models that it does not fit;
     - ``needs_question = True``: it reads ``Features.relevance``, which is computed only for those that do;
+    - ``needs_projection = True``: its ``Features.tokens`` are what the model's projector makes of them;
     - ``merge(features, kept)`` returns the features that kept tokens have when dropped ones are merged into
       them, ``[tiles, tokens, channels]``; others are not read.
     """
@@ -76,6 +82,13 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "apet": ApetScorer,
     "visionzip": VisionZipScorer,
     "cdpruner": CdprunerScorer,
+    "diffprune": DiffPruneScorer,
+    "visionselector": VisionSelectorScorer,
+}
+LEARNED: dict[str, type[CoreModel]] = {
+    "selector": TokenSelector,
+    "diffprune": DiffPrune,
+    "visionselector": VisionSelector,
 }
 
 

@@ -26,6 +26,7 @@ class Lowest:
         self.scorer, self.name = scorer, LOWEST + scorer.name
         self.needs_cls_attention, self.scope = scorer.needs_cls_attention, scorer.scope
         self.needs_question = getattr(scorer, "needs_question", False)
+        self.needs_projection = getattr(scorer, "needs_projection", False)
         if hasattr(scorer, "check_model"):
             self.check_model = scorer.check_model
 

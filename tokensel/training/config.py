@@ -253,3 +253,55 @@ class DyRateConfig(FrozenModelConfig):
     ] = 1.0
     # high, for a linear layer on fractions between 0 and 1
     lr: _LearningRate = 0.1
+
+
+@no_type_check  # check_fields does it, with a message for users
+@dataclass(frozen=True)
+class AnswersConfig(FrozenModelConfig):
+    """How a scorer is trained by the answers of a frozen model; see :mod:`tokensel.training.answers`.
+
+    Raises:
+        TokenselError: a value of another type or out of range; one line with field, value and what to give.
+    """
+
+    scorer: Annotated[Literal["diffprune", "visionselector"], Option("What is trained.", MODEL)] = "diffprune"
+    # DiffPrune names no budget; VisionSelector was trained at a fifth
+    keep: Annotated[
+        float,
+        Option(
+            "Fraction of an image's visual tokens kept in training.",
+            OBJECTIVE,
+            above=0,
+            most=1,
+            example="0.2",
+        ),
+    ] = 0.2
+    # one scorer for several budgets
+    keep_most: Annotated[
+        float | None, Option("Draw the fraction for each step between keep and this.", OBJECTIVE)
+    ] = None
+    # DiffPrune: a cosine from 2 to 0.1
+    tau_start: Annotated[
+        float, Option("Temperature of diffprune's choice at the first step.", OBJECTIVE, above=0)
+    ] = 2.0
+    tau_end: Annotated[
+        float, Option("Temperature of diffprune's choice at the last step.", OBJECTIVE, above=0)
+    ] = 0.1
+    # VisionSelector: from 0.1 to 2
+    hard_start: Annotated[
+        float,
+        Option("Weight at the first step of visionselector's distance to a hard choice.", OBJECTIVE, least=0),
+    ] = 0.1
+    hard_end: Annotated[
+        float,
+        Option("Weight at the last step of visionselector's distance to a hard choice.", OBJECTIVE, least=0),
+    ] = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep == 1:
+            raise TokenselError(f"keep is {self.keep}: give a fraction between 0 and 1")
+        if self.keep_most is not None and not self.keep < self.keep_most < 1:
+            raise TokenselError(
+                f"keep_most is {self.keep_most}: give a fraction between keep = {self.keep} and 1"
+            )

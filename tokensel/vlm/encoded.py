@@ -148,12 +148,22 @@ class Encoded:
             features = replace(features, cls_attention=self.cls_attention)
         if getattr(scorer, "needs_question", False):
             features = replace(features, relevance=self.relevance)
+        if getattr(scorer, "needs_projection", False):
+            features = replace(features, tokens=self.projected())
         if scorer.scope == "tile":
             scores[cell] = scorer(features).float().cpu().flatten()[source[cell]]
         else:
             rows, slot, by_image = self.by_image(features)
             scores[cell] = scorer(by_image).float().cpu()[rows, slot]
         return scores
+
+    def projected(self) -> Float[Tensor, "tiles tokens width"]:
+        """All tokens as the language model would read them."""
+        embeds = self.tower_output.embeds
+        if embeds is not None:
+            return self.layout.by_tile(embeds)
+        tokens = self.features.tokens.to(device_of(self.core.multi_modal_projector))
+        return self.core.multi_modal_projector(tokens)
 
     @cached_property
     def relevance(self) -> Float[Tensor, "tiles tokens"]:
@@ -171,13 +181,7 @@ class Encoded:
         unit = torch.nn.functional.normalize(states, dim=-1)
         share = (words / words.sum(1, keepdim=True).clamp(min=1)).to(unit)
         question = torch.einsum("rlw,rl->rw", unit, share)  # mean of unit vectors
-        embeds = self.tower_output.embeds
-        if embeds is None:
-            tokens = self.features.tokens.to(device_of(self.core.multi_modal_projector))
-            states = self.core.multi_modal_projector(tokens)
-        else:
-            states = self.layout.by_tile(embeds)
-        projected = torch.nn.functional.normalize(states.float(), dim=-1)
+        projected = torch.nn.functional.normalize(self.projected().float(), dim=-1)
         row = _row_of_image(self.layout, self.places)[self.layout.image_of_tile]
         return torch.einsum("ntw,nw->nt", projected, question[row.to(question.device)].to(projected))
 
