@@ -17,6 +17,7 @@ from tokensel.budget import fraction_count, hard, rank, top_count, top_fraction
 from tokensel.cost import answer_costs, answer_work
 from tokensel.data.encoders import VisionEncoder
 from tokensel.methods import Batch, methods, prepare
+from tokensel.schedules import FastOcr
 from tokensel.schedules.vtw import withdrawal_divergence
 from tokensel.scorers import SCORERS, make_scorer
 from tokensel.vlm import Vlm, count_tokens, load_vlm, reduce_inputs
@@ -62,12 +63,13 @@ def pair(make, device) -> tuple[Vlm, Vlm]:
         ("fixed", "sdpa"),
         ("exponential-row", "sdpa"),
         ("dyrate", "sdpa"),
+        ("fastocr", "sdpa"),
         *[(name, "sdpa") for name in STAGED],
     ],
 )
 def test_a_schedule_drops_the_same_in_prefill_and_decoding(device, name, attn):
     here, there = pair(lambda: vlm_of("mistral", attn), device)
-    schedules = [(SCHEDULES | STAGED)[name]] * 2
+    schedules = [(SCHEDULES | STAGED | {"fastocr": FastOcr(2, 0.3)})[name]] * 2
     if name == "dyrate":
         schedules = [dyrate(), dyrate()]
         schedules[1].predictor.to(device)

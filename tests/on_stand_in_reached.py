@@ -53,6 +53,7 @@ PASSED_ON = """profiling.timing.Stamps.put schedules.fastv.FastV.entering schedu
     schedules.rates.Fixed.entering schedules.clse.Clse.entering schedules.feather.Feather.entering
     schedules.priortr.PriorTR.entering schedules.pyramiddrop.PyramidDrop.entering
     schedules.random_cut.RandomCut.entering schedules.sparsevlm.SparseVLM.entering schedules.vtw.Vtw.entering
+    schedules.fastocr.FastOcr.entering
     scorers.cls.ClsScorer.__call__
     model.gates.alone training.optim.mean_over_processes training.processes.Processes.sum
     vlm.reduce.Reduced.copy

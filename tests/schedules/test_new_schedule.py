@@ -53,6 +53,16 @@ def test_an_evaluation_gives_each_its_options(config):
     assert sorted(row["method"] for row in rows) == sorted(methods)
 
 
+def test_scale_of_sparsevlm_and_the_control_of_clse_are_options_of_an_evaluation(config):
+    given = {"sparsevlm_scale": 0.2, "clse_lowest": True}
+    for options, scale, lowest in (({}, 0.5, False), (given, 0.2, True)):
+        asked = schedules(replace(config, methods=("sparsevlm", "clse"), keeps=(0.4,), **options))
+        sparsevlm, clse = asked.values()
+        assert sparsevlm.scale == scale and clse.lowest is lowest
+    with pytest.raises(TokenselError, match=r"sparsevlm_scale is 1\.5"):
+        replace(config, sparsevlm_scale=1.5)
+
+
 def test_a_learned_one_gets_the_predictor_and_is_checked_before_any_question(config, tmp_path):
     with pytest.raises(TokenselError, match="method learned: give the folder or Hub id of a trained pred"):
         replace(config, methods=("learned",))

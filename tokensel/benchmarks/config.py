@@ -47,7 +47,8 @@ class EvalConfig:
             "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, dart, hired, "
             "apet, visionzip, cdpruner, diffprune, visionselector, any of these with lowest- in front, "
             "downsample, pool, native; inside the language model fastv, vtw, dyrate, fixed, exponential, "
-            "pyramiddrop, feather, sparsevlm, priortr, clse, random-cut; both in turn, as selector+fastv.",
+            "pyramiddrop, feather, sparsevlm, priortr, clse, random-cut, fastocr; both in turn, as "
+            "selector+fastv.",
             RUNNING,
         ),
     ] = ("full", "none", "random", "selector")
@@ -95,7 +96,7 @@ class EvalConfig:
     layer: Annotated[
         int,
         Option(
-            "First layer at which fastv, fixed, exponential, priortr and random-cut drop tokens.",
+            "First layer at which fastv, fixed, exponential, priortr, random-cut and fastocr drop tokens.",
             INSIDE,
             least=1,
         ),
@@ -107,6 +108,19 @@ class EvalConfig:
             "First layer without visual tokens under vtw; half of the layers by default.", INSIDE, least=1
         ),
     ] = None
+    sparsevlm_scale: Annotated[
+        float,
+        Option(
+            "Share of the tokens beyond the rank that sparsevlm drops at each cut.",
+            INSIDE,
+            least=0,
+            most=1,
+            example="0.5",
+        ),
+    ] = 0.5
+    clse_lowest: Annotated[
+        bool, Option("Let clse keep what changes least, a control that should fail.", INSIDE)
+    ] = False
     dyrate: Annotated[str | None, Option("Trained rate predictor of DyRate: folder or Hub id.", MODEL)] = None
     batch_size: Annotated[
         int, Option("Questions at a time; changes the speed, not the scores.", RUNNING, least=1)

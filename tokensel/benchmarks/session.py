@@ -107,6 +107,8 @@ class EvalSession:
             "keep": config.inside if row.chooses else condition.keep,
             "seed": condition.seed,
             "newline": config.newline,
+            "scale": config.sparsevlm_scale,
+            "lowest": config.clse_lowest,
         }
         given |= cuts_at_depth(row.schedule, depth)
         if row.uses_predictor:  # it is loaded only for a schedule that takes it

@@ -48,7 +48,8 @@ def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutp
     packed = reduced.visual.sum(1).tolist()  # newlines included
     # left: visual tokens that each layer holds, [steps, layers, rows]
     left = None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
-    cached = None if pruning is None or not pruning.evicts else np.stack([s.numpy() for s in pruning.cached])
+    kept = None if pruning is None or pruning.cached is pruning.left else pruning.cached
+    cached = None if kept is None else np.stack([step.numpy() for step in kept])
     answers = len(output.lengths) // len(text)  # to each prompt, with num_return_sequences
     work = []
     for row, steps in enumerate(output.lengths.tolist()):

@@ -81,6 +81,7 @@ LABELS = {
     "fixed": "fixed rate",
     "exponential": "exponential rate",
     "pyramiddrop": "PyramidDrop",
+    "fastocr": "FastOCR",
     "feather": "FEATHER",
     "sparsevlm": "SparseVLM",
     "priortr": "PriorTR",

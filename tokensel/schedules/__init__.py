@@ -9,6 +9,7 @@ from typing import Any
 
 from tokensel.schedules.clse import Clse
 from tokensel.schedules.dyrate import DyRate, RatePredictor
+from tokensel.schedules.fastocr import FastOcr
 from tokensel.schedules.fastv import FastV
 from tokensel.schedules.feather import Feather
 from tokensel.schedules.priortr import PriorTR
@@ -29,6 +30,7 @@ __all__ = [
     "Clse",
     "DyRate",
     "Exponential",
+    "FastOcr",
     "FastV",
     "Feather",
     "Fixed",
@@ -60,6 +62,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "priortr": PriorTR,
     "clse": Clse,
     "random-cut": RandomCut,
+    "fastocr": FastOcr,
 }
 
 

@@ -34,6 +34,7 @@ class Choosing:
         self.decoder, self.schedule = decoder, schedule
         self.rank: Callable[[View], Tensor] | None = getattr(schedule, "rank", None)
         self.count: Callable[[View], Tensor] | None = getattr(schedule, "count", None)
+        self.restores: bool = getattr(schedule, "restores", False)
         self.starts = (0, *sorted(schedule.layers()))
         self.step = -1
         self.ranked: dict[tuple[int, int], Tensor] = {}
@@ -67,7 +68,10 @@ class Choosing:
         return self.stages[self.starts[self.starts.index(index) - 1]]
 
     def choose(self, index: int, stage: Stage, hidden: Tensor) -> Bool[Tensor, "rows left"]:
-        """Which of the stage's columns stay. An evicted column never comes back."""
+        """Which of the stage's columns stay, or are attended to at this step where a schedule restores.
+
+        An evicted column never comes back.
+        """
         view = self._view(index, hidden) if self.step == 0 and self.rank is not None else None
         if self.count is not None and view is not None:
             count, before = self.count(view).cpu(), view.columns.cells.sum(1)
@@ -77,7 +81,7 @@ class Choosing:
         if isinstance(keep, Tensor):
             keep = keep.cpu()
             count = fraction_count(self.total, keep)
-        elif keep >= stage.keep:
+        elif keep >= (1.0 if self.restores else stage.keep):
             return stage.real
         else:
             stage.keep = keep

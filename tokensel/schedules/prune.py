@@ -17,7 +17,7 @@ from threading import get_ident
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -151,6 +151,8 @@ class Pruning:
     @property
     def cached(self) -> list[Int[Tensor, "layers rows"]]:
         """As ``left``, but what every layer's cache holds after the step, which may be less than it read."""
+        if self.choosing.restores:
+            return self.left[:1] * len(self.left)
         if not (self.evicts and self.left):
             return self.left
         return [self.left[0][-1:].expand_as(self.left[0]), *self.left[1:]]
@@ -263,7 +265,8 @@ class Pruning:
                 hidden = self._shorten(index, hidden, kwargs) if index else hidden
                 stage, attn = self.stages[index], str(self.decoder.config._attn_implementation)
                 change = stage.prefill_kwargs if self.step == 0 else stage.decode_kwargs
-                self.changed = {} if stage.whole else change(hidden, kwargs, attn)
+                untouched = stage.whole and stage.attended is None
+                self.changed = {} if untouched else change(hidden, kwargs, attn)
             return (hidden, *args[1:]), kwargs | self.changed
 
         return hook
@@ -276,6 +279,10 @@ class Pruning:
         if prefill:  # takes over what earlier layers left
             stage = self.stages[index] = replace(self.choosing.before(index), layers=stage.layers)
         stay = self.choosing.choose(index, stage, hidden)
+        if self.choosing.restores:
+            stage.attended = None if torch.equal(stay, stage.real) else stay
+            self._record(index, stage, stay)
+            return hidden
         if torch.equal(stay, stage.real):
             return hidden
         length = int(stay.sum(1).max())
@@ -293,11 +300,16 @@ class Pruning:
         stage.maskless = self.decoder.config._attn_implementation == "sdpa" and bool(stay.all())
         if prefill and self.evicts:
             self._evict_before(index, chosen, cache_of(kwargs))
-        self.drops.append(Drop(self.step, index, stage.order.masked_fill(~stay, -1)))
+        self._record(index, stage, stay)
+        return hidden
+
+    def _record(self, index: int, stage: Stage, stay: Bool[Tensor, "rows left"]) -> None:
+        """Note what is left, or attended to, in the layers from ``index`` on."""
+        if self.step or not self.choosing.restores:
+            self.drops.append(Drop(self.step, index, stage.order.masked_fill(~stay, -1)))
         for counts, columns in ((self.left, self.prompt.visual), (self.cells, self.prompt.cells)):
             counts[-1] = counts[-1].clone()  # it may be the tensor of the step before
             counts[-1][stage.layers.start :] = (columns.gather(1, stage.order) & stay).sum(1)
-        return hidden
 
     def _evict_before(self, index: int, chosen: Int[Tensor, "rows kept"], cache: Any) -> None:
         """Leave in the layers before ``index``, which ran already, what that layer is given."""

@@ -40,6 +40,8 @@ class Schedule(Protocol):
       drops nothing in decode steps.
     - ``count(view)``: how many cells of each row stay, ``[rows]``, in place of :meth:`entering`, likewise.
     - ``evicts = True``: what it drops is evicted from the caches of the layers that ran already, too.
+    - ``restores = True``: it evicts nothing. In decode steps it chooses among all cells at every step, and
+      those that it does not choose are not attended to at this step.
     - ``withdraws = True``: no visual token enters its ``layer``. An evaluation gives it the option
       ``vtw_layer``, by default half of the layers, where the others get ``layer``.
     - ``check_model(config)``: raises ``TokenselError`` for a model that it does not fit.

@@ -31,6 +31,8 @@ class Stage:
         keep: the smallest fraction asked for so far, where all rows were asked for the same.
         whole: nothing was dropped yet, here or in earlier layers.
         maskless: every column is real and the attention implementation does without a mask.
+        attended: the columns that this decode step attends to, where others stay in the cache; ``None`` where
+            it attends to all that are real.
     """
 
     layers: range
@@ -39,6 +41,7 @@ class Stage:
     keep: float = 1.0
     whole: bool = True
     maskless: bool = False
+    attended: Bool[Tensor, "rows left"] | None = None
 
     def prefill_kwargs(self, hidden: Tensor, kwargs: dict[str, Any], attn: str) -> dict[str, Any]:
         """Positions and mask of what is left, gathered from those of the whole prompt.
@@ -64,12 +67,13 @@ class Stage:
 
     def decode_kwargs(self, hidden: Tensor, kwargs: dict[str, Any], attn: str) -> dict[str, Any]:
         """The mask of a decode step; the arguments are those of :meth:`prefill_kwargs`."""
-        if self.maskless:
+        if self.maskless and self.attended is None:
             return {"attention_mask": None}
         # the cache holds what is left of the prompt and the answer so far; this step adds one more key
         keys = cache_of(kwargs).layers[self.layers.start].keys.shape[-2] + 1
-        answer = self.real.new_ones(len(self.real), keys - self.real.shape[1])
-        allowed = torch.cat([self.real, answer], 1)[:, None, None]  # [rows, 1, 1 query, keys]
+        seen = self.real if self.attended is None else self.attended
+        answer = seen.new_ones(len(seen), keys - seen.shape[1])
+        allowed = torch.cat([seen, answer], 1)[:, None, None]  # [rows, 1, 1 query, keys]
         return {"attention_mask": as_given(allowed.to(hidden.device), hidden, attn)}
 
 
