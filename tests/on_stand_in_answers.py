@@ -16,11 +16,12 @@ from tokensel.benchmarks.runner import evaluate
 from tokensel.budget import fraction_count, hard, rank, top_count, top_fraction
 from tokensel.cost import answer_costs, answer_work
 from tokensel.data.encoders import VisionEncoder
+from tokensel.doctor import examine
 from tokensel.methods import Batch, methods, prepare
 from tokensel.schedules import FastOcr
 from tokensel.schedules.vtw import withdrawal_divergence
 from tokensel.scorers import SCORERS, make_scorer
-from tokensel.vlm import Vlm, count_tokens, load_vlm, reduce_inputs
+from tokensel.vlm import Vlm, count_tokens, load_encoder, load_vlm, reduce_inputs
 from tokensel.vlm.forced import answer_mass, force
 from tokensel.vlm.native import switch_off
 
@@ -168,6 +169,15 @@ def test_other_families_make_the_same_prompts_and_answers(device, family, tmp_pa
             batch.vlm.generate(made, 6) for batch, made in zip(batches, (expected, reduced), strict=True)
         )
         assert answers == expected
+    assert examine(batches[1].vlm)[4:] == examine(batches[0].vlm)[4:]  # all but where the model is
+    encoder = load_encoder(tmp_path)
+    expected = encoder.encode([noise_image(40, 48), noise_image(30, 60)])
+    there = encoder.to(device).encode([noise_image(40, 48), noise_image(30, 60)])
+    assert there.tokens.device.type == "cpu" and torch.allclose(there.tokens, expected.tokens, atol=1e-4)
+    scorer = make_scorer("selector", selector=tiny_selector(encoder.width).to(device))
+    scores = scorer(expected.to(device))
+    on_host = make_scorer("selector", selector=tiny_selector(encoder.width))
+    assert scores.device.type == NAME and close(scores, on_host(expected))
 
 
 @pytest.mark.parametrize("name", [*SCORERS, "lowest-norm"])

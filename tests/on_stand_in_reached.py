@@ -25,6 +25,9 @@ ROOMS = ("tokensel.book.explorer",)  # of the book, the part that handles tensor
 LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_cells
     vlm.encoded.Encoded.n_tiles vlm.encoded.Encoded.n_visual vlm.encoded.Encoded.per_row
     vlm.encoded.Encoded.positions vlm.families.base.Family.positions vlm.families.base.run_lengths
+    vlm.families.base.Family.cut vlm.families.base.Family.tiles_layout vlm.families.internvl.InternVl.cut
+    vlm.families.internvl.InternVl.tiles_layout vlm.families.qwen_vl.QwenVl.cut
+    vlm.families.qwen_vl.QwenVl.tiles_layout
     vlm.families.base.tensor vlm.families.internvl.InternVl.locate vlm.families.llava.Llava.locate
     vlm.families.qwen_vl.QwenVl.positions vlm.layout.Layout.real vlm.layout.plain_layout
     vlm.layout.Layout.cell
@@ -38,7 +41,8 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     book.explorer.steps.cell_codes scorers.uniform.even_order"""
 CPU_DATA = """data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLoader.batches
     data.loader.epoch_order data.loader.features_identity data.loader.rows_of_step
-    model.gumbel.gumbel_noise model.positions.sincos utils.files.load_tensors
+    data.encoders.VisionEncoder.stack vlm.family_encoder.FamilyEncoder.stack
+    model.gumbel.gumbel_noise model.positions.sincos model.positions.grid_codes utils.files.load_tensors
     training.autoencoder.MaskedAutoencoder.standardise"""
 MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data.tower.module_view
     profiling.timing.Spans.hooked profiling.workload.build_selector
@@ -46,7 +50,8 @@ MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data
     vlm.families.base.check_cls
     profiling.inference.summarise_inference schedules.decoder.decoder_of
     training.optim.adamw training.processes.Processes.parallel
-    utils.devices.device_of vlm.families.base.Family.check vlm.families.llava.Llava.check
+    utils.devices.device_of vlm.families.base.Family.tower vlm.families.qwen_vl.QwenVl.tower
+    vlm.families.base.Family.check vlm.families.llava.Llava.check
     vlm.families.llava_next.LlavaNext.check vlm.families.llava_onevision.switch_off
 """
 PASSED_ON = """profiling.timing.Stamps.put schedules.fastv.FastV.entering schedules.rates.Exponential.entering

@@ -6,6 +6,7 @@ Random weights scaled up as in :mod:`tiny`; a tokenizer of one token a character
 import string
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import scale_up
@@ -104,28 +105,32 @@ def qwen2_vl() -> tuple[PreTrainedModel, object]:
     return Qwen2VLForConditionalGeneration(config), qwen_processor(config)
 
 
-def qwen2_5_vl() -> tuple[PreTrainedModel, object]:
+def qwen2_5_vl(**wide: Any) -> tuple[PreTrainedModel, object]:
     vision = dict(depth=3, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=4)
     # windows of two by two tokens, so that images have several and the tower changes the order
     vision |= dict(patch_size=4, window_size=16, fullatt_block_indexes=[1])
-    config = Qwen2_5_VLConfig(text_config=qwen_text(), vision_config=vision, **qwen_ids())
-    return Qwen2_5_VLForConditionalGeneration(config), qwen_processor(config)
+    config = Qwen2_5_VLConfig(text_config=qwen_text(), vision_config=vision | wide, **qwen_ids())
+    processor = qwen_processor(config, config.vision_config.patch_size)
+    return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
 INTERN = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
 
 
-def internvl(text: PreTrainedConfig | None = None) -> tuple[PreTrainedModel, object]:
+def internvl(
+    text: PreTrainedConfig | None = None, side: int = 24, **wide: Any
+) -> tuple[PreTrainedModel, object]:
+    cells = (side // wide.get("patch_size", (4, 4))[0] // 2) ** 2
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
     words = vocabulary(INTERN)
     config = InternVLConfig(
-        vision_config=vision | dict(image_size=(24, 24), patch_size=(4, 4)),
+        vision_config=vision | dict(image_size=(side, side), patch_size=(4, 4)) | wide,
         text_config=text or Qwen2Config(**TEXT, vocab_size=len(words)),
         image_token_id=words["<IMG_CONTEXT>"],
-        image_seq_length=9,
+        image_seq_length=cells,
     )
     processor = image_processor_only(stock_processor(config))(
-        image_processor=GotOcr2ImageProcessorPil(size={"height": 24, "width": 24}, max_patches=4),
+        image_processor=GotOcr2ImageProcessorPil(size={"height": side, "width": side}, max_patches=4),
         tokenizer=tokenizer(
             INTERN,
             start_image_token="<img>",
@@ -133,7 +138,7 @@ def internvl(text: PreTrainedConfig | None = None) -> tuple[PreTrainedModel, obj
             context_image_token="<IMG_CONTEXT>",
             video_token="<video>",
         ),
-        image_seq_length=9,
+        image_seq_length=cells,
         chat_template=template("<IMG_CONTEXT>"),
     )
     return InternVLForConditionalGeneration(config), processor
@@ -165,7 +170,7 @@ def llava() -> tuple[PreTrainedModel, object]:
     return LlavaForConditionalGeneration(config), processor
 
 
-MAKERS: dict[str, Callable[[], tuple[PreTrainedModel, object]]] = {
+MAKERS: dict[str, Callable[..., tuple[PreTrainedModel, object]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "internvl": internvl,
@@ -174,10 +179,19 @@ MAKERS: dict[str, Callable[[], tuple[PreTrainedModel, object]]] = {
 }
 
 
-def save(family: str, folder: Path) -> None:
-    """Save a checkpoint of ``family`` with its processor."""
+# towers of two layers with the width of the published ones, by family
+WIDE: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": dict(hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112)
+    | dict(depth=2),
+    "internvl": dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=2)
+    | dict(side=448, patch_size=(14, 14)),
+}
+
+
+def save(family: str, folder: Path, wide: bool = False) -> None:
+    """Save a checkpoint of ``family`` with its processor, its tower as wide as published ones or tiny."""
     torch.manual_seed(0)
-    model, processor = MAKERS[family]()
+    model, processor = MAKERS[family](**WIDE[family] if wide else {})
     scale_up(model)
     model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder)

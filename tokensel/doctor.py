@@ -16,6 +16,7 @@ from tokensel.schedules import (
     schedule_options,
 )
 from tokensel.schedules.decoder import decoder_of
+from tokensel.scorers import scorer_class
 from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.model import Vlm
 from tokensel.vlm.reduce import Reduced, reduce
@@ -81,7 +82,8 @@ def before(batch: Batch, keep: float) -> Verdicts:
     for name, row in methods().items():
         try:
             if row.learned is not None:
-                batch.seeing.family.check_selectors(name)
+                scorer: Any = scorer_class(name)
+                scorer.check_tower(batch.vlm.model.config)
                 verdicts[f"{name} (with a {row.learned} trained on this model)"] = None
                 continue
             prepare(batch, name, keep)

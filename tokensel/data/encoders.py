@@ -56,7 +56,11 @@ class VisionEncoder:
         width: channels of a token.
         tokens, grid: tokens of a tile; their rows and columns.
         size: pixels per side of a tile.
+        kind: the model type of the tower.
+        ragged: whether tiles differ in their number of tokens.
     """
+
+    ragged = False
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class VisionEncoder:
                 f"{name or kind}: a {kind} is no vision tower known here; give one of {list(TOWERS)}"
             )
         _, layer, cls, self.mean, self.std = TOWERS[kind]
+        self.kind = kind
         self.tower = tower.eval().requires_grad_(False)
         self.processor = processor
         self.feature_layer = layer if feature_layer is None else feature_layer
@@ -112,17 +117,18 @@ class VisionEncoder:
         options = hub_options(name, **hub)
         try:
             config = AutoConfig.from_pretrained(name, **options)
-            if hasattr(config, "vision_feature_layer"):
+            vision = getattr(config, "vision_config", config)
+            if vision.model_type in TOWERS and hasattr(config, "vision_feature_layer"):
                 tower = _tower_of_llava(name, config, dtype, options)
                 feature_layer = config.vision_feature_layer if feature_layer is None else feature_layer
                 drop_cls = (
                     config.vision_feature_select_strategy == "default" if drop_cls is None else drop_cls
                 )
             else:
-                vision = getattr(config, "vision_config", config)
                 if vision.model_type not in TOWERS:
                     raise TokenselError(
-                        f"{name}: a {vision.model_type} has no CLIP or SigLIP vision tower; give one that has"
+                        f"{name}: a {vision.model_type} has no CLIP or SigLIP vision tower; give one that "
+                        "has, or load it with tokensel.vlm.load_encoder"
                     )
                 with quiet():
                     kind = TOWERS[vision.model_type][0]
@@ -186,6 +192,11 @@ class VisionEncoder:
         # one image at a time: images have different numbers of tiles, and a batch would be padded
         parts = [self.processor(images=[image], return_tensors="pt")["pixel_values"][0] for image in opened]
         return torch.cat(parts)
+
+    def stack(self, tiles: Sequence[Tensor | None]) -> Tensor:
+        """One batch of tiles for :meth:`features`; a tile that is ``None`` becomes a blank one."""
+        blank = torch.zeros(3, self.size, self.size)
+        return torch.stack([blank if tile is None else tile for tile in tiles])
 
     def features(
         self, pixel_values: Float[Tensor, "tiles 3 height width"], cls_attention: bool = False

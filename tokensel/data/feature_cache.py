@@ -87,6 +87,11 @@ def build_cache(
         TokenselError: the folder holds features of another encoder or of other images, no image could be
             read, or the disk is full.
     """
+    if encoder.ragged:
+        raise TokenselError(
+            f"{encoder.name} makes more tokens of larger images, and a cache holds tiles of one size: leave "
+            "cache out"
+        )
     folder = Path(folder)
     identity = data_identity(source, tiles, encoder)
     index = read_index(folder)
@@ -127,16 +132,18 @@ def _write_shard(
     """Encode the images of one shard, whose first has the number ``first``; returns the file's header."""
     tokens, keys, skipped = [], [], []
     for start in range(0, len(content), batch_size):
-        pixels = []
+        pixels: list[Any] = []  # a tile each
         for number, (name, raw) in enumerate(content[start : start + batch_size], first + start):
             image = source.open(name, raw)
             if image is None:
                 skipped.append(name)
                 continue
-            pixels.append(encoder.preprocess([image], tiles))
-            keys += [number * TILES_AN_IMAGE + tile for tile in range(len(pixels[-1]))]
-        if pixels:
-            tokens += [encoder.features(part).tokens.cpu() for part in torch.cat(pixels).split(batch_size)]
+            cut = encoder.preprocess([image], tiles)
+            pixels += list(cut)
+            keys += [number * TILES_AN_IMAGE + tile for tile in range(len(cut))]
+        for chunk in range(0, len(pixels), batch_size):
+            part = encoder.stack(pixels[chunk : chunk + batch_size])
+            tokens.append(encoder.features(part).tokens.cpu())
     empty = torch.zeros(0, encoder.tokens, encoder.width)
     header = {"identity": identity, "tiles": str(len(keys)), "skipped": json.dumps(skipped)}
     all_tokens = torch.cat(tokens) if tokens else empty

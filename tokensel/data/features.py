@@ -29,6 +29,7 @@ class Features:
         relevance: how well each token fits the question; ``None`` where it was not requested.
         grid: rows and columns of each tile, where tiles differ in size or are not square; ``None`` where all
             are squares.
+        patches: how many patches of the encoder become one token; their channels are side by side.
     """
 
     tokens: Float[Tensor, "tiles tokens channels"]
@@ -39,9 +40,14 @@ class Features:
     centre: Float[Tensor, "tiles tokens 2"] | None = None
     relevance: Float[Tensor, "tiles tokens"] | None = None
     grid: Int[Tensor, "tiles 2"] | None = None
+    patches: int = 1
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def by_token(self) -> Float[Tensor, "tiles tokens channels"]:
+        """The mean patch of each token, which a selector reads: its size is quadratic in the channels."""
+        return self.tokens.unflatten(-1, (self.patches, -1)).mean(-2) if self.patches > 1 else self.tokens
 
     def __getitem__(self, rows: slice | Tensor) -> "Features":
         """The tiles named by a slice, an index tensor or a boolean tensor."""
@@ -53,7 +59,8 @@ class Features:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Features":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
 
 
 def feature_width(vision: PretrainedConfig, layers: int | list[int]) -> int:

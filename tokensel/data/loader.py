@@ -143,10 +143,11 @@ class ImageFeatureLoader:
     ) -> Generator[Features, None, None]:
         for pixels, readable, keys in loaded_ahead(self._pixels(start, batch_size, local_rows, seed)):
             features = self.encoder.features(pixels)
-            valid = None
+            valid = features.valid
             if not readable.all():  # [batch] -> [batch, tokens]
-                valid = readable.to(features.tokens.device)[:, None].expand(features.tokens.shape[:2])
-            yield Features(features.tokens.float(), valid, keys=keys)
+                rows = readable.to(features.tokens.device)[:, None].expand(features.tokens.shape[:2])
+                valid = rows if valid is None else rows & valid
+            yield Features(features.tokens.float(), valid, keys=keys, grid=features.grid)
 
     def state(self) -> dict[str, Any]:
         return {"stream_length": self.stream_length, "skipped": self.skipped}
@@ -157,9 +158,8 @@ class ImageFeatureLoader:
 
     def _pixels(
         self, start: int, batch_size: int, local_rows: slice, seed: int
-    ) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
+    ) -> Generator[tuple[Any, Tensor, Tensor], None, None]:
         """Pixels of each step's images, which of them could be read, and their rows; on the host."""
-        blank = torch.zeros(3, self.encoder.size, self.encoder.size)
         length = self.source.length
         stream = self._endless_stream(start * batch_size)
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
@@ -173,10 +173,9 @@ class ImageFeatureLoader:
                 picks = [derived_seed(seed, "tile", sample) for sample in samples]
                 tiles = list(pool.map(self._tile, content, picks))
                 readable = torch.tensor([tile is not None for tile in tiles])
-                pixels = torch.stack([blank if tile is None else tile for tile in tiles])
-                yield pixels, readable, torch.tensor(rows)
+                yield self.encoder.stack(tiles), readable, torch.tensor(rows)
 
-    def _tile(self, row: tuple[str, Any], pick: int) -> Tensor | None:
+    def _tile(self, row: tuple[str, Any], pick: int) -> Any:
         image = self.source.open(*row)
         if image is None:
             return None

@@ -27,7 +27,7 @@ class CoreConfig(PretrainedConfig):
         mlp_ratio: inner width of the MLP over ``width``.
         keep: the paper's p of Eq. (3), the proportion below which keeping tokens is free.
         tau_start, tau_end: temperature of the Gumbel-Softmax at the first and the last step.
-        encoder, feature_layer, drop_cls: which features it was trained on; see ``VisionEncoder``.
+        encoder, tower, feature_layer, drop_cls: which features it was trained on; see ``VisionEncoder``.
         training_data, steps, seed: what it was trained on, and how long.
         scale: the distance that counts as 1 in L_rec, see ``tokensel.model.objective.objective``.
         l_rec, l_pr: the two terms of Eq. (7), averaged over the last tenth of the training.
@@ -41,6 +41,7 @@ class CoreConfig(PretrainedConfig):
     tau_start: float | None = None
     tau_end: float | None = None
     encoder: str = ""
+    tower: str = ""
     feature_layer: int | None = None
     drop_cls: bool | None = None
     training_data: str = ""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,8 +93,11 @@ class Trunk(Standardised):
         self,
         features: Float[Tensor, "batch tokens channels"],
         valid: Bool[Tensor, "batch tokens"] | None = None,
+        grid: Int[Tensor, "batch 2"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
         """Context of every token, about unit scale. Padding (``valid`` False) is neither read nor meaningful.
+
+        ``grid`` holds rows and columns of each tile where they are not squares of one size.
 
         Raises:
             TokenselError: the features have another width than this model.
@@ -115,7 +118,8 @@ class Trunk(Standardised):
             # softmax over nothing is NaN. [batch, tokens] -> [batch, 1, 1, tokens]: same for heads and
             # queries
             attn_mask = (valid | ~valid.any(dim=1, keepdim=True))[:, None, None]
-        x = x + self.position_scale * position_codes(x.shape[1], self.width, valid, x.device).to(x.dtype)
+        codes = position_codes(x.shape[1], self.width, valid, x.device, grid)
+        x = x + self.position_scale * codes.to(x.dtype)
         for layer in self.layers:
             x = layer(x, attn_mask)
         return self.norm(x)

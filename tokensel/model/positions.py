@@ -1,4 +1,4 @@
-"""Position codes: fixed sines and cosines, in two dimensions when the tokens form a square grid.
+"""Position codes: fixed sines and cosines, in two dimensions when the tokens form a grid.
 
 The paper does not mention position codes in its selector or reconstructor. Some are needed: all removed
 tokens are replaced by one shared embedding (Sec. 4.1.1), which carries no position, so without codes the
@@ -9,7 +9,7 @@ from functools import lru_cache
 from math import isqrt
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -22,11 +22,15 @@ def sincos(tokens: int, channels: int) -> Float[Tensor, "tokens channels"]:
     side = isqrt(tokens)
     if side * side != tokens or tokens == 1:
         return _waves(torch.arange(tokens), channels)
-    index = torch.arange(side)
+    return grid_codes(side, side, channels)
+
+
+def grid_codes(height: int, width: int, channels: int) -> Float[Tensor, "tokens channels"]:
+    """Codes for a grid of ``height`` rows and ``width`` columns, row by row."""
     half = channels // 2
-    # token i of the grid is in row i // side and column i % side: [side, half] -> [tokens, half]
-    rows = _waves(index, half).repeat_interleave(side, dim=0)
-    columns = _waves(index, channels - half).repeat(side, 1)
+    # token i is in row i // width and column i % width: [height, half] -> [tokens, half]
+    rows = _waves(torch.arange(height), half).repeat_interleave(width, dim=0)
+    columns = _waves(torch.arange(width), channels - half).repeat(height, 1)
     return torch.cat([rows, columns], dim=1)
 
 
@@ -35,12 +39,20 @@ def position_codes(
     channels: int,
     valid: Bool[Tensor, "batch tokens"] | None = None,
     device: torch.device | None = None,
+    grid: Int[Tensor, "batch 2"] | None = None,
 ) -> Float[Tensor, "rows tokens channels"]:
     """Codes for a batch of rows; ``rows`` is 1 when all rows share the same codes, else the batch size.
 
     A row whose valid tokens all come first is padded: its codes are those of an unpadded row with that many
-    tokens. A row with holes keeps the codes of its full grid.
+    tokens. A row with holes keeps the codes of its full grid. ``grid`` holds rows and
+    columns of each tile where they are no squares of one size.
     """
+    if grid is not None:
+        shapes = [tuple(shape) for shape in grid.tolist()]
+        table = torch.zeros(len(shapes), tokens, channels, device=device)
+        for row, (height, width) in enumerate(shapes):
+            table[row, : height * width] = _cached_grid(height, width, channels, table.device)
+        return table
     if valid is None:
         return _cached(tokens, channels, device or torch.device("cpu"))[None]
     lengths = valid.sum(dim=1)
@@ -57,6 +69,12 @@ def position_codes(
 @torch.inference_mode(False)  # a cached table made in inference mode could not be used in training later
 def _cached(tokens: int, channels: int, device: torch.device) -> Tensor:
     return sincos(tokens, channels).to(device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _cached_grid(height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    return grid_codes(height, width, channels).to(device)
 
 
 def _waves(index: Tensor, channels: int) -> Tensor:

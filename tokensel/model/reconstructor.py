@@ -2,7 +2,7 @@
 
 from typing import no_type_check
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tokensel.model.base import CoreConfig, CoreModel
@@ -45,16 +45,18 @@ class TokenReconstructor(CoreModel):
         self,
         selected: Float[Tensor, "batch tokens channels"],
         valid: Bool[Tensor, "batch tokens"] | None = None,
+        grid: Int[Tensor, "batch 2"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
         """Reconstruct every token, the kept ones included, in the encoder's own units.
 
         Like the paper's R it reads F^pr alone: it recognises a dropped token by its embedding. The layers
-        predict a correction to F^pr, so that a kept token can be passed on unchanged.
+        predict a correction to F^pr, so that a kept token can be passed on unchanged. ``grid`` holds rows and
+        columns of each tile where they are not squares of one size.
 
         Raises:
             TokenselError: the width of the features does not fit.
         """
-        correction = self.head(self.trunk(selected, valid))
+        correction = self.head(self.trunk(selected, valid, grid))
         return selected + self.trunk.std * correction
 
     def standardise(self, mean: Float[Tensor, "width"], std: Float[Tensor, "width"]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
@@ -107,6 +107,7 @@ class TokenSelector(CoreModel):
         keep: float | None = None,
         throttle: Float[Tensor, "batch tokens channels"] | None = None,
         total: Callable[[Tensor], Tensor] = alone,
+        grid: Int[Tensor, "batch 2"] | None = None,
     ) -> SelectorOutput:
         """Select as in training: F^pr, M = S(F), Eq. (4).
 
@@ -120,11 +121,12 @@ class TokenSelector(CoreModel):
             keep: the fraction of the batch's tokens that a gate keeps which divides a budget.
             throttle: samples of N(0, 1) for the gate "throttle", see :class:`MaskedEmbedding`.
             total: the sum of a value over all processes, if the batch is divided among several.
+            grid: rows and columns of each tile, where they are not squares of one size.
 
         Raises:
             TokenselError: the width of the features does not fit; an unknown gate, or one without a budget.
         """
-        logits = self.logits(features, valid)
+        logits = self.logits(features, valid, grid)
         mask = gate_mask(gate, logits, tau, noise, keep, valid, total)
         if valid is not None:
             features = features.masked_fill(~valid[..., None], 0.0)
@@ -134,9 +136,10 @@ class TokenSelector(CoreModel):
         self,
         features: Float[Tensor, "batch tokens channels"],
         valid: Bool[Tensor, "batch tokens"] | None = None,
+        grid: Int[Tensor, "batch 2"] | None = None,
     ) -> Float[Tensor, "batch tokens 2"]:
         """The drop and the keep logit of every token."""
-        tokens = self.trunk(features, valid).float()
+        tokens = self.trunk(features, valid, grid).float()
         # in single precision, under autocast too: rounded scores would tie, which makes the ranking arbitrary
         with full_precision(tokens.device):
             return nn.functional.linear(tokens, self.head.weight.float(), self.head.bias.float())
@@ -145,9 +148,10 @@ class TokenSelector(CoreModel):
         self,
         features: Float[Tensor, "batch tokens channels"],
         valid: Bool[Tensor, "batch tokens"] | None = None,
+        grid: Int[Tensor, "batch 2"] | None = None,
     ) -> Float[Tensor, "batch tokens"]:
         """Keep logit minus drop logit, the higher the more useful (end of Sec. 4.1.1); -inf on padding."""
-        logits = self.logits(features, valid)
+        logits = self.logits(features, valid, grid)
         scores = logits[..., KEEP] - logits[..., DROP]
         return scores if valid is None else scores.masked_fill(~valid, -torch.inf)
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from tokensel.data.encoders import TOWERS
 from tokensel.data.features import Features, feature_width
 from tokensel.model.base import CoreModel
 from tokensel.utils.errors import TokenselError
@@ -26,6 +27,7 @@ class LearnedScorer:
         name: of the scorer, and of its option for the model.
         kind: class of the model.
         model: the model, in evaluation mode.
+        any_tower: whether it is trained for all families, not for CLIP and SigLIP towers alone.
     """
 
     name: ClassVar[str]
@@ -33,6 +35,7 @@ class LearnedScorer:
     needs_cls_attention = False
     scope = "tile"
     adaptive = False
+    any_tower = False
 
     def __init__(self, model: Any):
         """
@@ -60,13 +63,34 @@ class LearnedScorer:
         Raises:
             TokenselError: the model was trained for features of another width.
         """
-        tokens, width = features.tokens, self.model.config.width
+        tokens, width = features.by_token(), self.model.config.width
         if tokens.shape[-1] != width:
             raise TokenselError(
                 f"the {self.name} was trained for features of width {width}, these have {tokens.shape[-1]}: "
                 f"give the {self.name} that belongs to this vision encoder"
             )
-        return self._fit(tokens).scores(tokens, features.valid).float()
+        return self._scores(self._fit(tokens), features, tokens).float()
+
+    def _scores(
+        self, model: Any, features: Features, tokens: Float[Tensor, "tiles tokens channels"]
+    ) -> Float[Tensor, "tiles tokens"]:
+        return model.scores(tokens, features.valid)
+
+    @classmethod
+    def check_tower(cls, config: PretrainedConfig) -> None:
+        """Check that such a scorer can have been trained for a model at all.
+
+        Args:
+            config: of the vision-language model.
+
+        Raises:
+            TokenselError: its vision tower is no CLIP and no SigLIP.
+        """
+        if not cls.any_tower and config.vision_config.model_type not in TOWERS:
+            raise TokenselError(
+                f"scorer '{cls.name}': none is trained for a {config.vision_config.model_type}; choose "
+                "another scorer, such as diversity"
+            )
 
     def check_model(self, config: PretrainedConfig) -> None:
         """Check that the scorer was trained on the features that a model reads.
@@ -75,16 +99,21 @@ class LearnedScorer:
             config: of the vision-language model.
 
         Raises:
-            TokenselError: width, feature layer or the rule about the CLS token differ.
+            TokenselError: kind of tower, width, feature layer or the rule about the CLS token differ.
         """
+        self.check_tower(config)
         own, vision = self.model.config, config.vision_config
-        count = vision.num_hidden_layers + 1
         name = self.model.name_or_path or f"the {self.name}"
-        pairs = {
-            "width": (own.width, self.width(config)),
-            "feature layer": (_layers(own.feature_layer, count), _layers(config.vision_feature_layer, count)),
-            "drop_cls": (own.drop_cls, config.vision_feature_select_strategy == "default"),
-        }
+        pairs: dict[str, tuple[Any, Any]] = {"tower": (own.tower or None, vision.model_type)}
+        if vision.model_type in TOWERS:
+            count, layers = vision.num_hidden_layers + 1, config.vision_feature_layer
+            pairs |= {
+                "width": (own.width, self.width(config)),
+                "feature layer": (_layers(own.feature_layer, count), _layers(layers, count)),
+                "drop_cls": (own.drop_cls, config.vision_feature_select_strategy == "default"),
+            }
+        elif own.feature_layer is not None:  # as only those have that are trained for the towers above
+            pairs["tower"] = (" or ".join(TOWERS), vision.model_type)
         for what, (trained, given) in pairs.items():
             if trained not in (None, given):
                 raise TokenselError(

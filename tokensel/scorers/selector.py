@@ -2,6 +2,10 @@
 
 import os
 
+from jaxtyping import Float
+from torch import Tensor
+
+from tokensel.data.features import Features
 from tokensel.model.selector import TokenSelector
 from tokensel.scorers.learned import LearnedScorer
 
@@ -19,6 +23,7 @@ class SelectorScorer(LearnedScorer):
     name = "selector"
     kind = TokenSelector
     adaptive = True
+    any_tower = True
 
     def __init__(self, selector: TokenSelector | str | os.PathLike | None = None):
         """
@@ -29,3 +34,8 @@ class SelectorScorer(LearnedScorer):
             TokenselError: the selector is missing or cannot be loaded.
         """
         super().__init__(selector)
+
+    def _scores(
+        self, model: TokenSelector, features: Features, tokens: Float[Tensor, "tiles tokens channels"]
+    ) -> Float[Tensor, "tiles tokens"]:
+        return model.scores(tokens, features.valid, features.grid)

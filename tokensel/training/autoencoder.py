@@ -31,7 +31,7 @@ class Autoencoder(nn.Module):
         ``gate`` are further arguments of :meth:`TokenSelector.forward`.
         """
         selection = self.selector(features, valid, tau, noise, **gate)
-        return self.reconstructor(selection.selected, valid), selection.mask
+        return self.reconstructor(selection.selected, valid, gate.get("grid")), selection.mask
 
     def prepare_for(self, gate: str) -> None:
         """Fix the parameters that have no meaning under a gate, and so no gradient but rounding noise.

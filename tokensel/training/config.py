@@ -45,7 +45,7 @@ class TrainConfig:
     # the paper: 100K images of COCO
     images: Annotated[str, Option("Folder, parquet file, or Hub dataset as name[:config]:split.", DATA)] = ""
     encoder: Annotated[
-        str, Option("Vision tower (CLIP or SigLIP), or LLaVA that holds one: folder or Hub id.", DATA)
+        str, Option("Vision tower, or vision-language model that holds one: folder or Hub id.", DATA)
     ] = ""
     # "" writes nothing
     out: Annotated[str, Option("Folder for checkpoint, history, selector, reconstructor.", DATA)] = ""

@@ -47,6 +47,7 @@ from tokensel.training.processes import Processes, launched_processes
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import write_json
 from tokensel.utils.seeds import generator
+from tokensel.vlm.family_encoder import load_encoder
 
 __all__ = [
     "MaskedAutoencoder",
@@ -195,9 +196,9 @@ def train_step(
     draw = generator(config.seed, "noise", step)
     noise = gumbel_noise(config.batch_size, batch.tokens.shape[1], 2, generator=draw)[rows]
     p = budget_of_step(step, config)
-    gate: dict[str, Any] = {}
+    gate: dict[str, Any] = {} if batch.grid is None else {"grid": batch.grid}
     if config.gate != "gumbel":
-        gate = {"gate": config.gate, "keep": p, "total": processes.sum}
+        gate |= {"gate": config.gate, "keep": p, "total": processes.sum}
     if config.gate == "throttle":
         sizes = config.batch_size, *batch.tokens.shape[1:]
         gate["throttle"] = torch.randn(sizes, generator=draw)[rows].to(processes.device)
@@ -229,15 +230,18 @@ def open_loader(
         raise TokenselError("images is empty: give a folder of images, a parquet file or a Hub dataset")
     if encoder is None and not config.encoder:
         raise TokenselError(
-            "encoder is empty: give the Hub id or folder of a vision tower or of a LLaVA checkpoint"
+            "encoder is empty: give the Hub id or folder of a vision tower or of a vision-language model"
         )
     source = open_images(
         config.images if images is None else images, config.column, config.streaming, config.limit
     )
     if encoder is None:
         dtype = torch.bfloat16 if use_bf16(processes.device, config) else torch.float32
-        encoder = VisionEncoder.from_pretrained(config.encoder, processes.device, dtype)
+        encoder = load_encoder(config.encoder, processes.device, dtype)
     encoder.to(processes.device)
+    if encoder.ragged and processes.count > 1:
+        # a step's noise would depend on which images a process has
+        raise TokenselError(f"{encoder.name} makes more tokens of larger images: train on one process")
     if not config.cache:
         return ImageFeatureLoader(source, encoder, config.tiles, config.workers)
     if not processes.is_main:
@@ -271,7 +275,7 @@ def calibrate(selector: TokenSelector, loader: FeatureLoader, config: TrainConfi
     count = min(config.steps, -(-config.statistics_tiles // config.batch_size))
     with closing(loader.batches(0, config.batch_size, slice(0, config.batch_size), config.seed)) as batches:
         parts = [
-            (selector.scores(b.tokens, b.valid), b.valid)
+            (selector.scores(b.tokens, b.valid, b.grid), b.valid)
             for b in (b.to("cpu") for b in islice(batches, count))
         ]
     scores = torch.cat([s.flatten() if v is None else s[v] for s, v in parts])
@@ -312,6 +316,7 @@ def record_training(
         "seed": config.seed,
         "scale": scale,
         "encoder": encoder.name if encoder else config.encoder,
+        "tower": encoder.kind if encoder else "",
         "feature_layer": encoder.feature_layer if encoder else None,
         "drop_cls": encoder.drop_cls if encoder else None,
         "l_rec": sum(record["l_rec"] for record in last) / max(1, len(last)),

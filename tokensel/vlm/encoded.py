@@ -29,11 +29,13 @@ class TowerOutput:
             that become one token, before the model's projector.
         cls_attention: computes the CLS token's attention to them; ``None`` without a CLS token.
         embeds: embeddings of all packed tokens, where the model made them along the way.
+        patches: how many patches stand side by side in the channels of a token.
     """
 
     tokens: Float[Tensor, "tiles tokens channels"]
     cls_attention: Callable[[], Tensor] | None = None
     embeds: Float[Tensor, "packed width"] | None = None
+    patches: int = 1
 
 
 @dataclass
@@ -93,7 +95,8 @@ class Encoded:
         grid, real = self.layout.grid, self.layout.real
         if grid is None or real is None:
             return Features(tokens, keys=keys)
-        return Features(tokens, real.to(tokens.device), keys=keys, grid=grid.to(tokens.device))
+        real, grid = real.to(tokens.device), grid.to(tokens.device)
+        return Features(tokens, real, keys=keys, grid=grid, patches=self.tower_output.patches)
 
     @cached_property
     def positions(self) -> Int[Tensor, "axes rows length"] | None:
@@ -133,7 +136,6 @@ class Encoded:
             raise TokenselError(f"scorer is {scorer!r}: pass a scorer, such as make_scorer({str(scorer)!r})")
         if scorer not in self._scores:
             if (check := getattr(scorer, "check_model", None)) is not None:
-                self.family.check_selectors(scorer.name)
                 check(self.model.config)
             self._scores[scorer] = self._score(scorer)
         return self._scores[scorer]
@@ -149,7 +151,7 @@ class Encoded:
         if getattr(scorer, "needs_question", False):
             features = replace(features, relevance=self.relevance)
         if getattr(scorer, "needs_projection", False):
-            features = replace(features, tokens=self.projected())
+            features = replace(features, tokens=self.projected(), patches=1)
         if scorer.scope == "tile":
             scores[cell] = scorer(features).float().cpu().flatten()[source[cell]]
         else:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
@@ -66,31 +67,16 @@ class Family(ABC):
         way: how a shortened prompt reaches the model.
         tiled: whether it packs tiles and newlines as LLaVA-NeXT does, which down-sampling and the counting of
             costs rely on.
-        selectors: whether a selector can have been trained on what its tower returns.
+        ragged: whether an image gives as many tokens as its size asks for, not whole tiles of one size.
     """
 
     name = ""
     way = "embeddings of the shortened prompt go to model.generate, nothing of the model is replaced"
     tiled = False
-    selectors = False
+    ragged = False
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 - most families can trace every model
         """Raise ``TokenselError`` if this model's visual tokens cannot be traced."""
-
-    def check_selectors(self, name: str) -> None:
-        """Raise unless a selector can have been trained on what the tower returns.
-
-        Args:
-            name: of the scorer.
-
-        Raises:
-            TokenselError: none can.
-        """
-        if not self.selectors:
-            raise TokenselError(
-                f"scorer '{name}': no selector is trained for {self.name}; choose another scorer, such as "
-                "diversity"
-            )
 
     def processor(self, name: str, config: Any, **hub: Any) -> Any:
         """The processor of the checkpoint ``name``; ``hub`` are options of ``from_pretrained``."""
@@ -118,6 +104,34 @@ class Family(ABC):
     @abstractmethod
     def run(self, encoded: Encoded) -> TowerOutput:
         """Run the tower over the images of a batch that has some."""
+
+    def tower(self, model: PreTrainedModel) -> Any:
+        """The vision tower."""
+        core: Any = model.base_model
+        return core.vision_tower
+
+    def patch_width(self, config: Any) -> int:
+        """Channels of a patch, before patches become one token."""
+        return config.vision_config.hidden_size
+
+    def cut(self, image_processor: Any, image: Image, whole: bool) -> list[dict[str, Tensor]]:
+        """The tiles of one image, each as the tower reads it, with a first dimension to join them along.
+
+        Args:
+            image_processor: of the checkpoint.
+            image: in RGB.
+            whole: make one tile of it.
+        """
+        pixels = image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        return [{"pixel_values": tile[None]} for tile in pixels]
+
+    def tiles_layout(self, config: Any, tiles: Mapping[str, Tensor]) -> Layout:
+        """The layout of tiles from :meth:`cut`, joined, as if each were an image of its own.
+
+        Raises:
+            TokenselError: a family whose towers are loaded without it.
+        """
+        raise TokenselError(f"{self.name} is trained on by its vision tower: give VisionEncoder")
 
     def keys(self, encoded: Encoded) -> Int[Tensor, "tiles"]:
         """A number for each tile that depends on its pixels alone."""

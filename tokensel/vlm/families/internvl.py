@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
+from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,7 +15,7 @@ from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encoded import Encoded, TowerOutput
 from tokensel.vlm.families.base import Family, Located, run_lengths, tensor
 from tokensel.vlm.families.processors import image_processor_only, stock_processor
-from tokensel.vlm.layout import plain_layout
+from tokensel.vlm.layout import Layout, plain_layout
 
 __all__ = ["InternVl"]
 
@@ -44,6 +45,14 @@ class InternVl(Family):
             layout, None if pixels is None or not given else pixels.to(device_of(core.vision_tower))
         )
 
+    def cut(self, image_processor: Any, image: Image, whole: bool) -> list[dict[str, Tensor]]:
+        out = image_processor(images=[image], crop_to_patches=not whole, return_tensors="pt")
+        return [{"pixel_values": tile[None]} for tile in out["pixel_values"]]
+
+    def tiles_layout(self, config: Any, tiles: Mapping[str, Tensor]) -> Layout:
+        count = len(tiles["pixel_values"])
+        return plain_layout(torch.full((count, 2), isqrt(config.image_seq_length)), [1] * count)
+
     def width(self, config: Any) -> int:
         return config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
 
@@ -57,4 +66,5 @@ class InternVl(Family):
         side = isqrt(hidden.shape[1])
         # [tiles, rows, columns, channels] of patches -> [tiles, tokens, channels of the patches of a token]
         shuffled = core.pixel_shuffle(hidden.unflatten(1, (side, side)), scale_factor=config.downsample_ratio)
-        return TowerOutput(shuffled.flatten(1, 2), embeds=out.pooler_output.flatten(0, 1))
+        patches = round(1 / config.downsample_ratio) ** 2
+        return TowerOutput(shuffled.flatten(1, 2), embeds=out.pooler_output.flatten(0, 1), patches=patches)

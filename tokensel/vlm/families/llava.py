@@ -23,7 +23,6 @@ class Llava(Family):
     """The tower and the feature layer are those of LLaVA-NeXT, so selectors trained there may serve here."""
 
     name = "LLaVA-1.5"
-    selectors = True
 
     def check(self, model: PreTrainedModel) -> None:
         config = model.config

@@ -23,7 +23,6 @@ class LlavaNext(Family):
 
     name = "LLaVA-NeXT"
     tiled = True
-    selectors = True
 
     def check(self, model: PreTrainedModel) -> None:
         check_cls(model)

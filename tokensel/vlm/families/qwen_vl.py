@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
+from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_window_index
@@ -13,7 +14,7 @@ from tokensel.utils.devices import device_of
 from tokensel.vlm.encoded import Encoded, TowerOutput, content_keys
 from tokensel.vlm.families.base import Family, Located, needed, tensor
 from tokensel.vlm.families.processors import image_processor_only, stock_processor
-from tokensel.vlm.layout import plain_layout
+from tokensel.vlm.layout import Layout, plain_layout
 
 __all__ = ["QwenVl"]
 
@@ -22,6 +23,7 @@ class QwenVl(Family):
     """An image is one grid of tokens, each made of a square of ``merge_size**2`` patches."""
 
     name = "Qwen2-VL or Qwen2.5-VL"
+    ragged = True
 
     def processor(self, name: str, config: Any, **hub: Any) -> Any:
         return image_processor_only(stock_processor(config)).from_pretrained(name, **hub)
@@ -31,18 +33,33 @@ class QwenVl(Family):
     ) -> Located:
         core: Any = model.base_model
         pixels = tensor(inputs, "pixel_values")
-        patches = torch.zeros(0, 3, dtype=torch.long)
+        patches: Tensor = torch.zeros(0, 3, dtype=torch.long)
         if pixels is not None and len(pixels):
             patches, pixels = needed(inputs, "image_grid_thw"), pixels.to(device_of(core.visual))
+        extras = {"image_grid_thw": patches}
+        return Located(
+            self.tiles_layout(model.config, extras), pixels if len(patches) else None, extras=extras
+        )
+
+    def tower(self, model: PreTrainedModel) -> Any:
+        core: Any = model.base_model
+        return core.visual
+
+    def tiles_layout(self, config: Any, tiles: Mapping[str, Tensor]) -> Layout:
         # [images, 3]: time, height and width in patches; an image has one time step
-        grid = patches[:, 1:] // model.config.vision_config.spatial_merge_size
-        layout = plain_layout(grid, [1] * len(grid))
-        return Located(layout, pixels if len(grid) else None, extras={"image_grid_thw": patches})
+        grid = tiles["image_grid_thw"][:, 1:] // config.vision_config.spatial_merge_size
+        return plain_layout(grid, [1] * len(grid))
+
+    def cut(self, image_processor: Any, image: Image, whole: bool) -> list[dict[str, Tensor]]:
+        out = image_processor(images=[image], return_tensors="pt")
+        return [{name: out[name] for name in ("pixel_values", "image_grid_thw")}]
+
+    def patch_width(self, config: Any) -> int:
+        # Qwen2-VL calls the channels of a patch embed_dim, and those of a token hidden_size
+        return getattr(config.vision_config, "embed_dim", config.vision_config.hidden_size)
 
     def width(self, config: Any) -> int:
-        vision = config.vision_config
-        # Qwen2-VL calls the channels of a patch embed_dim, and those of a token hidden_size
-        return getattr(vision, "embed_dim", vision.hidden_size) * vision.spatial_merge_size**2
+        return self.patch_width(config) * config.vision_config.spatial_merge_size**2
 
     def run(self, encoded: Encoded) -> TowerOutput:
         core, vision = encoded.core, encoded.model.config.vision_config
@@ -58,7 +75,11 @@ class QwenVl(Family):
                 patches, vision.spatial_merge_size, vision.window_size, vision.patch_size
             )
             groups = groups[order.argsort().to(groups.device)]
-        return TowerOutput(encoded.layout.by_tile(groups), embeds=torch.cat(list(out.pooler_output)))
+        return TowerOutput(
+            encoded.layout.by_tile(groups),
+            embeds=torch.cat(list(out.pooler_output)),
+            patches=vision.spatial_merge_size**2,
+        )
 
     def keys(self, encoded: Encoded) -> Int[Tensor, "tiles"]:
         assert encoded.pixel_values is not None  # asked only where there are images
