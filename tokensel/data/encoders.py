@@ -53,6 +53,8 @@ class VisionEncoder:
             LLaVA checkpoint says (of several, the channels are joined); before the tower's last norm.
         drop_cls: whether the first token is the CLS token and is left out.
         name: where it came from.
+        read_by: folder or Hub id of the LLaVA checkpoint whose language model reads its features; empty if
+            there is none.
         width: channels of a token.
         tokens, grid: tokens of a tile; their rows and columns.
         size: pixels per side of a tile.
@@ -81,7 +83,7 @@ class VisionEncoder:
         self.processor = processor
         self.feature_layer = layer if feature_layer is None else feature_layer
         self.drop_cls = cls if drop_cls is None else drop_cls
-        self.name = name or kind
+        self.name, self.read_by = name or kind, ""
         self.width = feature_width(tower.config, self.feature_layer)
         self.size = tower.config.image_size
         side = self.size // tower.config.patch_size
@@ -145,7 +147,9 @@ class VisionEncoder:
                 f"{name}: no vision tower can be loaded ({reason(error)}); give a local folder of one"
             ) from None
         cast(nn.Module, tower).to(device)
-        return cls(tower, processor, feature_layer, drop_cls, name)
+        encoder = cls(tower, processor, feature_layer, drop_cls, name)
+        encoder.read_by = name if hasattr(config, "vision_feature_layer") else ""
+        return encoder
 
     @classmethod
     def from_vlm(cls, model: PreTrainedModel, processor: Any, name: str = "") -> "VisionEncoder":
@@ -154,7 +158,9 @@ class VisionEncoder:
         image_processor = getattr(processor, "image_processor", processor)
         drop_cls = config.vision_feature_select_strategy == "default"
         name = name or str(config.name_or_path or "")
-        return cls(model.model.vision_tower, image_processor, config.vision_feature_layer, drop_cls, name)
+        encoder = cls(model.model.vision_tower, image_processor, config.vision_feature_layer, drop_cls, name)
+        encoder.read_by = str(config.name_or_path or "")
+        return encoder
 
     @property
     def device(self) -> torch.device:

@@ -26,6 +26,7 @@ class CoreConfig(PretrainedConfig):
         heads: attention heads; ``None`` for heads of 64 channels (32 below a width of 256).
         mlp_ratio: inner width of the MLP over ``width``.
         keep: the paper's p of Eq. (3), the proportion below which keeping tokens is free.
+        metric: where the error of the reconstruction was measured, see ``tokensel.training.metrics``.
         tau_start, tau_end: temperature of the Gumbel-Softmax at the first and the last step.
         encoder, tower, feature_layer, drop_cls: which features it was trained on; see ``VisionEncoder``.
         training_data, steps, seed: what it was trained on, and how long.
@@ -38,6 +39,7 @@ class CoreConfig(PretrainedConfig):
     heads: int | None = None
     mlp_ratio: float = 4.0
     keep: float | None = None
+    metric: str | None = None
     tau_start: float | None = None
     tau_end: float | None = None
     encoder: str = ""

@@ -71,6 +71,25 @@ class TrainConfig:
     # not in the paper: the usual Transformer
     mlp_ratio: Annotated[float, Option("Width of the MLP divided by the model width.", MODEL, above=0)] = 4.0
 
+    # the paper's loss names no unit; None is "reader" where a model that reads the features and images are at
+    # hand, and "features" elsewhere
+    metric: Annotated[
+        Literal["features", "channel", "token", "whitened", "projector", "keys-values", "reader"] | None,
+        Option(
+            "Where an error of the reconstruction is measured: in raw features, with channels or tokens of "
+            "equal length, without correlations, behind the projector, in the first layer's keys and "
+            "values, or by how much the language model's answers move; by default by the last, where "
+            "encoder is a LLaVA checkpoint, else in raw features.",
+            OBJECTIVE,
+        ),
+    ] = None
+    metric_images: Annotated[
+        int, Option("Images on which the metric 'reader' is measured.", OBJECTIVE, least=1)
+    ] = 64
+    metric_prompts: Annotated[
+        tuple[str, ...],
+        Option("What the language model is asked about each of them, comma-separated.", OBJECTIVE),
+    ] = ("Describe the image.", "What is written in the image?")
     # the p of training is not in the paper; 0 switches the hinge off
     p: Annotated[
         float,
@@ -161,7 +180,8 @@ class TrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Names and values, as JSON gives them back."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 # these may differ between a run and its continuation: none of them changes the result

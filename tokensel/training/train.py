@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -33,6 +34,7 @@ from tokensel.training.checkpoint import (
 )
 from tokensel.training.config import TrainConfig
 from tokensel.training.judge import reconstruction_error, train_reconstructor
+from tokensel.training.metrics import Metric, in_features, open_metric
 from tokensel.training.optim import (
     adamw,
     budget_of_step,
@@ -108,12 +110,13 @@ def _train(
     model.prepare_for(config.gate)
     optimizer = adamw(model, config)
     out = Path(config.out) if config.out else None
+    config, metric = open_metric(config, processes, loader, images, lambda: first_batches(loader, config))
     # "auto" may mean another precision on another machine, and the result would differ
     options = config.to_dict() | {"precision": "bf16" if use_bf16(processes.device, config) else "fp32"}
     progress = load_checkpoint(out, model, optimizer, loader.identity, options) if out else None
     reported: set[str] = set(progress.loader.get("skipped", ())) if progress else set()
     if progress is None:
-        progress = measure_statistics(model, loader, config)
+        progress = measure_statistics(model, loader, config, metric)
     loader.restore(progress.loader)
     processes.gather(None)  # all have read the checkpoint before the main process writes the next
     history = History(out if processes.is_main else None, progress.step)
@@ -134,7 +137,9 @@ def _train(
     with closing(loader.batches(progress.step, config.batch_size, local_rows, config.seed)) as batches, bar:
         for step in range(progress.step, config.steps):
             batch = next(batches).to(processes.device)
-            values = train_step(processes, parallel_model, optimizer, batch, step, config, progress.scale)
+            values = train_step(
+                processes, parallel_model, optimizer, batch, step, config, progress.scale, metric
+            )
             recent.append((step + 1, temperature(step, config), values))
             for name in sorted(set(loader.skipped) - reported):
                 reported.add(name)
@@ -177,6 +182,7 @@ def train_step(
     step: int,
     config: TrainConfig,
     scale: float,
+    metric: Metric = in_features,
 ) -> Float[Tensor, "3"]:
     """One step on one batch: sample the masks, reconstruct, and take an optimizer step on Eq. (7).
 
@@ -187,6 +193,7 @@ def train_step(
         step: its number, from 0, which decides noise, temperature and learning rate.
         config: all choices.
         scale: the distance that counts as 1.
+        metric: maps features to the space where the distance is measured.
 
     Returns:
         The loss, L_rec and L_pr, on the device.
@@ -206,8 +213,10 @@ def train_step(
         reconstructed, mask = model(
             batch.tokens, batch.valid, temperature(step, config), noise.to(processes.device), **gate
         )
+    # in single precision: a difference of rounded values would be mostly rounding
+    measured = metric(reconstructed.float()), metric(batch.tokens.float())
     mean = mean_over_processes(processes, batch.valid)
-    loss, l_rec, l_pr = objective(reconstructed, batch.tokens, mask, p, scale, batch.valid, mean=mean)
+    loss, l_rec, l_pr = objective(*measured, mask, p, scale, batch.valid, mean=mean)
     optimizer_step(model, optimizer, loss, step, config)
     return torch.stack([loss, l_rec, l_pr]).detach()
 
@@ -253,17 +262,30 @@ def open_loader(
     return StoredFeatureLoader(cache, source.name, encoder)
 
 
-def measure_statistics(model: Autoencoder, loader: FeatureLoader, config: TrainConfig) -> Progress:
-    """Step 0: measure the features' statistics on the first tiles and set them in the models.
+def first_batches(loader: FeatureLoader, config: TrainConfig) -> Iterator[Features]:
+    """The batches on which statistics are measured, the same whole ones in every process.
 
-    Every process reads the same whole batches, so that all get the same numbers; never more of them than
-    will be trained on.
+    Never more of them than will be trained on.
     """
     count = min(config.steps, -(-config.statistics_tiles // config.batch_size))
     with closing(loader.batches(0, config.batch_size, slice(0, config.batch_size), config.seed)) as batches:
-        statistics = Statistics.of(islice(batches, count))
+        yield from islice(batches, count)
+
+
+def measure_statistics(
+    model: Autoencoder, loader: FeatureLoader, config: TrainConfig, metric: Metric
+) -> Progress:
+    """Step 0: measure the features' statistics on the first tiles and set them in the models.
+
+    The scale is measured where errors are, behind the metric.
+    """
+    batches = list(first_batches(loader, config))
+    statistics = Statistics.of(batches)
     model.standardise(statistics.mean, statistics.std)
-    return Progress(0, statistics.scale, loader.identity, loader.state())
+    device = model.selector.device
+    with torch.no_grad():
+        scale = Statistics.of(replace(b, tokens=metric(b.tokens.to(device))) for b in batches).scale
+    return Progress(0, scale, loader.identity, loader.state())
 
 
 @torch.no_grad()
@@ -272,12 +294,8 @@ def calibrate(selector: TokenSelector, loader: FeatureLoader, config: TrainConfi
 
     Under a gate that divides a budget nothing else fixes their zero. Measured on the tiles of the statistics.
     """
-    count = min(config.steps, -(-config.statistics_tiles // config.batch_size))
-    with closing(loader.batches(0, config.batch_size, slice(0, config.batch_size), config.seed)) as batches:
-        parts = [
-            (selector.scores(b.tokens, b.valid, b.grid), b.valid)
-            for b in (b.to("cpu") for b in islice(batches, count))
-        ]
+    batches = (batch.to("cpu") for batch in first_batches(loader, config))
+    parts = [(selector.scores(batch.tokens, batch.valid, batch.grid), batch.valid) for batch in batches]
     scores = torch.cat([s.flatten() if v is None else s[v] for s, v in parts])
     selector.head.bias[KEEP] -= threshold(scores[None], config.p)
 
@@ -309,6 +327,7 @@ def record_training(
     encoder = loader.encoder
     facts = {
         "keep": config.p,
+        "metric": config.metric,
         "tau_start": config.tau_start,
         "tau_end": config.tau_end,
         "training_data": loader.name,

@@ -31,14 +31,17 @@ def train(
         typer.Option(help="finished model to continue from, such as data/mini/llava-next; by default none"),
     ] = None,
     kind: Annotated[str, typer.Option(help="llava-next or llava-onevision")] = "llava-next",
+    recipe: Annotated[
+        Path | None, typer.Option(help="recipe.json of a small model to train by; then without --seed")
+    ] = None,
 ) -> None:
     """Train the small model; after a kill, the same command resumes."""
     from tokensel.book.mini.recipe import Recipe
     from tokensel.book.mini.train import train_mini
 
-    recipe = Recipe(seed=seed).scaled(times, batch)
+    steps = (Recipe.load(recipe) if recipe else Recipe(seed=seed)).scaled(times, batch)
     typer.echo(
-        f"finished: {train_mini(out, recipe, save_every, device, workers, bf16, start=start, kind=kind)}"
+        f"finished: {train_mini(out, steps, save_every, device, workers, bf16, start=start, kind=kind)}"
     )
 
 

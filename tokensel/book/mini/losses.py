@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokensel.book.mini.canvas import CELLS, ILLEGIBLE
+from tokensel.book.mini.canvas import CELLS, ILLEGIBLE, PATCH
 from tokensel.book.mini.packing import HEAD, PackedQuestions, layout, patch_pixels
 from tokensel.book.mini.probes import Probes
 from tokensel.book.mini.recipe import ONE_TILE, tiles_of
@@ -32,6 +32,7 @@ class Heads(nn.Module):
         self.pixels = nn.Linear(width, 48)
         self.holds = nn.Linear(width, sum(LABELS.values()))
         self.cell = nn.Linear(width, CELLS * CELLS)
+        self.whole = nn.Linear(width, 3 * PATCH * PATCH)
         self.probes = Probes(language_width)
 
 
@@ -71,7 +72,22 @@ class TrainingLosses:
     def tower_loss(self, batch: StepBatch) -> tuple[Tensor, dict[str, Any]]:
         """Loss of the tower on the labels, and counts of right predictions."""
         with self._autocast():
+            if batch.hidden is not None:
+                return self._pixels(batch, batch.hidden)
             return self._labels(batch, self.core.vision_tower(batch.pixels, output_hidden_states=True))
+
+    def _pixels(self, batch: StepBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Loss of a tower that sees no label: all pixels of a tile from the patches that are not hidden."""
+        # a hidden patch is grey: 0 in normalised pixels
+        seen = (~hidden).view(-1, 1, CELLS, CELLS).repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+        patches = self._features(self.core.vision_tower(batch.pixels * seen, output_hidden_states=True))
+        loss = functional.mse_loss(self.heads.whole(patches).float(), patch_pixels(batch.pixels, 1))
+        return loss + self._places(patches), {}
+
+    def _places(self, patches: Tensor) -> Tensor:
+        """Loss on the place of a patch in its tile: else the tower forgets it for good."""
+        cells = torch.arange(patches.shape[1], device=self.device).expand(len(patches), -1)
+        return 0.3 * functional.cross_entropy(self.heads.cell(patches).float().transpose(1, 2), cells)
 
     def _labels(self, batch: StepBatch, seen) -> tuple[Tensor, dict[str, Any]]:
         """Loss of the heads on the tower's features, for the labels of patches and tiles."""
@@ -85,10 +101,7 @@ class TrainingLosses:
             ]
             holds = self.heads.holds(seen.pooler_output).float()
             loss = loss + functional.binary_cross_entropy_with_logits(holds, torch.cat(present, 1).float())
-        # The place of a patch in its tile: trained only on contents, the tower forgets it, and no later layer
-        # can recover it.
-        cells = torch.arange(patches.shape[1], device=self.device).expand(len(patches), -1)
-        loss = loss + 0.3 * functional.cross_entropy(self.heads.cell(patches).float().transpose(1, 2), cells)
+        loss = loss + self._places(patches)
         for name, count in LABELS.items():
             weight = torch.ones(count + 1, device=self.device)
             weight[0] = 0.3 if name in RARE else 1.0

@@ -179,9 +179,14 @@ def _turn(tokenizer, question: str, answer: str) -> tuple[list[int], int, int]:
     return [*asked, *answered], len(_ids(tokenizer, f"\n{question.split(' A. ')[0]}")), len(answered)
 
 
-def patch_pixels(pixels: Float[Tensor, "tiles 3 height width"]) -> Float[Tensor, "tiles cells channels"]:
-    """Each patch at 4x4 pixels: a target besides the labels, so that the encoder keeps how a patch looks."""
-    small = torch.nn.functional.avg_pool2d(pixels, 2)
-    step = PATCH // 2
+def patch_pixels(
+    pixels: Float[Tensor, "tiles 3 height width"], shrink: int = 2
+) -> Float[Tensor, "tiles cells channels"]:
+    """Each patch at 4x4 pixels: a target besides the labels, so that the encoder keeps how a patch looks.
+
+    With ``shrink`` 1 it is all of its 8x8 pixels.
+    """
+    small = torch.nn.functional.avg_pool2d(pixels, shrink)
+    step = PATCH // shrink
     cells = small.unfold(2, step, step).unfold(3, step, step)  # [tiles, 3, 8, 8, 4, 4]
     return cells.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

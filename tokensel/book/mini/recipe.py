@@ -2,7 +2,7 @@
 
 1. The vision tower alone learns from dense labels what each patch shows, and its CLS token what the tile
    holds, on the world's pages and on pages full of random print, from which letters are learnt ten times as
-   fast.
+   fast. With ``Recipe.hidden`` it learns from pixels alone, as a masked autoencoder, and no label reaches it.
 2. Projector and language model join it and learn to answer, from single tiles to full pages, on which the
    tower goes on with its labels. A model that starts on full pages learns nothing for a long time: finding
    and copying first appear in short contexts. Exercises about the same page (``Page.practice``) stand beside
@@ -70,6 +70,9 @@ class Recipe:
     head_steps: int = 160  # in place of the tower's steps, when training starts from a finished model
     head_rate: float = 1e-2
     print_share: float = 0.6  # of the pages in the first phase: pages of random text
+    # Share of a tile's patches that are hidden from the tower in the first phase, which then learns to
+    # reconstruct pixels and sees no label; it stays as it is in the second. 0: the tower learns from labels.
+    hidden: float = 0.0
     stages: tuple[Stage, ...] = (
         Stage("tile", 1800, 48, ONE_TILE, tower=False),
         Stage("tile, with tower", 900, 40, ONE_TILE, oversample=HARD),
@@ -104,9 +107,8 @@ class Recipe:
         """
         text = Path(path).read_text(encoding="utf-8").replace('"oftener":', '"oversample":')
         content: dict[str, Any] = json.loads(text)
-        options = {
-            field.name: content[field.name] for field in fields(cls)
-        }  # the file has machine settings too
+        # the file has machine settings too, and an older one lacks what came later
+        options = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         for stage in options["stages"]:
             stage["sizes"] = tuple((height, width) for height, width in stage["sizes"])
         options["stages"] = tuple(Stage(**stage) for stage in options["stages"])

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokensel.book.mini.canvas import GROWTH, ILLEGIBLE, OBJECTS, PAPERS, QA, Page
+from tokensel.book.mini.canvas import CELLS, GROWTH, ILLEGIBLE, OBJECTS, PAPERS, QA, Page
 from tokensel.book.mini.packing import PackedQuestions, drills, pack_questions, tiles
 from tokensel.book.mini.reading import print_page
 from tokensel.book.mini.recipe import Recipe
@@ -44,6 +44,7 @@ class StepBatch:
         tasks: of these pages, in order.
         packed: their questions.
         drill: questions without an image.
+        hidden: True where a patch is hidden from the tower; ``None`` where it sees all.
     """
 
     pixels: Float[Tensor, "tiles 3 height width"]
@@ -53,6 +54,7 @@ class StepBatch:
     tasks: tuple[str, ...] = ()
     packed: PackedQuestions | None = None
     drill: PackedQuestions | None = None
+    hidden: Bool[Tensor, "tiles cells"] | None = None
 
     def to(self, device: torch.device) -> "StepBatch":
         """The same on a device."""
@@ -62,6 +64,7 @@ class StepBatch:
             labels={name: labels.to(device, non_blocking=True) for name, labels in self.labels.items()},
             packed=self.packed and self.packed.to(device),
             drill=self.drill and self.drill.to(device),
+            hidden=None if self.hidden is None else self.hidden.to(device),
         )
 
 
@@ -130,7 +133,11 @@ class StepBatches(Dataset):
             else page
             for page in pages
         ]
-        return StepBatch(torch.cat([tiles(page) for page in pages]), labels_of(pages))
+        batch = StepBatch(torch.cat([tiles(page) for page in pages]), labels_of(pages))
+        if self.recipe.hidden:
+            cells = torch.from_numpy(rng.random((len(batch.pixels), CELLS * CELLS)))
+            batch.hidden = cells < self.recipe.hidden
+        return batch
 
     def answer_batch(self, step: int) -> StepBatch:
         """For all parts together: pages of one size with their questions, some random text, some drills."""

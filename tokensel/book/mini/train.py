@@ -163,15 +163,20 @@ class _Run:
         )
 
     def take_over(self, folder: Path) -> None:
-        """Start from the weights of a finished model; if it is of another kind, from those that fit."""
+        """Start from the weights of a finished model; if it is of another kind, from those that fit.
+
+        A tower that learns without labels starts at random: the finished model's has learned from them.
+        """
         finished, own = AutoModelForImageTextToText.from_pretrained(folder), self.model.state_dict()
         fitting = {
             name: tensor
             for name, tensor in finished.state_dict().items()
             if name in own and tensor.shape == own[name].shape
+            if not (self.recipe.hidden and "vision_tower" in name)
         }
         self.model.load_state_dict(own | fitting)
-        self.phase = "heads" if type(finished) is type(self.model) else "tower"
+        finished_tower = type(finished) is type(self.model) and not self.recipe.hidden
+        self.phase = "heads" if finished_tower else "tower"
         self.optimizers = self._optimizers()
 
     def load(self) -> bool:
