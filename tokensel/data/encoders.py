@@ -62,7 +62,7 @@ class VisionEncoder:
         ragged: whether tiles differ in their number of tokens.
     """
 
-    ragged = False
+    ragged, read_by = False, ""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class VisionEncoder:
         self.processor = processor
         self.feature_layer = layer if feature_layer is None else feature_layer
         self.drop_cls = cls if drop_cls is None else drop_cls
-        self.name, self.read_by = name or kind, ""
+        self.name = name or kind
         self.width = feature_width(tower.config, self.feature_layer)
         self.size = tower.config.image_size
         side = self.size // tower.config.patch_size
