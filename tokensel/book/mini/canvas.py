@@ -35,15 +35,22 @@ FONTS = (
 SIZES = ((8, 12), (8, 13), (9, 13), (9, 14), (10, 15), (10, 16))
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the page
+
+
 @dataclass
 class QA:
-    """One question about a page, in the columns of the benchmarks."""
+    """One question about a page, in the columns of the benchmarks.
+
+    ``evidence`` is what has to be seen for the answer; nothing where the page's background is asked for.
+    """
 
     question: str
     answers: list[str]
     category: str
     options: list[str] = field(default_factory=list)
     spot: tuple[float, float] | None = None  # for training: the position asked about, see Canvas.spot
+    evidence: list[Box] = field(default_factory=list)
 
     @property
     def named(self) -> str:
@@ -64,6 +71,8 @@ class Page:
 
     ``practice`` are exercises for the small model's training, that no benchmark asks: the same facts asked
     about from another side (which field a value belongs to, at which corner a shape lies).
+
+    ``drawn`` are the boxes of all text, panels, shapes and arrows; the paper and the clutter on it are none.
     """
 
     image: Image.Image
@@ -79,6 +88,7 @@ class Page:
     earlier: np.ndarray
     leader: np.ndarray
     follower: np.ndarray
+    drawn: list[Box]
 
 
 @lru_cache(maxsize=64)
@@ -120,6 +130,7 @@ class Canvas:
         self.chain: list[
             tuple[str, float, float]
         ] = []  # shapes and where they are, if arrows join them, in their order
+        self.boxes: list[Box] = []  # of all that is drawn, in that order
         self.kind = kind
 
     def snap_y(self, y: int, height: int) -> int:
@@ -143,6 +154,7 @@ class Canvas:
                 x += shift if shift <= advance / 2 or x + shift - advance < 0 else shift - advance
         if x + advance * len(text) > self.width:
             x -= advance
+        self.mark(x, y, x + advance * len(text), y + points)
         for place, char in enumerate(text):
             if char == " ":
                 continue
@@ -155,6 +167,7 @@ class Canvas:
     def shape(self, kind: str, color: str, x: float, y: float, radius: float, rgb=None) -> None:
         """Draw a filled shape centred on (x, y)."""
         self.objects.append((kind, x, y, 1 + sum(radius > step for step in GROWTH)))
+        self.mark(x - radius, y - radius, x + radius, y + radius)
         for pen, fill in (
             (self.pen, rgb or COLORS[color]),
             (ImageDraw.Draw(self.shape_map), SHAPES.index(kind) + 1),
@@ -164,8 +177,14 @@ class Canvas:
 
     def panel(self, box: tuple[int, int, int, int], color: str, rgb=None) -> None:
         """Fill a rectangle (x0, y0, x1, y1); its color is remembered, it is no shape."""
+        self.mark(*box)
         self.pen.rectangle(box, fill=rgb or COLORS[color])
         ImageDraw.Draw(self.color_map).rectangle(box, fill=list(COLORS).index(color) + 1)
+
+    def mark(self, *edges: Any) -> None:
+        """Remember that something is drawn in the box with these edges: left, top, right and bottom."""
+        left, top, right, bottom = map(float, edges)
+        self.boxes.append((left, top, right, bottom))
 
     def spot(self, x: float, y: float, other: tuple[float, float] | None = None) -> tuple[float, float]:
         """Offset of (x, y) from ``other``, by default the page's middle, in halves of the page."""
@@ -197,7 +216,7 @@ class Canvas:
             QA(question, [answer], "practice", spot=spot[0] if spot else None)
             for question, answer, *spot in practice
         ]
-        return Page(self.image, questions, exercises, *(label[first:] for label in labels))
+        return Page(self.image, questions, exercises, *(label[first:] for label in labels), drawn=self.boxes)
 
     def _places(self, x: float, y: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """(tile, row, column) of the patch that holds the point (x, y), in the thumbnail and in the tiles."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tokensel.book.mini.canvas import OPTION_LETTERS, PAPERS, QA, Canvas, Page, paper, pick
+from tokensel.book.mini.canvas import OPTION_LETTERS, PAPERS, QA, Box, Canvas, Page, paper, pick
 from tokensel.book.mini.words import COLORS, SHAPES
 
 BACKGROUNDS = ("plain", "stripes", "checks", "dots")
@@ -19,12 +19,14 @@ def choice(
     others: Sequence[str],
     category: str,
     spot: tuple[float, float] | None = None,
+    evidence: Sequence[Box] = (),
 ) -> QA:
     """A multiple-choice question of four options in random order; the answer is its letter."""
     wrong = [str(other) for other in rng.permutation([other for other in others if other != answer])[:3]]
     options = [str(option) for option in rng.permutation([answer, *wrong])]
     listed = " ".join(f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options))
-    return QA(f"{question} {listed}", [OPTION_LETTERS[options.index(answer)]], category, options, spot)
+    letter = OPTION_LETTERS[options.index(answer)]
+    return QA(f"{question} {listed}", [letter], category, options, spot, list(evidence))
 
 
 def _scatter(rng: np.random.Generator, size: tuple[int, int], count: int, low=8.0, high=15.0) -> list[tuple]:
@@ -87,9 +89,10 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
     questions = []
     for (shape, color), (x, y, radius) in zip(things, spots):
         canvas.shape(shape, color, x, y, radius, _tint(rng, color))
-        questions.append(QA(f"what color is the {shape}?", [color], "color", spot=canvas.spot(x, y)))
-        questions.append(QA(f"which shape is {color}?", [shape], "shape", spot=canvas.spot(x, y)))
-    for (shape, _), (x, y, _) in zip(things, spots):
+        spot, seen = canvas.spot(x, y), canvas.boxes[-1:]
+        questions.append(QA(f"what color is the {shape}?", [color], "color", spot=spot, evidence=seen))
+        questions.append(QA(f"which shape is {color}?", [shape], "shape", spot=spot, evidence=seen))
+    for (shape, _), (x, y, _), box in zip(things, spots, canvas.boxes):
         for along, side, ends in (
             (x, canvas.width, ("left", "right")),
             (y, canvas.height, ("top", "bottom")),
@@ -98,7 +101,8 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
                 asked = int(rng.integers(2))
                 true = (along > side / 2) == bool(asked)
                 question, answer = f"is the {shape} at the {ends[asked]}?", "yes" if true else "no"
-                questions.append(QA(question, [answer], "place", spot=canvas.spot(x, y)))
+                spot = canvas.spot(x, y)
+                questions.append(QA(question, [answer], "place", spot=spot, evidence=[box]))
     first, second = (
         (int(place) for place in rng.choice(len(spots), 2, replace=False)) if len(spots) > 1 else (0, 0)
     )
@@ -109,7 +113,8 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
         question = f"is the {things[first][0]} {asked} the {things[second][0]}?"
         (x, y, _), (a, b, _) = spots[first], spots[second]
         spot = canvas.spot(x, y, (a, b))
-        questions.append(QA(question, ["yes" if true else "no"], "relation", spot=spot))
+        both = [canvas.boxes[first], canvas.boxes[second]]
+        questions.append(QA(question, ["yes" if true else "no"], "relation", spot=spot, evidence=both))
     return canvas.finish(questions, _exercises(canvas))
 
 
@@ -128,7 +133,10 @@ def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
     for kind, (x, y, radius) in zip(rng.permutation(kinds), spots):
         color = pick(rng, list(COLORS))
         canvas.shape(str(kind), color, x, y, radius, _tint(rng, color))
-    asked = choice(rng, f"how many of these are a {shape}?", str(count), list("1234"), "counting")
+    counted = [box for box, (kind, *_) in zip(canvas.boxes, canvas.objects) if kind == shape]
+    asked = choice(
+        rng, f"how many of these are a {shape}?", str(count), list("1234"), "counting", evidence=counted
+    )
     return canvas.finish([asked], _exercises(canvas))
 
 
@@ -154,19 +162,20 @@ def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
     for before, after in itertools.pairwise(spots):
         start, end = (before, after) if forward else (after, before)
         _arrow(canvas, start, end, radius + 2)
-    order = [(shape, *spot) for (shape, _), spot in zip(things, spots)][:: 1 if forward else -1]
-    canvas.chain, shapes = order, list(SHAPES)
+    way = 1 if forward else -1
+    order = [(shape, *spot) for (shape, _), spot in zip(things, spots)][::way]
+    canvas.chain, shapes, whole = order, list(SHAPES), canvas.boxes
+    # two shapes that follow one another and the arrow between them
+    links = [[whole[i], whole[i + 1], whole[count + i]] for i in range(count - 1)][::way]
     questions = []
-    for (shape, *here), (following, *there) in itertools.pairwise(order):
-        questions.append(
-            choice(rng, f"what comes after the {shape}?", following, shapes, "after", canvas.spot(*there))
-        )
-        questions.append(
-            choice(rng, f"what comes before the {following}?", shape, shapes, "before", canvas.spot(*here))
-        )
+    for ((shape, *here), (following, *there)), link in zip(itertools.pairwise(order), links):
+        spot, asked = canvas.spot(*there), f"what comes after the {shape}?"
+        questions.append(choice(rng, asked, following, shapes, "after", spot, link))
+        spot, asked = canvas.spot(*here), f"what comes before the {following}?"
+        questions.append(choice(rng, asked, shape, shapes, "before", spot, link))
     (first, *start), (last, *end) = order[0], order[-1]
-    questions.append(choice(rng, "what comes first?", first, shapes, "first", canvas.spot(*start)))
-    questions.append(choice(rng, "what comes last?", last, shapes, "last", canvas.spot(*end)))
+    questions.append(choice(rng, "what comes first?", first, shapes, "first", canvas.spot(*start), whole))
+    questions.append(choice(rng, "what comes last?", last, shapes, "last", canvas.spot(*end), whole))
     ends = ("left", "right") if across else ("top", "bottom")
     practice = [
         ("the first is at the ?", ends[not forward], canvas.spot(*start)),
@@ -181,6 +190,9 @@ def _arrow(canvas: Canvas, start, end, gap: float) -> None:
     way = (end - start) / np.linalg.norm(end - start)
     side, tail, tip = np.array([-way[1], way[0]]), start + way * gap, end - way * gap
     neck = tip - way * 7
+    low, high = np.minimum(tail, tip), np.maximum(tail, tip)
+    # the head is six pixels wide on either side
+    canvas.mark(*(low - 6 * abs(side)), *(high + 6 * abs(side)))
     canvas.pen.line([*tail, *neck], fill=(40, 40, 40), width=3)
     canvas.pen.polygon([tuple(tip), tuple(neck + side * 6), tuple(neck - side * 6)], fill=(40, 40, 40))
     across = abs(way[0]) > abs(way[1])
@@ -199,22 +211,15 @@ def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         canvas.shape(shape, color, x, y, radius * (1.55 if place == big else 1.0), _tint(rng, color))
     shapes, colors = list(SHAPES), list(COLORS)
     top, bottom, largest = (canvas.spot(*spots[place][:2]) for place in (0, -1, big))
+    seen, fine = canvas.boxes, "fine-grained perception"  # which is the largest, all of them tell
+    many, place = "how many shapes are there?", "spatial reasoning"
     questions = [
         choice(rng, "what is the background?", background, list(BACKGROUNDS), "coarse perception"),
-        choice(
-            rng, "which shape is the largest?", things[big][0], shapes, "fine-grained perception", largest
-        ),
-        choice(
-            rng,
-            "what color is the largest shape?",
-            things[big][1],
-            colors,
-            "fine-grained perception",
-            largest,
-        ),
-        choice(rng, "how many shapes are there?", str(len(spots)), list("12345"), "instance reasoning"),
-        choice(rng, "which shape is at the top?", things[0][0], shapes, "spatial reasoning", top),
-        choice(rng, "which shape is at the bottom?", things[-1][0], shapes, "spatial reasoning", bottom),
+        choice(rng, "which shape is the largest?", things[big][0], shapes, fine, largest, seen),
+        choice(rng, "what color is the largest shape?", things[big][1], colors, fine, largest, seen),
+        choice(rng, many, str(len(spots)), list("12345"), "instance reasoning", evidence=seen),
+        choice(rng, "which shape is at the top?", things[0][0], shapes, place, top, seen),
+        choice(rng, "which shape is at the bottom?", things[-1][0], shapes, place, bottom, seen),
     ]
     return canvas.finish(questions, _exercises(canvas))
 
@@ -228,4 +233,5 @@ def scene(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     for (shape, color), (x, y, radius) in zip(things, spots):
         canvas.shape(shape, color, x, y, radius, _tint(rng, color))
     listed = ", ".join(f"{color} {shape}" for shape, color in things)
-    return canvas.finish([QA("describe the scene.", [listed], "scene")], _exercises(canvas))
+    asked = QA("describe the scene.", [listed], "scene", evidence=canvas.boxes)
+    return canvas.finish([asked], _exercises(canvas))

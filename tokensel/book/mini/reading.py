@@ -77,7 +77,8 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
                 margin + int(rng.integers(0, 5)), below, value, value_font, (advance, points), dark_color(rng)
             )
             floor = below + points + 2
-        questions.append(QA(f"what is the {key}?", [value], "stacked" if stacked else "inline"))
+        kind, seen = "stacked" if stacked else "inline", canvas.boxes[-2:]  # field name and value
+        questions.append(QA(f"what is the {key}?", [value], kind, evidence=seen))
         practice.append((f"what is {value}?", key))
     return canvas.finish(questions, practice)
 
@@ -109,8 +110,10 @@ def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         canvas.text(left - 3 - len(label) * advance, top, label, font, (advance, points), (30, 30, 30))
         canvas.panel((left + 1, top + 2, left + length, top + points - 2), color)
         canvas.text(left + length + gap, top, value, font, (advance, points), (30, 30, 30))
-        questions.append(QA(f"what is the value of {label}?", [value], "label"))
-        questions.append(QA(f"what is the value of the {color} bar?", [value], "color"))
+        name, bar, figures = canvas.boxes[-3:]
+        questions.append(QA(f"what is the value of {label}?", [value], "label", evidence=[name, figures]))
+        asked = f"what is the value of the {color} bar?"
+        questions.append(QA(asked, [value], "color", evidence=[bar, figures]))
         practice += [(f"what color is {label}?", color), (f"what is the {color} bar?", label)]
     return canvas.finish(questions, practice)
 
@@ -138,8 +141,10 @@ def poster(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         canvas.text(x + 2, y + 1, title, font, (advance, points), (20, 20, 20) if light else (250, 250, 250))
         value = _value(rng, split, 5)
         canvas.text(x + 2, below, value, body, (advance, points), dark_color(rng))
-        questions.append(QA(f"what is under {title}?", [value], "title"))
-        questions.append(QA(f"what is under the {color} heading?", [value], "color"))
+        panel, heading, line = canvas.boxes[-3:]
+        questions.append(QA(f"what is under {title}?", [value], "title", evidence=[heading, line]))
+        asked = f"what is under the {color} heading?"
+        questions.append(QA(asked, [value], "color", evidence=[panel, line]))
         practice += [(f"what color is {title}?", color), (f"what is the {color} heading?", title)]
         practice.append((f"what is above {value}?", title))
     return canvas.finish(questions, practice)
@@ -165,10 +170,12 @@ def scene_text(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
         light = color in ("yellow", "orange")
         canvas.text(x, y, value, font, (advance, points), (20, 20, 20) if light else (250, 250, 250))
         floor = y + points + int(rng.integers(4, 24))
-        questions.append(QA(f"what does the {color} sign say?", [value], "color"))
+        asked, sign = f"what does the {color} sign say?", canvas.boxes[-2:]  # panel and text
+        questions.append(QA(asked, [value], "color", evidence=sign))
         practice.append((f"what color is {value}?", color))
     if len(questions) == 1:
-        questions.append(QA("what does the sign say?", questions[0].answers, "single"))
+        only = questions[0]
+        questions.append(QA("what does the sign say?", only.answers, "single", evidence=only.evidence))
     return canvas.finish(questions, practice)
 
 
@@ -192,7 +199,8 @@ def text_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Pa
     practice = [("what comes first?", written[0]), ("what comes last?", written[-1])] if written else []
     for before, after in pairwise(written):
         practice += [(f"what comes after {before}?", after), (f"what comes before {after}?", before)]
-    return canvas.finish([QA("transcribe the page.", [" ".join(written)], "page")], practice)
+    asked = QA("transcribe the page.", [" ".join(written)], "page", evidence=canvas.boxes)
+    return canvas.finish([asked], practice)
 
 
 def print_page(rng: np.random.Generator, size: tuple[int, int]) -> Page:

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 
 from tokensel.benchmarks.table import Benchmark
+from tokensel.book.mini.canvas import QA, Page
 from tokensel.book.mini.world import draw_page
 
 ROWS = 1000  # of a split by default; any number can be drawn
@@ -26,14 +27,19 @@ FEATURES = datasets.Features(
 )
 
 
-def question(task: str, split: str, index: int) -> dict[str, Any]:
-    """Row ``index`` of a task: its page and one question, all categories on the page equally likely."""
+def asked_page(task: str, split: str, index: int) -> tuple[Page, QA]:
+    """Page ``index`` of a task and the question about it, all categories on the page equally likely."""
     page = draw_page(task, split, index)
     rng = np.random.default_rng([zlib.crc32(b"question"), zlib.crc32(task.encode()), index])
     kinds = sorted({qa.category for qa in page.questions})
     kind = kinds[int(rng.integers(len(kinds)))]
     asked = [qa for qa in page.questions if qa.category == kind]
-    qa = asked[int(rng.integers(len(asked)))]
+    return page, asked[int(rng.integers(len(asked)))]
+
+
+def question(task: str, split: str, index: int) -> dict[str, Any]:
+    """Row ``index`` of a task, in the columns of the benchmarks."""
+    page, qa = asked_page(task, split, index)
     file = io.BytesIO()
     page.image.save(file, "PNG")
     return {
