@@ -28,6 +28,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -114,6 +116,13 @@ def qwen2_5_vl(**wide: Any) -> tuple[PreTrainedModel, object]:
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
+def qwen3_vl() -> tuple[PreTrainedModel, object]:
+    vision = dict(depth=4, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=4)
+    vision |= dict(patch_size=4, num_position_embeddings=64, deepstack_visual_indexes=[0, 2])
+    config = Qwen3VLConfig(text_config=qwen_text(head_dim=8), vision_config=vision, **qwen_ids())
+    return Qwen3VLForConditionalGeneration(config), qwen_processor(config)
+
+
 INTERN = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
 
 
@@ -173,6 +182,7 @@ def llava() -> tuple[PreTrainedModel, object]:
 MAKERS: dict[str, Callable[..., tuple[PreTrainedModel, object]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
     "internvl": internvl,
     "internvl3_5": internvl3_5,
     "llava": llava,

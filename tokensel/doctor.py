@@ -129,6 +129,6 @@ def _tokens(reduced: Reduced) -> str:
 def _lines(where: str, verdicts: Verdicts) -> list[str]:
     fit = ", ".join(name for name, why in verdicts.items() if why is None)
     return [
-        f"fit {where}: {fit or 'none'}",
+        f"fit {where}: {fit or 'nothing'}",
         *(f"  not {name}: {why}" for name, why in verdicts.items() if why),
     ]

@@ -30,12 +30,15 @@ class TowerOutput:
         cls_attention: computes the CLS token's attention to them; ``None`` without a CLS token.
         embeds: embeddings of all packed tokens, where the model made them along the way.
         patches: how many patches stand side by side in the channels of a token.
+        deeper: what is added to the tokens inside the language model, ``[packed, width]`` for each of its
+            first layers; empty where nothing is.
     """
 
     tokens: Float[Tensor, "tiles tokens channels"]
     cls_attention: Callable[[], Tensor] | None = None
     embeds: Float[Tensor, "packed width"] | None = None
     patches: int = 1
+    deeper: list[Tensor] = field(default_factory=list)
 
 
 @dataclass

@@ -4,6 +4,7 @@ Nothing of the model is replaced. :func:`reduce_inputs` takes what the processor
 ``model.generate(**...)`` takes: embeddings of the prompt in which only the chosen visual tokens are left.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,7 +66,11 @@ class Reduced(Mapping[str, Any]):
     tiles: Int[Tensor, "rows length 3"] | None = None
 
     def __getitem__(self, name: str) -> Any:
-        return self.inputs[name]
+        value = self.inputs[name]
+        if name == "mm_encoder_outputs":
+            # generate repeats them in place for several sequences: each call gets an object of its own
+            return {kind: copy.copy(outputs) for kind, outputs in value.items()}
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.inputs)

@@ -104,6 +104,7 @@ def test_beams_and_several_sequences_equal_those_of_rows_alone(vlm):
     options = dict(num_beams=2, num_return_sequences=2, max_new_tokens=5, do_sample=False)
     tokens = vlm.model.generate(**batch, **options)
     assert tokens.shape[0] == 4
+    assert torch.equal(vlm.model.generate(**batch, **options), tokens)  # the inputs are what they were
     prompts = [vlm.prompt("what" + "?" * n, len(row)) for n, row in enumerate(rows)]
     for n, row in enumerate(rows):
         images = [[noise_image(*SIZES[i], seed=i) for i in row]]

@@ -8,6 +8,7 @@ from tokensel.vlm.families.internvl import InternVl
 from tokensel.vlm.families.llava import Llava
 from tokensel.vlm.families.llava_next import LlavaNext
 from tokensel.vlm.families.llava_onevision import LlavaOnevision
+from tokensel.vlm.families.qwen3_vl import Qwen3Vl
 from tokensel.vlm.families.qwen_vl import QwenVl
 
 __all__ = ["FAMILIES", "Family", "Located", "check_tiled", "family_of"]
@@ -18,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": LlavaOnevision(),
     "qwen2_vl": QwenVl(),
     "qwen2_5_vl": QwenVl(),
+    "qwen3_vl": Qwen3Vl(),
     "internvl": InternVl(),
     "llava": Llava(),
 }

@@ -62,11 +62,16 @@ class QwenVl(Family):
         return self.patch_width(config) * config.vision_config.spatial_merge_size**2
 
     def run(self, encoded: Encoded) -> TowerOutput:
-        core, vision = encoded.core, encoded.model.config.vision_config
-        patches = encoded.extras["image_grid_thw"]
-        out = core.get_image_features(
-            encoded.pixel_values, patches.to(device_of(core.visual)), return_dict=True
-        )
+        return self.grouped(encoded, self.encode(encoded))
+
+    def encode(self, encoded: Encoded) -> Any:
+        """What the model's own method for image features returns."""
+        grid = encoded.extras["image_grid_thw"].to(device_of(encoded.core.visual))
+        return encoded.core.get_image_features(encoded.pixel_values, grid, return_dict=True)
+
+    def grouped(self, encoded: Encoded, out: Any) -> TowerOutput:
+        """The patches of each token side by side, in the order of the image."""
+        vision, patches = encoded.model.config.vision_config, encoded.extras["image_grid_thw"]
         # patches of a token are neighbours in the tower's output: [tokens, merge**2 * channels]
         groups = out.last_hidden_state.unflatten(0, (-1, vision.spatial_merge_size**2)).flatten(1)
         if hasattr(vision, "window_size"):

@@ -1,0 +1,49 @@
+"""Qwen3-VL: as Qwen2.5-VL, and features of further layers of the tower enter inside the language model."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from tokensel.vlm.encoded import Encoded, TowerOutput
+from tokensel.vlm.families.qwen_vl import QwenVl
+
+__all__ = ["Qwen3Vl"]
+
+
+class Qwen3Vl(QwenVl):
+    """The deeper features ("deepstack") of a dropped token are dropped with it.
+
+    Embeddings alone would lose them, so that the kept tokens enter as outputs of the encoder.
+    """
+
+    name = "Qwen3-VL"
+    way = "embeddings of the shortened prompt and mm_encoder_outputs for its images go to model.generate"
+
+    def run(self, encoded: Encoded) -> TowerOutput:
+        out = self.encode(encoded)
+        made = self.grouped(encoded, out)
+        made.deeper = [torch.cat(list(layer)) for layer in out.deepstack_features]
+        return made
+
+    def place(
+        self,
+        encoded: Encoded,
+        embeds: Float[Tensor, "rows length width"],
+        slots: Bool[Tensor, "rows length"],
+        visual: Float[Tensor, "kept width"],
+        kept: Bool[Tensor, "packed"],
+    ) -> dict[str, Any]:
+        """Placeholders stay in the prompt; the model puts the kept tokens there, and adds the deeper ones."""
+        # generate repeats the features of a row with it, so they are split at the rows
+        sizes = [size for size in slots.sum(1).tolist() if size]
+        if not sizes:
+            return {"inputs_embeds": embeds}
+        deeper = [layer[kept.to(layer.device)] for layer in encoded.tower_output.deeper]
+        features: Any = BaseModelOutputWithDeepstackFeatures(
+            pooler_output=list(visual.split(sizes)),  # type: ignore[arg-type]  # declared as one tensor
+            deepstack_features=[list(layer.split(sizes)) for layer in deeper],  # type: ignore[arg-type]  # too
+        )
+        return {"inputs_embeds": embeds, "mm_encoder_outputs": {"image": features}}
