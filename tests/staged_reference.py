@@ -19,6 +19,7 @@ STAGED = {
     "feather": Feather(0.5, (1, 3)),
     "sparsevlm": SparseVLM(0.4, (1, 2, 3)),
     "priortr": PriorTR(2, 0.3),
+    "priortr-forward": PriorTR(2, 0.3, prior="forward"),
     "priortr-question": PriorTR(1, 0.4, newline="row", queries="question"),
     "clse": Clse(0.5, (1, 2, 3)),
     "clse-lowest": Clse(0.3, (1, 2, 3), "drop", lowest=True),
@@ -96,6 +97,10 @@ def scores_by_hand(schedule, layer: int, row: Row, eager: dict) -> tuple[dict[in
         plain = eager["plain"].mean(0)
         return {c: float(plain[c]) + (first and c in grid) for c in cells}, None
     if isinstance(schedule, PriorTR):
+        if schedule.prior == "forward":
+            prior, after = ({c: float(source[c]) for c in cells} for source in (eager["blind"], last))
+            q, p = ({c: paid[c] / sum(paid.values()) for c in cells} for paid in (prior, after))
+            return {c: p[c] * np.log((p[c] + 1e-10) / (q[c] + 1e-10)) for c in cells}, None
         null, asked = row.question[0], row.question if schedule.queries == "question" else row.question[-1:]
         prior = {c: float(paid[null, c]) for c in cells}
         after = {c: float(np.mean([float(paid[t, c]) for t in asked])) for c in cells}
@@ -157,11 +162,12 @@ def staged_reference(
     rows = [Row(reduced, row, None if grids is None else grids[row]) for row in range(batch)]
     positions = reduced.get("position_ids", (mask.cumsum(1) - 1).clamp(min=0))  # [(axes,) rows, length]
     gone_from = torch.full((batch, prompt), len(lm.layers))  # the first layer that does not see a column
+    unread = torch.zeros(batch, prompt, dtype=torch.bool)  # in a pass without the question
 
     def allowed(index: int) -> torch.Tensor:
         length = mask.shape[1]
         hidden = torch.zeros(batch, length, length, dtype=torch.bool)
-        hidden[:, :, :prompt] = (gone_from <= index)[:, None]
+        hidden[:, :, :prompt] = (gone_from <= index)[:, None] | unread[:, None]
         if getattr(schedule, "evicts", False):
             hidden[:, prompt:, :prompt] = (gone_from < len(lm.layers))[:, None]
         seen = mask.bool()[:, None] & ~hidden & torch.ones(length, length, dtype=torch.bool).tril()
@@ -184,12 +190,20 @@ def staged_reference(
     ]
     for layer in schedule.layers():
         out = run(output_attentions=True, output_hidden_states=True)
+        if getattr(schedule, "prior", "token") == "forward":
+            for number, row in enumerate(rows):
+                unread[number, [c for c in row.columns[1:-1] if not row.visual[c]]] = True
+            blind = run(output_attentions=True).attentions[layer - 1].mean(1)[:, -1]
+            unread.zero_()
+        else:
+            blind = torch.zeros(batch, prompt)
         plain = unrotated(lm, layer - 1, out.hidden_states[layer - 1], allowed(layer - 1))
         for number, row in enumerate(rows):
             eager = {
                 "attention": [attention[number] for attention in out.attentions],
                 "hidden": [states[number] for states in out.hidden_states],
                 "plain": plain[number],
+                "blind": blind[number],
             }
             if row.cells:
                 drop(schedule, layer, row, eager)

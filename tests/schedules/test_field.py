@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import STEPS, generated, prompt, vlm_of
 from staged_reference import STAGED, staged_reference
-from tiny import ask, noise_image
+from tiny import ask
 
 from tokensel.cost import held_tokens, kv_bytes
 from tokensel.cost.answers import answer_work, work_cost
@@ -27,7 +27,6 @@ from tokensel.schedules import (
 from tokensel.schedules.clse import evolution, gate, high_pass
 from tokensel.schedules.feather import grid_cells
 from tokensel.schedules.grids import grids
-from tokensel.schedules.priortr import gain
 from tokensel.schedules.sparsevlm import raters
 from tokensel.schedules.staged import scaled_cuts
 from tokensel.scorers import make_scorer
@@ -120,59 +119,6 @@ def test_a_row_without_an_image_and_attention_of_both_kinds():
         under = vlm.generate_output(alone, 2, PriorTR(2, 0.5))
         assert under.texts == plain and not under.pruning.drops
     assert all(sdpa == eager for sdpa, eager in texts.values())
-
-
-# PriorTR
-
-
-def attention(seed: int, shape: tuple[int, ...] = (2, 12)) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) + 0.01
-
-
-CELLS = torch.tensor([[False, *[True] * 9, False, False], [False, False, *[True] * 7, *[False] * 3]])
-
-
-def test_priortr_is_zero_if_the_question_is_the_null_token_alone():
-    assert gain(attention(0), attention(0), CELLS).abs().max() == 0
-
-
-@given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 10.0))
-@settings(deadline=None, max_examples=30)
-def test_priortr_does_not_depend_on_the_image_s_share_nor_on_the_order(seed, scale):
-    prior, posterior = attention(seed), attention(seed + 1)
-    score = gain(prior, posterior, CELLS)
-    torch.testing.assert_close(gain(prior * scale, posterior, CELLS), score, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(gain(prior, posterior / scale, CELLS), score, rtol=1e-4, atol=1e-6)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
-    permuted = gain(prior[:, order], posterior[:, order], CELLS[:, order])
-    torch.testing.assert_close(permuted, score[:, order])
-    # a Kullback-Leibler divergence in parts: the sum is not negative
-    assert bool((score.sum(1) >= -1e-6).all()) and not bool(score[~CELLS].any())
-
-
-def test_the_null_token_s_row_does_not_change_with_the_question():
-    vlm, seen = vlm_of("llama"), []
-
-    class Spy(PriorTR):
-        def rank(self, view):
-            null = view.question.long().argmax(1, keepdim=True)
-            seen.append(view.attention(null)[0, :, 0][:, view.columns.cells[0]])
-            return super().rank(view)
-
-    for question in ("what?", "where", "no: a much longer question"):
-        vlm.generate(reduce_inputs(vlm.model, ask(vlm, [0], [question])), 1, schedule=Spy(2, 0.5))
-    torch.testing.assert_close(seen[0], seen[1])
-    torch.testing.assert_close(seen[0], seen[2])
-
-
-def test_priortr_needs_a_token_between_image_and_question():
-    vlm = vlm_of("llama")
-    inputs = vlm.processor(
-        images=[noise_image(40, 48)], text=["what is <image>?"], padding=True, return_tensors="pt"
-    )
-    with pytest.raises(TokenselError, match="put the image before the question") as error:
-        vlm.generate(reduce_inputs(vlm.model, inputs), 2, schedule=PriorTR(2, 0.5))
-    assert "\n" not in str(error.value)
 
 
 # CLSE

@@ -53,12 +53,12 @@ def test_an_evaluation_gives_each_its_options(config):
     assert sorted(row["method"] for row in rows) == sorted(methods)
 
 
-def test_scale_of_sparsevlm_and_the_control_of_clse_are_options_of_an_evaluation(config):
-    given = {"sparsevlm_scale": 0.2, "clse_lowest": True}
-    for options, scale, lowest in (({}, 0.5, False), (given, 0.2, True)):
-        asked = schedules(replace(config, methods=("sparsevlm", "clse"), keeps=(0.4,), **options))
-        sparsevlm, clse = asked.values()
-        assert sparsevlm.scale == scale and clse.lowest is lowest
+def test_options_of_single_schedules_are_options_of_an_evaluation(config):
+    given = {"sparsevlm_scale": 0.2, "clse_lowest": True, "priortr_prior": "forward"}
+    for options, wanted in (({}, (0.5, False, "token")), (given, (0.2, True, "forward"))):
+        asked = schedules(replace(config, methods=("sparsevlm", "clse", "priortr"), keeps=(0.4,), **options))
+        sparsevlm, clse, priortr = asked.values()
+        assert (sparsevlm.scale, clse.lowest, priortr.prior) == wanted
     with pytest.raises(TokenselError, match=r"sparsevlm_scale is 1\.5"):
         replace(config, sparsevlm_scale=1.5)
 

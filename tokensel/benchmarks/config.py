@@ -118,6 +118,10 @@ class EvalConfig:
             example="0.5",
         ),
     ] = 0.5
+    priortr_prior: Annotated[
+        Literal["token", "forward"],
+        Option("What priortr knows without the question: a token's attention, or a second pass's.", INSIDE),
+    ] = "token"
     clse_lowest: Annotated[
         bool, Option("Let clse keep what changes least, a control that should fail.", INSIDE)
     ] = False

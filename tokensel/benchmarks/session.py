@@ -109,6 +109,7 @@ class EvalSession:
             "newline": config.newline,
             "scale": config.sparsevlm_scale,
             "lowest": config.clse_lowest,
+            "prior": config.priortr_prior,
         }
         given |= cuts_at_depth(row.schedule, depth)
         if row.uses_predictor:  # it is loaded only for a schedule that takes it

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tokensel.cost.count import (
     count_answer,
+    count_layers,
     count_projector,
     count_trunk,
     count_vision,
@@ -29,7 +30,8 @@ Work = dict[str, Any]
 ``tiles``, ``cells``: tiles that were encoded, and patches of each. ``held``: visual tokens in the cache of
 each layer as pairs of a number of generation steps and the counts during these steps. ``cached``: the same
 after each step, only where a schedule evicts from layers that ran already. ``ranked``: step and layer of
-every additional row of attention.
+every additional row of attention. ``reread``: how many layers read the prompt a second time, only where some
+did.
 """
 
 
@@ -66,6 +68,8 @@ def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutp
                 "ranked": [[int(step), int(layer)] for step, layer in ranked],
             }
         )
+        if pruning is not None and (reread := int(pruning.reread[row])):
+            work[-1]["reread"] = reread
         if cached is not None:
             work[-1]["cached"] = _runs(cached[:steps, :, row])
     return work
@@ -97,6 +101,7 @@ def work_cost(
     text_config, tiles, cells = config.text_config, work["tiles"], work["cells"]
     held, cached = _steps(work["held"]), _steps(work.get("cached", work["held"]))
     flops = count_answer(text_config, work["text"], held, [(step, layer) for step, layer in work["ranked"]])
+    flops += count_layers(text_config, work.get("reread", 0), work["text"] + int(held[0, 0]))
     flops += count_projector(config, work["visual"])
     if tiles:
         flops += count_vision(config.vision_config, tiles, layers_read(config), cells)

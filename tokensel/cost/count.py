@@ -105,6 +105,11 @@ def _decoder_layer(config: PretrainedConfig, queries: Count, keys: Count) -> Cou
     return _layer(queries, keys, width, config.num_key_value_heads * head, config.intermediate_size, 3)
 
 
+def count_layers(config: PretrainedConfig, layers: int, tokens: int) -> int:
+    """FLOPs of some layers of a language model over the ``tokens`` of one row, without logits."""
+    return layers * int(_decoder_layer(config, tokens, tokens))
+
+
 def held_tokens(text: int, visual: Int[np.ndarray, "steps layers"]) -> Int[np.ndarray, "steps layers"]:
     """Tokens of one row in each layer's cache after each generation step.
 

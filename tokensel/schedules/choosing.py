@@ -13,7 +13,7 @@ from tokensel.schedules.attention import RESPONSE, chosen_rows, last_rows, token
 from tokensel.schedules.decoder import Decoder, attention_of, cache_of
 from tokensel.schedules.prompt import Prompt
 from tokensel.schedules.schedule import Schedule
-from tokensel.schedules.stages import Stage, stay_columns
+from tokensel.schedules.stages import Stage, as_given, stay_columns
 from tokensel.schedules.view import View
 
 __all__ = ["Choosing"]
@@ -28,6 +28,7 @@ class Choosing:
         step: the generation step; 0 is the prefill, -1 is before it.
         ranked: step and layer of the rows of attention that were computed in addition to the model's own, and
             how many of them each row of the batch needed.
+        reread: how many layers read the prompt of each row a second time.
     """
 
     def __init__(self, decoder: Decoder, schedule: Schedule):
@@ -41,12 +42,14 @@ class Choosing:
         self.attention_inputs: dict[int, tuple] = {}  # of the attention before a drop, at this step
         self.rows: dict[int, Tensor] = {}  # the attention its last token paid
         self.entered: dict[int, Tensor] = {}  # hidden states at the entrance of layers, for a ranking
+        self.layer_kwargs: dict[str, Any] = {}  # what the model passes to its layers in the prefill
 
     def begin_prefill(self, prompt: Prompt, stages: dict[int, Stage]) -> None:
         """Begin with a prompt, on the host, and what is left of it by the first layer of each stage."""
         self.prompt, self.stages = prompt, stages
         self.types, self.total = token_types(prompt.visual, prompt.real), prompt.cells.sum(1)
         self.step, self.ranked = 0, {}
+        self.reread = torch.zeros_like(self.total)
 
     def begin_decode(self) -> None:
         """Begin the next decode step."""
@@ -112,7 +115,35 @@ class Choosing:
             self.entered[index - 1],
             hidden,
             rows,
+            partial(self._without, index),
         )
+
+    def _without(self, index: int, unread: Bool[Tensor, "rows length"]) -> Float[Tensor, "rows heads length"]:
+        """What the last token attends to in the layer before ``index`` if nobody reads some of the prompt.
+
+        The layers before ``index`` run a second time, by themselves: no hook sees it but the one that keeps
+        the attention's inputs, and no cache is written.
+        """
+        hidden, attn = self.entered[0], str(self.decoder.config._attn_implementation)
+        real = self.prompt.real & ~unread
+        length = real.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        # a column that nobody reads attends to itself: a softmax over nothing would be NaN
+        allowed = causal & real[:, None, :] | torch.eye(length, dtype=torch.bool)
+        mask = as_given(allowed[:, None].to(hidden.device), hidden, attn)
+        changed = {"attention_mask": mask, "use_cache": False, "cache": None, "past_key_values": None}
+        kwargs = self.layer_kwargs | {k: v for k, v in changed.items() if k in self.layer_kwargs}
+        own_inputs = self.attention_inputs[index]
+        for layer in self.decoder.layers[:index]:
+            hidden = layer.forward(hidden, **kwargs)
+        inputs, rotation, _ = self.attention_inputs[index]
+        self.attention_inputs[index] = own_inputs
+        self.reread = torch.where(self.total > 0, index, self.reread)
+        place = (0, index - 1)
+        self.ranked[place] = self.ranked.get(place, torch.zeros_like(self.total)) + (self.total > 0)
+        last = torch.full((len(real), 1), length - 1)
+        attention = attention_of(self.decoder, index - 1)
+        return chosen_rows(attention, inputs, rotation, last, real)[:, :, 0]
 
     def _own_scores(self, view: View, _needed: Bool[Tensor, "rows"]) -> Float[Tensor, "rows left"]:
         """The schedule's own ranking; the last column comes first, as in FastV's."""

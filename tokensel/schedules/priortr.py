@@ -18,7 +18,7 @@ from tokensel.utils.errors import TokenselError
 __all__ = ["PriorTR", "gain"]
 
 EPSILON = 1e-10
-QUERIES = ("last", "question")
+QUERIES, PRIORS = ("last", "question"), ("token", "forward")
 
 
 def gain(
@@ -60,13 +60,19 @@ class PriorTR(Ranked):
     Attributes:
         queries: whose attention is the posterior: that of the "last" token, as the public code does for
             LLaVA-NeXT, or of the whole "question" from the null token to the end, as for LLaVA-1.5.
+        prior: whose attention is the prior: that of the null "token", or that of the prompt's last token in a
+            second "forward" that reads the image without the question (the paper's PriorTR-2F). This one
+            takes prompts in any order, and costs the first ``layer`` layers once more. What is read is the
+            first token, the image and the last token, each at its position in the whole prompt.
 
     Raises:
-        TokenselError: as :class:`~tokensel.schedules.schedule.Ranked`, or ``queries`` is unknown.
+        TokenselError: as :class:`~tokensel.schedules.schedule.Ranked`; ``queries`` or ``prior`` is unknown,
+            or there are the queries of a "question" with the prior of a "forward", which knows no null token.
     """
 
     layer: int = 3
     queries: str = "last"
+    prior: str = "token"
     name: ClassVar[str] = "priortr"
     evicts: ClassVar[bool] = True
 
@@ -74,6 +80,10 @@ class PriorTR(Ranked):
         super().__post_init__()
         if self.queries not in QUERIES:
             raise TokenselError(f"queries is {self.queries!r}: choose one of {', '.join(QUERIES)}")
+        if self.prior not in PRIORS:
+            raise TokenselError(f"prior is {self.prior!r}: choose one of {', '.join(PRIORS)}")
+        if self.prior == "forward" and self.queries != "last":
+            raise TokenselError("queries is 'question': with prior='forward' give 'last'")
 
     def entering(self, layer: int, step: int = 0, mass: Mass | None = None) -> float:
         """Fraction of the prompt's visual cells that enters ``layer``; decode steps drop nothing more."""
@@ -86,11 +96,15 @@ class PriorTR(Ranked):
             TokenselError: a row with an image and without a text token after it that is followed by another.
         """
         question, cells = view.question, view.columns.cells
+        if self.prior == "forward":
+            prior = view.without(_between(view))
+            return gain(prior, view.last().to(prior), cells.to(prior.device))
         count = question.sum(1)
         if bool(((count < 2) & cells.any(1)).any()):
             raise TokenselError(
                 "priortr: nothing stands between the image and the prompt's last token, so there is no token "
-                "that has seen the image and not the question: put the image before the question"
+                "that has seen the image and not the question: put the image before the question, or take "
+                "prior='forward'"
             )
         null = question.long().argmax(1, keepdim=True)  # the first True
         prior = view.attention(null)[:, :, 0].mean(1)
@@ -107,3 +121,12 @@ class PriorTR(Ranked):
         paid = view.attention(index).mean(1)  # [rows, queries, left]
         asked = (index >= null).to(paid)[:, :, None]
         return (paid * asked).sum(1) / asked.sum(1)
+
+
+def _between(view: View) -> Bool[Tensor, "rows length"]:
+    """True at the text of a prompt, but for its first and its last token."""
+    prompt = view.prompt
+    text = prompt.real & ~prompt.visual
+    text[:, -1] = False
+    # the first real column, at which padding on the left ends
+    return text & (prompt.real.cumsum(1) > 1)

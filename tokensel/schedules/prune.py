@@ -135,6 +135,11 @@ class Pruning:
         return self.choosing.ranked
 
     @property
+    def reread(self) -> Int[Tensor, "rows"]:
+        """How many layers read the prompt of each row a second time."""
+        return self.choosing.reread
+
+    @property
     def step(self) -> int:
         """The generation step; 0 is the prefill, -1 is before it."""
         return self.choosing.step
@@ -187,7 +192,7 @@ class Pruning:
         check_window(self.schedule.name, self.decoder, past + length)
         self.choosing.rows.clear()
         if past == 0:
-            self._begin_prefill(rows, length)
+            self._begin_prefill(rows, length, kwargs)
         elif length == 1 and self.step >= 0 and past == self.length + self.step:
             self.choosing.begin_decode()
             self._check_rows(cache)
@@ -201,7 +206,7 @@ class Pruning:
             )
         return None
 
-    def _begin_prefill(self, rows: int, length: int) -> None:
+    def _begin_prefill(self, rows: int, length: int, kwargs: dict[str, Any]) -> None:
         times, rest = divmod(rows, len(self.given.visual))
         if length != self.length or rest or not times:
             raise TokenselError(
@@ -218,6 +223,7 @@ class Pruning:
         }
         layers = len(self.decoder.layers)
         self.choosing.begin_prefill(self.prompt, self.stages)
+        self.choosing.layer_kwargs = kwargs
         self.drops, self.answer_keys = [], None
         self.left = [self.prompt.visual.sum(1).expand(layers, -1)]
         self.cells = [self.choosing.total.expand(layers, -1)]

@@ -17,7 +17,7 @@ from tokensel.budget import top_count
 from tokensel.schedules.decoder import cache_of
 from tokensel.schedules.prompt import Prompt
 
-__all__ = ["Drop", "Stage", "evict", "gather_columns", "report_length", "stay_columns"]
+__all__ = ["Drop", "Stage", "as_given", "evict", "gather_columns", "report_length", "stay_columns"]
 
 
 @dataclass

@@ -29,6 +29,7 @@ class View:
         before: hidden states that entered the layer before, of the columns that are left.
         hidden: hidden states that enter this layer, of the same columns.
         rows: computes what :meth:`attention` returns.
+        second: computes what :meth:`without` returns.
     """
 
     layer: int
@@ -39,6 +40,7 @@ class View:
     before: Float[Tensor, "rows left width"]
     hidden: Float[Tensor, "rows left width"]
     rows: Rows
+    second: Callable[[Bool[Tensor, "rows length"]], Float[Tensor, "rows heads length"]] | None = None
     _known: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     def attention(
@@ -61,6 +63,15 @@ class View:
         """The attention that the last column pays, averaged over heads."""
         index = torch.full((len(self.order), 1), self.order.shape[1] - 1)
         return self.attention(index, rotate)[:, :, 0].mean(1)
+
+    def without(self, unread: Bool[Tensor, "rows length"]) -> Float[Tensor, "rows length"]:
+        """The attention that the last column would pay if nobody read the columns ``unread``, over heads.
+
+        The layers before this one run a second time for that, with the positions of the whole prompt. For a
+        ranking at the first cut, where the columns that are left are those of the prompt.
+        """
+        assert self.second is not None, "a view in a prefill has it"
+        return self.second(unread).mean(1)
 
     @property
     def question(self) -> Bool[Tensor, "rows left"]:
