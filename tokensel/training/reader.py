@@ -75,7 +75,7 @@ def reader_sensitivity(
 def stored_sensitivity(
     config: TrainConfig, processes: Processes, source: ImageSource, load: Callable[[], Vlm], name: str
 ) -> Float[Tensor, "width width"]:
-    """:func:`reader_sensitivity` on the images of a training; read from ``config.out`` if it is there.
+    """:func:`reader_sensitivity` on the images of a training; read from its cache or ``out`` if it is there.
 
     Args:
         config: the training's choices.
@@ -87,7 +87,8 @@ def stored_sensitivity(
     made_from = json.dumps(
         [checkpoint_digest(name), source.identity(), config.metric_images, config.metric_prompts]
     )
-    path = Path(config.out) / _FILE if config.out else None
+    folder = config.cache or config.out  # the cache serves several trainings
+    path = Path(folder) / _FILE if folder else None
 
     def stored() -> Tensor | None:
         if path is None or not path.exists():

@@ -290,14 +290,16 @@ def measure_statistics(
 
 @torch.no_grad()
 def calibrate(selector: TokenSelector, loader: FeatureLoader, config: TrainConfig) -> None:
-    """Shift the scores so that those above 0, which the selector keeps without a budget, are ``config.p``.
+    """Shift the scores so that those above 0, which the selector keeps without a budget, are p of all.
+
+    Of budgets that were drawn, the middle one.
 
     Under a gate that divides a budget nothing else fixes their zero. Measured on the tiles of the statistics.
     """
     batches = (batch.to("cpu") for batch in first_batches(loader, config))
     parts = [(selector.scores(batch.tokens, batch.valid, batch.grid), batch.valid) for batch in batches]
     scores = torch.cat([s.flatten() if v is None else s[v] for s, v in parts])
-    selector.head.bias[KEEP] -= threshold(scores[None], config.p)
+    selector.head.bias[KEEP] -= threshold(scores[None], (config.p + (config.p_most or config.p)) / 2)
 
 
 def history_records(

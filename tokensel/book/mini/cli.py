@@ -45,6 +45,27 @@ def train(
     )
 
 
+@app.command()
+def selectors(
+    studies: Annotated[list[str], typer.Argument(help="metrics, gates, budgets, length")],
+    table: Annotated[Path, typer.Option(help="CSV file to write; its provenance beside it")],
+    out: Annotated[Path, typer.Option(help="folder for pages, features, trainings and answers")] = Path(
+        "_build/selectors"
+    ),
+    n: Annotated[int, typer.Option(min=1, help="questions a task")] = 100,
+    split: Annotated[str, typer.Option(help="validation or test")] = "validation",
+    towers: Annotated[str, typer.Option(help="comma-separated")] = "clip,siglip,outliers,unlabelled",
+    unlabelled: Annotated[
+        Path | None, typer.Option(help="model whose tower has learned without labels; without it, none")
+    ] = None,
+) -> None:
+    """Train selectors in many ways, judge them alike and write the table; after a kill, it resumes."""
+    from tokensel.book.mini.selectors import record
+
+    record(studies, out, table, n, split, [tower.strip() for tower in towers.split(",")], unlabelled)
+    typer.echo(f"finished: {table}")
+
+
 @app.command("draw")
 def draw_pages(
     tasks: Annotated[
