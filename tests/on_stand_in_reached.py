@@ -28,7 +28,8 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     vlm.families.base.Family.cut vlm.families.base.Family.tiles_layout vlm.families.internvl.InternVl.cut
     vlm.families.internvl.InternVl.tiles_layout vlm.families.qwen_vl.QwenVl.cut
     vlm.families.qwen_vl.QwenVl.tiles_layout
-    vlm.families.base.tensor vlm.families.internvl.InternVl.locate vlm.families.llava.Llava.locate
+    vlm.families.idefics3.Idefics3.cut vlm.families.idefics3.Idefics3.tiles_layout
+    vlm.families.idefics3.Idefics3.locate vlm.families.base.tensor vlm.families.internvl.InternVl.locate vlm.families.llava.Llava.locate
     vlm.families.qwen_vl.QwenVl.positions vlm.layout.Layout.real vlm.layout.plain_layout
     vlm.layout.Layout.cell
     vlm.layout.Layout.image_of_tile vlm.layout.Layout.slots vlm.layout.Layout.spread vlm.layout.Layout.valid
@@ -51,6 +52,7 @@ MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data
     profiling.inference.summarise_inference schedules.decoder.decoder_of
     training.optim.adamw training.processes.Processes.parallel
     utils.devices.device_of vlm.families.base.Family.tower vlm.families.qwen_vl.QwenVl.tower
+    vlm.families.idefics3.Idefics3.tower
     vlm.families.base.Family.check vlm.families.llava.Llava.check
     vlm.families.llava_next.LlavaNext.check vlm.families.llava_onevision.switch_off
 """

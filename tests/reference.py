@@ -119,7 +119,8 @@ def masked_reference(
 
     The tokens of a step, the prompt being step 0, do not see what went at that step or before.
     """
-    lm, layers = vlm.model.model.language_model, vlm.model.model.language_model.layers
+    lm = vlm.model.get_decoder()
+    layers = lm.layers
     embeds, mask, logits, tokens = reduced["inputs_embeds"], reduced["attention_mask"], [], []
     positions = reduced.get("position_ids", (mask.cumsum(1) - 1).clamp(min=0))  # [(axes,) rows, length]
     rows, prompt = mask.shape

@@ -156,7 +156,7 @@ def staged_reference(
     what was dropped in any layer. ``grids`` are rows and columns of each row's tiles, for a model without
     newlines.
     """
-    lm = vlm.model.model.language_model
+    lm = vlm.model.get_decoder()
     embeds, mask, logits, tokens = reduced["inputs_embeds"], reduced["attention_mask"], [], []
     batch, prompt = mask.shape
     rows = [Row(reduced, row, None if grids is None else grids[row]) for row in range(batch)]

@@ -13,6 +13,8 @@ from tiny import scale_up
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlamaConfig,
@@ -30,10 +32,15 @@ from transformers import (
     Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tokensel.vlm.families.processors import image_processor_only, stock_processor
 
@@ -179,6 +186,38 @@ def llava() -> tuple[PreTrainedModel, object]:
     return LlavaForConditionalGeneration(config), processor
 
 
+IDEFICS = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"]
+IDEFICS += [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+
+
+def idefics3(config_class=Idefics3Config, model_class=Idefics3ForConditionalGeneration, image=None, **more):
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    words = vocabulary(IDEFICS)
+    config = config_class(
+        vision_config=vision | dict(image_size=24, patch_size=4),
+        text_config=LlamaConfig(**TEXT, vocab_size=len(words), pad_token_id=0),
+        scale_factor=2,
+        image_token_id=words["<image>"],
+        pad_token_id=0,
+    )
+    processor = image_processor_only(stock_processor(config))(
+        image_processor=(image or Idefics3ImageProcessorPil)(
+            size={"longest_edge": 48}, max_image_size={"longest_edge": 24}
+        ),
+        tokenizer=tokenizer(IDEFICS, image_token="<image>"),
+        image_seq_len=9,
+        chat_template=template("<image>"),
+        **more,
+    )
+    return model_class(config), processor
+
+
+def smolvlm() -> tuple[PreTrainedModel, object]:
+    # its processor needs this package for the time stamps of videos, and refuses to be made without it
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str
+    return idefics3(SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil)
+
+
 MAKERS: dict[str, Callable[..., tuple[PreTrainedModel, object]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
@@ -186,6 +225,8 @@ MAKERS: dict[str, Callable[..., tuple[PreTrainedModel, object]]] = {
     "internvl": internvl,
     "internvl3_5": internvl3_5,
     "llava": llava,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
 }
 
 

@@ -45,7 +45,8 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
             library.
     """
     core = getattr(model, "base_model", model)
-    decoder: Any = getattr(core, "language_model", core)
+    # transformers calls it text_model in Idefics3 and SmolVLM
+    decoder: Any = getattr(core, "language_model", getattr(core, "text_model", core))
     if not isinstance(decoder, tuple(MODELS.values())):
         raise TokenselError(
             f"the language model is a {decoder.config.model_type}: tokens can be dropped inside one of "

@@ -108,7 +108,7 @@ class FamilyEncoder(VisionEncoder):
             raise CheckpointError(
                 f"{name}: lacks the weights {sorted(report['missing_keys'])[:3]}; fetch or save it again"
             )
-        for part, attribute in ((model, "lm_head"), (model.base_model, "language_model")):
+        for part, attribute in ((model, "lm_head"), (model.base_model, family.text)):
             setattr(part, attribute, None)
         return cls(model.to(device), processor, name)
 

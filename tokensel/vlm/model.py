@@ -13,6 +13,7 @@ from tokensel.data.images import as_image
 from tokensel.schedules.schedule import Schedule
 from tokensel.scorers import Scorer
 from tokensel.utils.errors import TokenselError, check_type, reason
+from tokensel.vlm.families import family_of
 from tokensel.vlm.generate import GenerationOutput, generate
 from tokensel.vlm.reduce import Reduced, reduce_inputs
 
@@ -127,7 +128,8 @@ class Vlm:
                     f"prompt {number} has a place for a video ({video}): give frames as images"
                 )
         # nested by row: LLaVA-OneVision leaves the images of a row with several of them uncut
-        nested = [[as_image(image) for image in row] for row in rows if row]
+        empty_rows = family_of(self.model.config, self.name).empty_rows and any(rows)
+        nested = [[as_image(image) for image in row] for row in rows if row or empty_rows]
         tokenizer = self.processor.tokenizer
         if tokenizer.pad_token is None and len(prompts) > 1:
             raise TokenselError(

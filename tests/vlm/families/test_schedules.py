@@ -45,7 +45,7 @@ def grids_by_hand(vlm: Vlm, inputs, rows: list[list[int]]) -> list[list[tuple[in
     if "image_grid_thw" in inputs:
         merged = iter((inputs["image_grid_thw"][:, 1:] // 2).tolist())
         return [[tuple(next(merged)) for _ in row] for row in rows]
-    side = 3 if vlm.model.config.model_type == "internvl" else 6
+    side = 6 if vlm.model.config.model_type == "llava" else 3
     image = inputs["input_ids"] == vlm.model.config.image_token_id
     return [[(side, side)] * (sum(run_lengths(row[None])) // side**2) for row in image]
 

@@ -51,12 +51,13 @@ def test_an_encoder_gives_the_features_that_the_model_selects_among(folder):
 def test_the_patches_of_a_token_are_those_that_the_model_merges(folder):
     vlm = load_vlm(folder, device="cpu")
     encoded = asked(vlm, [[image] for image in IMAGES])
-    core, out = encoded.core, encoded.tower_output
+    out = encoded.tower_output
     tokens = out.tokens.flatten(0, 1)[encoded.layout.source]  # [packed, channels of the patches]
-    if hasattr(core, "visual"):
-        merged = core.visual.merger(tokens.unflatten(-1, (out.patches, -1)).flatten(0, 1))
-    else:
-        merged = core.multi_modal_projector(tokens)
+    if vlm.model.config.model_type == "qwen3_vl":
+        with pytest.raises(TokenselError, match="choose another"):
+            encoded.family.embed(encoded, tokens)
+        return
+    merged = encoded.family.embed(encoded, tokens)
     assert (merged - out.embeds).abs().max() < 1e-5
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.families.base import Family, Located
+from tokensel.vlm.families.idefics3 import Idefics3
 from tokensel.vlm.families.internvl import InternVl
 from tokensel.vlm.families.llava import Llava
 from tokensel.vlm.families.llava_next import LlavaNext
@@ -22,6 +23,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Qwen3Vl(),
     "internvl": InternVl(),
     "llava": Llava(),
+    "idefics3": Idefics3(),
+    "smolvlm": Idefics3(),
 }
 
 

@@ -67,12 +67,16 @@ class Family(ABC):
         way: how a shortened prompt reaches the model.
         tiled: whether it packs tiles and newlines as LLaVA-NeXT does, which down-sampling and the counting of
             costs rely on.
+        text: name of the language model inside the model.
+        empty_rows: whether its processor wants a list of images for every row, an empty one for text alone.
         ragged: whether an image gives as many tokens as its size asks for, not whole tiles of one size.
     """
 
     name = ""
     way = "embeddings of the shortened prompt go to model.generate, nothing of the model is replaced"
     tiled = False
+    text = "language_model"
+    empty_rows = False
     ragged = False
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 - most families can trace every model
@@ -152,15 +156,26 @@ class Family(ABC):
             features: what is projected, from a scorer that merges; by default what the tower made.
 
         Raises:
-            TokenselError: features of a family that projects its own alone.
+            TokenselError: features of a family that has no :meth:`embed`.
         """
+        if not bool(kept.any()):
+            return no_visual(encoded)
         if features is not None:
-            raise TokenselError(
-                f"{self.name} projects what its own tower made, so a scorer that merges dropped tokens into "
-                "kept ones cannot be used with it: choose another, such as diversity"
-            )
+            source = encoded.layout.source[kept].to(features.device)
+            return self.embed(encoded, features.flatten(0, 1)[source])
         embeds = encoded.tower_output.embeds
         return no_visual(encoded) if embeds is None else embeds[kept.to(embeds.device)]
+
+    def embed(self, encoded: Encoded, tokens: Float[Tensor, "kept channels"]) -> Float[Tensor, "kept width"]:
+        """Embeddings of tokens as :meth:`run` returns them, one by one.
+
+        Raises:
+            TokenselError: a family that does more to its tokens than this.
+        """
+        raise TokenselError(
+            f"{self.name} projects what its own tower made, so a scorer that merges dropped tokens into kept "
+            "ones cannot be used with it: choose another, such as diversity"
+        )
 
     def positions(self, encoded: Encoded) -> Int[Tensor, "axes rows length"] | None:
         """Positions of the full prompt where they have several axes; ``None`` where they count tokens."""

@@ -5,7 +5,7 @@ from math import isqrt
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -55,6 +55,9 @@ class InternVl(Family):
 
     def width(self, config: Any) -> int:
         return config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
+
+    def embed(self, encoded: Encoded, tokens: Float[Tensor, "kept channels"]) -> Float[Tensor, "kept width"]:
+        return encoded.core.multi_modal_projector(tokens)
 
     def run(self, encoded: Encoded) -> TowerOutput:
         core, config = encoded.core, encoded.model.config

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,6 +47,9 @@ class Llava(Family):
 
     def width(self, config: Any) -> int:
         return feature_width(config.vision_config, config.vision_feature_layer)
+
+    def embed(self, encoded: Encoded, tokens: Float[Tensor, "kept channels"]) -> Float[Tensor, "kept width"]:
+        return encoded.core.multi_modal_projector(tokens)
 
     def run(self, encoded: Encoded) -> TowerOutput:
         core, config, pixels = encoded.core, encoded.model.config, encoded.pixel_values

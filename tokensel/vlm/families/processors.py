@@ -4,6 +4,7 @@ import inspect
 from types import FunctionType
 from typing import Any
 
+from transformers import ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 __all__ = ["image_processor_only", "stock_processor"]
@@ -23,6 +24,9 @@ def image_processor_only(stock: type) -> type:
         @classmethod
         def get_attributes(cls) -> list[str]:
             return ["image_processor", "tokenizer"]
+
+        # a processor's own method may ask its part for videos, whatever the turns hold
+        apply_chat_template = ProcessorMixin.apply_chat_template
 
     init: Any = stock.__init__
     parameters = inspect.signature(init).parameters

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from tokensel.vlm.encoded import Encoded, TowerOutput
+from tokensel.vlm.families.base import Family
 from tokensel.vlm.families.qwen_vl import QwenVl
 
 __all__ = ["Qwen3Vl"]
@@ -27,6 +28,9 @@ class Qwen3Vl(QwenVl):
         made = self.grouped(encoded, out)
         made.deeper = [torch.cat(list(layer)) for layer in out.deepstack_features]
         return made
+
+    def embed(self, encoded: Encoded, tokens: Float[Tensor, "kept channels"]) -> Float[Tensor, "kept width"]:
+        return Family.embed(self, encoded, tokens)  # raises: what enters further on is not merged along
 
     def place(
         self,

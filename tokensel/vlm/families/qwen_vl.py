@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -60,6 +60,10 @@ class QwenVl(Family):
 
     def width(self, config: Any) -> int:
         return self.patch_width(config) * config.vision_config.spatial_merge_size**2
+
+    def embed(self, encoded: Encoded, tokens: Float[Tensor, "kept channels"]) -> Float[Tensor, "kept width"]:
+        patches = tokens.unflatten(-1, (-1, self.patch_width(encoded.model.config))).flatten(0, 1)
+        return encoded.core.visual.merger(patches)
 
     def run(self, encoded: Encoded) -> TowerOutput:
         return self.grouped(encoded, self.encode(encoded))
