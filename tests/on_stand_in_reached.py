@@ -39,7 +39,8 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     schedules.prompt.Prompt.gather schedules.feather.grid_cells schedules.grids.grids
     schedules.view.View.question
     schedules.random_cut.RandomCut.rank schedules.prune.Pruning.cached
-    schedules.prune.Pruning.ranked schedules.prune.Pruning.reread schedules.choosing.Choosing.begin_prefill vlm.layout.Layout.centres
+    schedules.prune.Pruning.ranked schedules.prune.Pruning.reread
+    schedules.choosing.Choosing.begin_prefill vlm.layout.Layout.centres
     book.explorer.steps.cell_codes scorers.uniform.even_order"""
 CPU_DATA = """data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLoader.batches
     data.loader.epoch_order data.loader.features_identity data.loader.rows_of_step

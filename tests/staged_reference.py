@@ -18,6 +18,7 @@ STAGED = {
     "pyramiddrop": PyramidDrop(0.6, (1, 2, 3)),
     "feather": Feather(0.5, (1, 3)),
     "sparsevlm": SparseVLM(0.4, (1, 2, 3)),
+    "sparsevlm-recycling": SparseVLM(0.8, (1, 2, 3), recycling=0.5),
     "priortr": PriorTR(2, 0.3),
     "priortr-forward": PriorTR(2, 0.3, prior="forward"),
     "priortr-question": PriorTR(1, 0.4, newline="row", queries="question"),
@@ -173,9 +174,14 @@ def staged_reference(
         seen = mask.bool()[:, None] & ~hidden & torch.ones(length, length, dtype=torch.bool).tril()
         return seen | torch.eye(length, dtype=torch.bool)
 
+    recycled: dict[int, list[tuple[int, int, torch.Tensor]]] = {}  # by layer: row, column and what it becomes
+
     def hide(index, _layer, args, kwargs):
+        hidden = args[0].clone()
+        for row, column, state in recycled.get(index, []):
+            hidden[row, column] = state
         added = torch.zeros(batch, mask.shape[1], mask.shape[1]).masked_fill_(~allowed(index), -1e30)
-        return args, kwargs | {"attention_mask": added[:, None]}
+        return (hidden, *args[1:]), kwargs | {"attention_mask": added[:, None]}
 
     def run(**options):
         return lm(
@@ -206,7 +212,8 @@ def staged_reference(
                 "blind": blind[number],
             }
             if row.cells:
-                drop(schedule, layer, row, eager)
+                back = drop(schedule, layer, row, eager)
+                recycled.setdefault(layer, []).extend((number, column, state) for column, state in back)
             gone = [c for c in row.columns if c not in row.left]
             gone_from[number, gone] = gone_from[number, gone].clamp(max=layer)
     for _ in range(steps):
@@ -221,8 +228,8 @@ def staged_reference(
     return torch.stack(tokens, 1), torch.stack(logits, 1)
 
 
-def drop(schedule, layer: int, row: Row, eager: dict) -> None:
-    """Remove from ``row.left`` what goes at the entrance of ``layer``."""
+def drop(schedule, layer: int, row: Row, eager: dict) -> list[tuple[int, torch.Tensor]]:
+    """Remove from ``row.left`` what goes at the entrance of ``layer``; returns what comes back, as what."""
     scores, count = scores_by_hand(schedule, layer, row, eager)
     if count is None:
         count = max(1, round(schedule.entering(layer) * len(row.cells)))
@@ -241,6 +248,41 @@ def drop(schedule, layer: int, row: Row, eager: dict) -> None:
         "drop": lambda c: not dropping,
         "row": lambda c: not dropping or c in kept_rows,
     }[schedule.newline]
-    row.left = [
-        c for c in row.left if not row.visual[c] or c == last or (stays(c) if row.newline[c] else c in best)
-    ]
+    before, row.left = (
+        row.left,
+        [
+            c
+            for c in row.left
+            if not row.visual[c] or c == last or (stays(c) if row.newline[c] else c in best)
+        ],
+    )
+    share = getattr(schedule, "recycling", 0.0)
+    gone = [c for c in before if c in scores and c not in row.left]
+    back = recycle_by_hand(gone, scores, eager["hidden"][layer].double().numpy(), share) if share else []
+    row.left = sorted([*row.left, *(column for column, _ in back)])
+    return back
+
+
+def recycle_by_hand(
+    gone: list[int], scores: dict[int, float], hidden: np.ndarray, share: float
+) -> list[tuple[int, torch.Tensor]]:
+    """Density peaks among the best of the dropped cells, one cell after the other."""
+    best = sorted(sorted(gone, key=lambda c: (-scores[c], c))[: int(share * len(gone))])
+    if not best:
+        return []
+    apart = {
+        a: {b: np.linalg.norm(hidden[a] - hidden[b]) / hidden.shape[1] ** 0.5 for b in best} for a in best
+    }
+    density = {a: np.exp(-np.mean([x**2 for x in sorted(apart[a].values())[1:6]] or [0.0])) for a in best}
+    largest = max(max(row.values()) for row in apart.values())
+    worth = {}
+    for a in best:
+        denser = [apart[a][b] for b in best if (density[b], -b) > (density[a], -a)]
+        worth[a] = density[a] * (min(denser) if denser else largest)
+    centres = sorted(best, key=lambda c: (-worth[c], c))[: len(best) // 10 + 1]
+    members: dict[int, list[int]] = {centre: [] for centre in centres}
+    for cell in best:
+        members[cell if cell in members else min(centres, key=lambda c, cell=cell: apart[cell][c])].append(
+            cell
+        )
+    return [(c, torch.tensor(hidden[cells].mean(0), dtype=torch.float32)) for c, cells in members.items()]

@@ -55,10 +55,11 @@ def test_an_evaluation_gives_each_its_options(config):
 
 def test_options_of_single_schedules_are_options_of_an_evaluation(config):
     given = {"sparsevlm_scale": 0.2, "clse_lowest": True, "priortr_prior": "forward"}
-    for options, wanted in (({}, (0.5, False, "token")), (given, (0.2, True, "forward"))):
+    given["sparsevlm_recycling"] = 0.3
+    for options, wanted in (({}, (0.5, 0.0, False, "token")), (given, (0.2, 0.3, True, "forward"))):
         asked = schedules(replace(config, methods=("sparsevlm", "clse", "priortr"), keeps=(0.4,), **options))
         sparsevlm, clse, priortr = asked.values()
-        assert (sparsevlm.scale, clse.lowest, priortr.prior) == wanted
+        assert (sparsevlm.scale, sparsevlm.recycling, clse.lowest, priortr.prior) == wanted
     with pytest.raises(TokenselError, match=r"sparsevlm_scale is 1\.5"):
         replace(config, sparsevlm_scale=1.5)
 

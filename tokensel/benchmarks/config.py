@@ -118,6 +118,16 @@ class EvalConfig:
             example="0.5",
         ),
     ] = 0.5
+    sparsevlm_recycling: Annotated[
+        float,
+        Option(
+            "Share of the dropped tokens that sparsevlm clusters, to keep a token for about ten of them.",
+            INSIDE,
+            least=0,
+            most=1,
+            example="0.3",
+        ),
+    ] = 0.0
     priortr_prior: Annotated[
         Literal["token", "forward"],
         Option("What priortr knows without the question: a token's attention, or a second pass's.", INSIDE),

@@ -108,6 +108,7 @@ class EvalSession:
             "seed": condition.seed,
             "newline": config.newline,
             "scale": config.sparsevlm_scale,
+            "recycling": config.sparsevlm_recycling,
             "lowest": config.clse_lowest,
             "prior": config.priortr_prior,
         }

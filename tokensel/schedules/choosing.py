@@ -70,12 +70,23 @@ class Choosing:
         """The stage before the one that begins at layer ``index``."""
         return self.stages[self.starts[self.starts.index(index) - 1]]
 
-    def choose(self, index: int, stage: Stage, hidden: Tensor) -> Bool[Tensor, "rows left"]:
-        """Which of the stage's columns stay, or are attended to at this step where a schedule restores.
+    def choose(
+        self, index: int, stage: Stage, hidden: Float[Tensor, "rows length width"]
+    ) -> tuple[Bool[Tensor, "rows left"], Float[Tensor, "rows length width"]]:
+        """Which of the stage's columns stay, and the hidden states, which a schedule may recycle.
 
-        An evicted column never comes back.
+        An evicted column never comes back. Where a schedule restores, the columns are those that are attended
+        to at this step.
         """
         view = self._view(index, hidden) if self.step == 0 and self.rank is not None else None
+        stay = self._stay(index, stage, view)
+        recycle = getattr(self.schedule, "recycle", None)
+        if recycle is None or view is None or torch.equal(stay, stage.real):
+            return stay, hidden
+        return recycle(view, stay)
+
+    def _stay(self, index: int, stage: Stage, view: View | None) -> Bool[Tensor, "rows left"]:
+        """Which of the stage's columns stay by rank and count."""
         if self.count is not None and view is not None:
             count, before = self.count(view).cpu(), view.columns.cells.sum(1)
             scores = partial(self._own_scores, view)

@@ -284,7 +284,7 @@ class Pruning:
         stage, prefill = self.stages[index], self.step == 0
         if prefill:  # takes over what earlier layers left
             stage = self.stages[index] = replace(self.choosing.before(index), layers=stage.layers)
-        stay = self.choosing.choose(index, stage, hidden)
+        stay, hidden = self.choosing.choose(index, stage, hidden)
         if self.choosing.restores:
             stage.attended = None if torch.equal(stay, stage.real) else stay
             self._record(index, stage, stay)

@@ -39,6 +39,8 @@ class Schedule(Protocol):
       :class:`~tokensel.schedules.view.View`, where some cells of a row stay and others go. Such a schedule
       drops nothing in decode steps.
     - ``count(view)``: how many cells of each row stay, ``[rows]``, in place of :meth:`entering`, likewise.
+    - ``recycle(view, stay)``: ``stay``, which columns are kept, with those that come back of what is dropped,
+      and the hidden states ``[rows, left, width]`` with what these become.
     - ``evicts = True``: what it drops is evicted from the caches of the layers that ran already, too.
     - ``restores = True``: it evicts nothing. In decode steps it chooses among all cells at every step, and
       those that it does not choose are not attended to at this step.

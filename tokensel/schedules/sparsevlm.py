@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokensel.schedules.recycling import recycled
 from tokensel.schedules.schedule import Mass, check_newline
 from tokensel.schedules.staged import check_cuts
 from tokensel.schedules.view import View
@@ -44,30 +45,40 @@ class SparseVLM:
     [raters, cells] of attention in the layer before, averaged over heads: what r directions span, r tokens
     can carry.
 
-    What we chose: the words are the text after the last image, the template included. The paper's clusters of
-    dropped tokens are left out: a dropped token is gone, as in every schedule here. The caches of earlier
-    layers keep their tokens. The rank is counted with the tolerance of ``torch.linalg.matrix_rank``.
+    With ``recycling``, the best of the dropped cells are clustered, and the centre of each cluster comes back
+    at its own position as the mean of the cluster; from there on it is a cell like others.
+
+    What we chose: the words are the text after the last image, the template included. Recycling is off by
+    default; how many clusters there are, how density is measured, and that a cluster becomes its mean are
+    ours, see :mod:`~tokensel.schedules.recycling`. The caches of earlier layers keep their tokens. The rank
+    is counted with the tolerance of ``torch.linalg.matrix_rank``.
 
     Attributes:
         scale: the paper's lambda, in [0, 1]; 0 keeps everything, 1 leaves as many cells as the rank.
         cuts: layers at whose entrance tokens are dropped, counted from 0; published for 32 layers.
         newline: "keep", "drop" or "row", see :class:`~tokensel.schedules.Schedule`.
+        recycling: the share of the dropped cells that is clustered, in [0, 1].
 
     Raises:
-        TokenselError: ``scale`` is not in [0, 1], ``cuts`` do not rise from 1 on, or ``newline`` is unknown.
+        TokenselError: ``scale`` or ``recycling`` is not in [0, 1], ``cuts`` do not rise from 1 on, or
+            ``newline`` is unknown.
     """
 
     scale: float = 0.5
     cuts: tuple[int, ...] = (2, 6, 15)
     newline: str = "keep"
+    recycling: float = 0.0
     name: ClassVar[str] = "sparsevlm"
     uses_keep: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scale, Real) or isinstance(self.scale, bool) or not 0 <= self.scale <= 1:
-            raise TokenselError(f"scale is {self.scale!r}: give a number in [0, 1], such as 0.5")
-        # a frozen dataclass takes assignments only this way
-        object.__setattr__(self, "scale", float(self.scale))
+        for option in ("scale", "recycling"):
+            value = getattr(self, option)
+            number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
+            if not 0 <= number <= 1:
+                raise TokenselError(f"{option} is {value!r}: give a number in [0, 1], such as 0.5")
+            # a frozen dataclass takes assignments only this way
+            object.__setattr__(self, option, number)
         object.__setattr__(self, "cuts", check_cuts(self.cuts))
         check_newline(self.newline)
 
@@ -104,6 +115,23 @@ class SparseVLM:
     def rank(self, view: View) -> Float[Tensor, "rows left"]:
         """Attention that the raters pay, averaged over heads and raters."""
         return torch.stack([paid.mean(0) for paid in self._paid(view)])
+
+    def recycle(
+        self, view: View, stay: Bool[Tensor, "rows left"]
+    ) -> tuple[Bool[Tensor, "rows left"], Float[Tensor, "rows left width"]]:
+        """The columns with those that come back, and the hidden states with what they become."""
+        hidden = view.hidden
+        if self.recycling == 0.0:
+            return stay, hidden
+        stay, hidden, scores = stay.clone(), hidden.clone(), self.rank(view)
+        for row, gone in enumerate(view.columns.cells & ~stay):
+            dropped = gone.nonzero()[:, 0].to(hidden.device)
+            back, states = recycled(
+                hidden[row, dropped], scores[row][dropped.to(scores.device)], self.recycling
+            )
+            hidden[row, dropped[back]] = states
+            stay[row, dropped[back].cpu()] = True
+        return stay, hidden
 
     def _paid(self, view: View) -> list[Float[Tensor, "raters left"]]:
         """Row by row, the attention of the raters to all columns, averaged over heads."""
