@@ -11,7 +11,8 @@ from torch import nn
 from tokensel.benchmarks.conditions import Condition
 from tokensel.benchmarks.config import KEEPS, SHORT_KEEPS, EvalConfig
 from tokensel.benchmarks.shards import local_device
-from tokensel.cost.answers import Work, work_cost
+from tokensel.cost.answers import Work, work_bytes, work_cost
+from tokensel.data.encoders import TOWERS
 from tokensel.methods import check_method
 from tokensel.model.base import CoreModel
 from tokensel.schedules import (
@@ -27,7 +28,7 @@ from tokensel.utils.errors import TokenselError, check_layers
 from tokensel.utils.provenance import checkpoint_digest
 from tokensel.utils.source import code_digest
 from tokensel.vlm import Vlm, load_vlm
-from tokensel.vlm.families import check_tiled
+from tokensel.vlm.families import family_of
 
 __all__ = ["ANSWERING", "EvalSession"]
 
@@ -53,7 +54,6 @@ class EvalSession:
         """
         dtype = None if config.dtype == "auto" else config.dtype
         self.vlm: Vlm = load_vlm(config.model, local_device(config.device), dtype, revision=config.revision)
-        check_tiled(self.vlm.model.config, "evaluate")
         keeps = config.keeps or (SHORT_KEEPS if self.vlm.native else KEEPS)
         self.config = replace(config, keeps=keeps)
         self._scorers: dict[tuple[str, int], Scorer] = {}
@@ -127,7 +127,8 @@ class EvalSession:
         model = self.vlm.model.config
         for method in self.config.methods:
             row = check_method(method)
-            if row.needs_cls_attention and model.vision_feature_select_strategy != "default":
+            reads_cls = getattr(model, "vision_feature_select_strategy", None) == "default"
+            if row.needs_cls_attention and not (reads_cls and model.vision_config.model_type in TOWERS):
                 raise TokenselError(
                     f"method {method}: the vision tower of {self.config.model} has no CLS token; leave the "
                     "method out"
@@ -146,8 +147,14 @@ class EvalSession:
                     check(model)
 
     def mean_cost(self, condition: Condition, work: Sequence[Work]) -> tuple[float, float]:
-        """FLOPs and bytes of keys and values of an answer under a condition, averaged over the answers."""
+        """FLOPs and bytes of keys and values of an answer under a condition, averaged over the answers.
+
+        FLOPs are NaN for families whose towers no formula here counts.
+        """
         model = self.vlm.model
+        if not family_of(model.config).tiled:
+            kept = [work_bytes(model.config, answer, model.dtype.itemsize) for answer in work]
+            return float("nan"), sum(kept) / len(kept)
         learned = check_method(condition.method).learned
         selector = None if learned is None else self.learned(learned).config
         costs = [work_cost(model.config, answer, model.dtype.itemsize, selector) for answer in work]

@@ -20,7 +20,7 @@ from tokensel.cost.count import (
 from tokensel.vlm.generate import GenerationOutput
 from tokensel.vlm.reduce import Reduced
 
-__all__ = ["Work", "answer_costs", "answer_work", "work_cost"]
+__all__ = ["Work", "answer_costs", "answer_work", "work_bytes", "work_cost"]
 
 
 Work = dict[str, Any]
@@ -99,15 +99,27 @@ def work_cost(
         selector: configuration of the selector, if it was used.
     """
     text_config, tiles, cells = config.text_config, work["tiles"], work["cells"]
-    held, cached = _steps(work["held"]), _steps(work.get("cached", work["held"]))
+    held = _steps(work["held"])
     flops = count_answer(text_config, work["text"], held, [(step, layer) for step, layer in work["ranked"]])
     flops += count_layers(text_config, work.get("reread", 0), work["text"] + int(held[0, 0]))
     flops += count_projector(config, work["visual"])
     if tiles:
         flops += count_vision(config.vision_config, tiles, layers_read(config), cells)
         flops += count_trunk(selector, cells, tiles) if selector is not None else 0
-    per_layer = kv_bytes(text_config, 1, itemsize) / text_config.num_hidden_layers
-    return flops, float(held_tokens(work["text"], cached).sum(1).mean() * per_layer)
+    return flops, work_bytes(config, work, itemsize)
+
+
+def work_bytes(config: PretrainedConfig, work: Work, itemsize: int) -> float:
+    """Mean bytes of the keys and values of one answer over its steps.
+
+    Args:
+        config: configuration of the vision-language model.
+        work: what the answer took.
+        itemsize: bytes of a number in the cache.
+    """
+    text, cached = config.get_text_config(), _steps(work.get("cached", work["held"]))
+    per_layer = kv_bytes(text, 1, itemsize) / text.num_hidden_layers
+    return float(held_tokens(work["text"], cached).sum(1).mean() * per_layer)
 
 
 def answer_costs(
