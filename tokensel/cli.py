@@ -171,7 +171,7 @@ def evaluate(
     ] = False,
     progress: _Progress = True,
 ) -> None:
-    """Ask a LLaVA every question under every method and budget; write a long table with intervals.
+    """Ask a model every question under every method and budget; write a long table with intervals.
 
     Run it again with the same options to go on after an interruption: what is answered is not asked again.
     Several processes: `accelerate launch -m tokensel evaluate ...`; several machines, one --out: --shard.

@@ -27,7 +27,7 @@ class EvalConfig:
         TokenselError: a value of another type or out of range; one line with field, value and what to give.
     """
 
-    model: Annotated[str, Option("LLaVA-NeXT or LLaVA-OneVision: folder or Hub id.", MODEL)]
+    model: Annotated[str, Option("Vision-language model: folder or Hub id.", MODEL)]
     suite: Annotated[
         str,
         Option("Module with a table BENCHMARKS; the paper's ten are tokensel.benchmarks.paper.", DATA),

@@ -1,4 +1,4 @@
-"""The integration with LLaVA-NeXT and LLaVA-OneVision: no fork, no subclass, no copied forward."""
+"""The integration with vision-language models of transformers: no fork, no subclass, no copied forward."""
 
 from tokensel.vlm.choose import Choices
 from tokensel.vlm.downsample import downsample, pool

@@ -1,4 +1,4 @@
-"""Load a LLaVA with its processor from a folder or the Hugging Face Hub."""
+"""Load a vision-language model with its processor from a folder or the Hugging Face Hub."""
 
 import os
 from typing import Any
@@ -30,7 +30,9 @@ def load_vlm(
     local_files_only: bool = False,
     cache_dir: str | os.PathLike | None = None,
 ) -> Vlm:
-    """Load a LLaVA-NeXT or LLaVA-OneVision and its processor from a local folder or the Hugging Face Hub.
+    """Load a vision-language model and its processor from a local folder or the Hugging Face Hub.
+
+    The families are those of :data:`tokensel.vlm.families.FAMILIES`.
 
     OneVision's interpolation of visual tokens is switched off (Sec. 5.2 of the paper), see
     :mod:`tokensel.vlm.native`.
