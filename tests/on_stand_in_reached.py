@@ -42,12 +42,14 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     schedules.prune.Pruning.ranked schedules.prune.Pruning.reread
     schedules.choosing.Choosing.begin_prefill vlm.layout.Layout.centres
     book.explorer.steps.cell_codes scorers.uniform.even_order"""
-CPU_DATA = """data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLoader.batches
+CPU_DATA = """training.metrics.MetricSource.tokens
+    data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLoader.batches
     data.loader.epoch_order data.loader.features_identity data.loader.rows_of_step
     data.encoders.VisionEncoder.stack vlm.family_encoder.FamilyEncoder.stack
     model.gumbel.gumbel_noise model.positions.sincos model.positions.grid_codes utils.files.load_tensors
     training.autoencoder.MaskedAutoencoder.standardise"""
-MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data.tower.module_view
+MODULES = """training.metrics.make_metric training.metrics.open_metric
+    data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data.tower.module_view
     profiling.timing.Spans.hooked profiling.workload.build_selector
     profiling.workload.build_learned training.answers.Learner.prepare training.frozen.training_identity
     vlm.families.base.check_cls
@@ -58,7 +60,9 @@ MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data
     vlm.families.base.Family.check vlm.families.llava.Llava.check
     vlm.families.llava_next.LlavaNext.check vlm.families.llava_onevision.switch_off
 """
-PASSED_ON = """profiling.timing.Stamps.put schedules.fastv.FastV.entering schedules.rates.Exponential.entering
+PASSED_ON = """training.metrics.in_features training.reader.reader_sensitivity
+    training.reader.stored_sensitivity vlm.families.base.Family.embed vlm.families.qwen3_vl.Qwen3Vl.embed
+    profiling.timing.Stamps.put schedules.fastv.FastV.entering schedules.rates.Exponential.entering
     schedules.rates.Fixed.entering schedules.clse.Clse.entering schedules.feather.Feather.entering
     schedules.priortr.PriorTR.entering schedules.pyramiddrop.PyramidDrop.entering
     schedules.random_cut.RandomCut.entering schedules.sparsevlm.SparseVLM.entering schedules.vtw.Vtw.entering

@@ -59,6 +59,14 @@ def test_every_gate_trains_on_the_device(device, gate):
     assert close(weights(there), weights(here))
 
 
+@pytest.mark.parametrize("name", ["features", "whitened", "token", "keys-values", "reader"])
+def test_every_kind_of_metric_measures_on_the_device(device, tmp_path, name):
+    options = {"images": save_images(tmp_path / "images"), "encoder": suite_tiny.save_models(tmp_path)}
+    config = small_config(**{k: str(v) for k, v in options.items()}, metric=name, metric_images=2, steps=2)
+    here, there = (train(replace(config, device=where)) for where in ("cpu", "auto"))
+    assert close(weights(there), weights(here))
+
+
 @pytest.mark.parametrize("cache", [False, True])
 def test_training_on_images_encodes_them_on_the_device(device, tmp_path, cache):
     clip_tower(tmp_path / "tower")
