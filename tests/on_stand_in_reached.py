@@ -29,7 +29,6 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     vlm.families.internvl.InternVl.tiles_layout vlm.families.qwen_vl.QwenVl.cut
     vlm.families.qwen_vl.QwenVl.tiles_layout
     vlm.families.idefics3.Idefics3.cut vlm.families.idefics3.Idefics3.tiles_layout
-    vlm.families.idefics3.Idefics3.locate
     vlm.families.base.tensor vlm.families.internvl.InternVl.locate vlm.families.llava.Llava.locate
     vlm.families.qwen_vl.QwenVl.positions vlm.layout.Layout.real vlm.layout.plain_layout
     vlm.layout.Layout.cell
@@ -42,14 +41,12 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     schedules.prune.Pruning.ranked schedules.prune.Pruning.reread
     schedules.choosing.Choosing.begin_prefill vlm.layout.Layout.centres
     book.explorer.steps.cell_codes scorers.uniform.even_order"""
-CPU_DATA = """training.metrics.MetricSource.tokens
-    data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLoader.batches
+CPU_DATA = """data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLoader.batches
     data.loader.epoch_order data.loader.features_identity data.loader.rows_of_step
     data.encoders.VisionEncoder.stack vlm.family_encoder.FamilyEncoder.stack
     model.gumbel.gumbel_noise model.positions.sincos model.positions.grid_codes utils.files.load_tensors
     training.autoencoder.MaskedAutoencoder.standardise"""
-MODULES = """training.metrics.make_metric training.metrics.open_metric
-    data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data.tower.module_view
+MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data.tower.module_view
     profiling.timing.Spans.hooked profiling.workload.build_selector
     profiling.workload.build_learned training.answers.Learner.prepare training.frozen.training_identity
     vlm.families.base.check_cls
@@ -60,8 +57,8 @@ MODULES = """training.metrics.make_metric training.metrics.open_metric
     vlm.families.base.Family.check vlm.families.llava.Llava.check
     vlm.families.llava_next.LlavaNext.check vlm.families.llava_onevision.switch_off
 """
-PASSED_ON = """training.metrics.in_features training.reader.reader_sensitivity
-    training.reader.stored_sensitivity vlm.families.base.Family.embed vlm.families.qwen3_vl.Qwen3Vl.embed
+PASSED_ON = """training.metrics.in_features
+    vlm.families.base.Family.embed vlm.families.qwen3_vl.Qwen3Vl.embed
     profiling.timing.Stamps.put schedules.fastv.FastV.entering schedules.rates.Exponential.entering
     schedules.rates.Fixed.entering schedules.clse.Clse.entering schedules.feather.Feather.entering
     schedules.priortr.PriorTR.entering schedules.pyramiddrop.PyramidDrop.entering
