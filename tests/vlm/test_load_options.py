@@ -11,9 +11,9 @@ from tiny import (
     logits,
     noise_image,
     onevision_processor,
+    tiny_learned,
     tiny_llava,
     tiny_onevision,
-    tiny_selector,
     tiny_vlm,
 )
 from torch import nn
@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
         )
         model.save_pretrained(root / family)
         processor.save_pretrained(root / family)
-    tiny_selector().save_pretrained(root / "selector")
+    tiny_learned().save_pretrained(root / "selector")
     return root
 
 
@@ -182,7 +182,7 @@ def test_a_quantised_model_keeps_working(folders, family):
     encoded = encode(vlm.model, inputs)
     reads_cls = {name for name in SCORERS if getattr(SCORERS[name], "needs_cls_attention", False)}
     for name in set(SCORERS) - (reads_cls if family == "llava-onevision" else set()):
-        reduced = reduce(encoded, make_scorer(name, selector=tiny_selector()), 0.3)
+        reduced = reduce(encoded, make_scorer(name, **tiny_learned()), 0.3)
         assert reduced["inputs_embeds"].dtype == torch.float32 and len(vlm.generate(reduced, 3)) == 2
 
 
