@@ -14,6 +14,7 @@ from tiny import (
     tiny_learned,
     tiny_llava,
     tiny_onevision,
+    tiny_selector,
     tiny_vlm,
 )
 from torch import nn
@@ -39,7 +40,7 @@ def folders(tmp_path_factory):
         )
         model.save_pretrained(root / family)
         processor.save_pretrained(root / family)
-    tiny_learned().save_pretrained(root / "selector")
+    tiny_selector().save_pretrained(root / "selector")
     return root
 
 
