@@ -1,9 +1,11 @@
 """What schedules are compared with: greedy decoding in which nothing is removed or cached, only masked."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
-from tiny import ask, scale_up, tiny_config, tiny_processor
+from tiny import ask, cache_argument, scale_up, tiny_config, tiny_processor
 from transformers import LlavaNextForConditionalGeneration, Qwen2Config
 
 from tokensel.schedules import DyRate, Exponential, FastV, Fixed, RatePredictor, Vtw, pruned
@@ -63,6 +65,22 @@ def vlm_of(text: str, attn: str = "sdpa", layers: int = 4) -> Vlm:
 def prompt(vlm: Vlm, rows: list[int], keep: float = 1.0):
     scorer = make_scorer("norm") if keep < 1 else None
     return reduce_inputs(vlm.model, ask(vlm, rows), scorer, keep)
+
+
+@contextmanager
+def cache_bytes(vlm: Vlm) -> Iterator[list[list[int]]]:
+    """Bytes of keys and values in each layer's cache after each step, while a generation runs."""
+    seen: list[list[int]] = []
+
+    def weigh(decoder, _args, out):
+        cache = getattr(out, cache_argument(decoder))
+        seen.append([layer.keys.nbytes + layer.values.nbytes for layer in cache.layers])
+
+    handle = vlm.model.model.language_model.register_forward_hook(weigh)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What would happen to one image in a model: its tokens, and which methods fit. Each method is tried."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,36 +81,39 @@ def before(batch: Batch, keep: float) -> Verdicts:
     """Which methods that choose tokens before the language model fit, tried on a batch."""
     verdicts: Verdicts = {}
     for name, row in methods().items():
-        try:
-            if row.learned is not None:
-                scorer: Any = scorer_class(name)
-                scorer.check_tower(batch.vlm.model.config)
-                verdicts[f"{name} (with a {row.learned} trained on this model)"] = None
-                continue
-            prepare(batch, name, keep)
-        except TokenselError as error:
-            verdicts[name] = str(error)
-        else:
-            verdicts[name] = None
+        if row.learned is None:
+            verdicts[name] = _why_not(prepare, batch, name, keep)
+            continue
+        scorer: Any = scorer_class(name)
+        why = _why_not(scorer.check_tower, batch.vlm.model.config)
+        verdicts[name if why else f"{name} (with a {row.learned} trained on this model)"] = why
     return verdicts
 
 
 def inside(vlm: Vlm, reduced: Reduced) -> Verdicts:
     """Which schedules fit the language model and a prompt from which nothing is dropped."""
     verdicts: Verdicts = {}
+
+    def place(name: str) -> None:
+        with pruned(vlm.model, reduced.prompt, _schedule(name, len(decoder_of(vlm.model).layers))):
+            pass
+
     for name in SCHEDULES:
-        try:
-            decoder = decoder_of(vlm.model)
-            if "predictor" in schedule_options(name):
-                verdicts[f"{name} (with a predictor trained on this model)"] = None
-                continue
-            with pruned(vlm.model, reduced.prompt, _schedule(name, len(decoder.layers))):
-                pass
-        except TokenselError as error:
-            verdicts[name] = str(error)
-        else:
-            verdicts[name] = None
+        if "predictor" not in schedule_options(name):
+            verdicts[name] = _why_not(place, name)
+            continue
+        why = _why_not(decoder_of, vlm.model)
+        verdicts[name if why else f"{name} (with a predictor trained on this model)"] = why
     return verdicts
+
+
+def _why_not(attempt: Callable[..., object], *given: Any) -> str | None:
+    """The line of the error that an attempt ends in; ``None`` if it ends well."""
+    try:
+        attempt(*given)
+    except TokenselError as error:
+        return str(error)
+    return None
 
 
 def _schedule(name: str, depth: int) -> Schedule:

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 
 from tokensel.book.mini import selectors
-from tokensel.book.mini.selectors import KEEPS, STUDIES, TOWERS, record
+from tokensel.book.mini.selectors import KEEPS, STUDIES, TRIAL_TOWERS, record
 from tokensel.utils.errors import TokenselError
 
 
 def test_the_trials_of_a_study_have_names_of_their_own():
     trials = [trial for study in STUDIES.values() for trial in study]
     assert len({trial.folder for trial in trials}) == len(trials)
-    assert {trial.tower for trial in STUDIES["metrics"]} == set(TOWERS)
+    assert {trial.tower for trial in STUDIES["metrics"]} == set(TRIAL_TOWERS)
     for trial in trials:  # every one is a configuration that is allowed
         trial.config(Path("somewhere"), "data/mini/llava-next")
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from reference import generated, prompt, vlm_of
+from reference import cache_bytes, generated, prompt, vlm_of
 
 from tokensel.cost import held_tokens, kv_bytes
 from tokensel.cost.answers import answer_work, work_cost
@@ -94,15 +94,10 @@ def test_what_is_attended_to_moves_and_comes_back():
 
 
 def test_every_cache_holds_the_whole_prompt_and_is_counted_so():
-    vlm, schedule, seen = vlm_of("llama"), FastOcr(2, 0.2), []
+    vlm, schedule = vlm_of("llama"), FastOcr(2, 0.2)
     reduced = prompt(vlm, [0])
-
-    def weigh(_decoder, _args, out):
-        seen.append([layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers])
-
-    handle = vlm.model.model.language_model.register_forward_hook(weigh)
-    output = vlm.generate_output(reduced, STEPS, schedule)
-    handle.remove()
+    with cache_bytes(vlm) as seen:
+        output = vlm.generate_output(reduced, STEPS, schedule)
     config, text = vlm.model.config.text_config, int((~reduced.visual).sum())
     cached, left = (torch.stack(part)[:, :, 0] for part in (output.pruning.cached, output.pruning.left))
     bytes_each = kv_bytes(config, 1, 4) // config.num_hidden_layers

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import STEPS, generated, prompt, vlm_of
+from reference import STEPS, cache_bytes, generated, prompt, vlm_of
 from staged_reference import STAGED, staged_reference
 from tiny import ask
 
@@ -72,14 +72,8 @@ def test_a_ratio_of_1_changes_no_logit():
 def test_cached_bytes_and_costs_are_as_counted(schedule):
     vlm = vlm_of("llama")
     reduced = prompt(vlm, [0])
-    seen = []
-
-    def weigh(_decoder, _args, out):
-        seen.append([layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers])
-
-    handle = vlm.model.model.language_model.register_forward_hook(weigh)
-    output = vlm.generate_output(reduced, STEPS, schedule)
-    handle.remove()
+    with cache_bytes(vlm) as seen:
+        output = vlm.generate_output(reduced, STEPS, schedule)
     config, text = vlm.model.config.text_config, int((~reduced.visual).sum())
     cached = torch.stack(output.pruning.cached)[:, :, 0]
     bytes_each = kv_bytes(config, 1, 4) // config.num_hidden_layers

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from reference import SCHEDULES, STEPS, dyrate, generated, masked_reference, prompt, vlm_of
-from tiny import ask, cache_argument, tiny_vlm
+from reference import SCHEDULES, STEPS, cache_bytes, dyrate, generated, masked_reference, prompt, vlm_of
+from tiny import ask, tiny_vlm
 
 from tokensel.cost import held_tokens, kv_bytes
 from tokensel.methods import check_method
@@ -91,15 +91,8 @@ def test_a_ragged_batch_equals_its_rows_alone_and_a_scorer_may_choose_before(sch
 def test_cached_bytes_are_those_of_the_formula_in_every_layer_at_every_step(schedule):
     vlm = vlm_of("llama")
     reduced = prompt(vlm, [0])
-    seen = []
-
-    def weigh(decoder, _args, out):
-        cache = getattr(out, cache_argument(decoder))
-        seen.append([layer.keys.nbytes + layer.values.nbytes for layer in cache.layers])
-
-    handle = vlm.model.model.language_model.register_forward_hook(weigh)
-    _, pruning = generated(vlm, reduced, schedule)
-    handle.remove()
+    with cache_bytes(vlm) as seen:
+        _, pruning = generated(vlm, reduced, schedule)
     text, visual, cells = int((~reduced.visual).sum()), int(reduced.visual.sum()), int(reduced.n_visual)
     config = vlm.model.config.text_config
     left = torch.stack(pruning.left)[:, :, 0]

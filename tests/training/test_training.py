@@ -35,7 +35,7 @@ from tokensel.model.objective import objective
 from tokensel.model.selector import TokenSelector
 from tokensel.training.autoencoder import Autoencoder, Statistics
 from tokensel.training.config import TrainConfig
-from tokensel.training.optim import budget_of_step, learning_rate, seeded, temperature
+from tokensel.training.optim import drawn_budget, learning_rate, seeded, temperature
 from tokensel.training.processes import Processes
 from tokensel.training.train import train
 from tokensel.utils.errors import TokenselError
@@ -300,7 +300,7 @@ def test_two_processes_end_where_one_does(gate, tmp_path):
 def test_a_gate_that_divides_a_budget_keeps_exactly_the_budget_of_each_step(gate):
     config = small_config(gate=gate, p=0.2, p_most=0.8, batch_size=20, steps=8)
     history = train(config, features=random_features()).history
-    budgets = [budget_of_step(step, config) for step in range(8)]
+    budgets = [drawn_budget(step, config.seed, config.p, config.p_most) for step in range(8)]
     assert [record["l_pr"] for record in history] == pytest.approx(budgets, abs=1 / (20 * 9) + 1e-4)
     assert 0.2 <= min(budgets) < 0.4 and 0.6 < max(budgets) <= 0.8
     assert [record["loss"] for record in history] == pytest.approx(

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -71,6 +72,7 @@ class VisionEncoder:
         feature_layer: int | list[int] | None = None,
         drop_cls: bool | None = None,
         name: str = "",
+        read_by: str = "",
     ):
         kind = tower.config.model_type
         if kind not in TOWERS:
@@ -83,7 +85,7 @@ class VisionEncoder:
         self.processor = processor
         self.feature_layer = layer if feature_layer is None else feature_layer
         self.drop_cls = cls if drop_cls is None else drop_cls
-        self.name = name or kind
+        self.name, self.read_by = name or kind, read_by
         self.width = feature_width(tower.config, self.feature_layer)
         self.size = tower.config.image_size
         side = self.size // tower.config.patch_size
@@ -117,7 +119,7 @@ class VisionEncoder:
         """
         name = str(name)
         options = hub_options(name, **hub)
-        try:
+        with tower_errors(name):
             config = AutoConfig.from_pretrained(name, **options)
             vision = getattr(config, "vision_config", config)
             if vision.model_type in TOWERS and hasattr(config, "vision_feature_layer"):
@@ -136,20 +138,9 @@ class VisionEncoder:
                     kind = TOWERS[vision.model_type][0]
                     tower = kind.from_pretrained(name, config=vision, dtype=dtype, **options)
             processor = _processor(name, options)
-        except TokenselError:
-            raise
-        except (SafetensorError, EOFError) as error:
-            raise CheckpointError(
-                f"{name}: its weights are cut short or damaged ({error}); fetch it again"
-            ) from None
-        except (OSError, ValueError, RuntimeError) as error:
-            raise TokenselError(
-                f"{name}: no vision tower can be loaded ({reason(error)}); give a local folder of one"
-            ) from None
         cast(nn.Module, tower).to(device)
-        encoder = cls(tower, processor, feature_layer, drop_cls, name)
-        encoder.read_by = name if hasattr(config, "vision_feature_layer") else ""
-        return encoder
+        read_by = name if hasattr(config, "vision_feature_layer") else ""
+        return cls(tower, processor, feature_layer, drop_cls, name, read_by)
 
     @classmethod
     def from_vlm(cls, model: PreTrainedModel, processor: Any, name: str = "") -> "VisionEncoder":
@@ -158,9 +149,8 @@ class VisionEncoder:
         image_processor = getattr(processor, "image_processor", processor)
         drop_cls = config.vision_feature_select_strategy == "default"
         name = name or str(config.name_or_path or "")
-        encoder = cls(model.model.vision_tower, image_processor, config.vision_feature_layer, drop_cls, name)
-        encoder.read_by = str(config.name_or_path or "")
-        return encoder
+        read_by, layer = str(config.name_or_path or ""), config.vision_feature_layer
+        return cls(model.model.vision_tower, image_processor, layer, drop_cls, name, read_by)
 
     @property
     def device(self) -> torch.device:
@@ -258,6 +248,10 @@ class VisionEncoder:
         settings = [self.feature_layer, self.drop_cls, self.size, self.mean, self.std]
         settings += [int(self.resample), pinpoints]
         digest.update(json.dumps(settings).encode())
+        return self._with_weights(digest)
+
+    def _with_weights(self, digest: Any) -> str:
+        """Hexadecimal digits of a digest that takes in the weights of the tower."""
         for _, weight in sorted(self.tower.state_dict().items()):
             values = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(values.numpy().tobytes())
@@ -268,6 +262,23 @@ class VisionEncoder:
         pixels = (np.asarray(resized).astype(np.float64) / 255).astype(np.float32)
         pixels = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+@contextmanager
+def tower_errors(name: str | Path) -> Iterator[None]:
+    """Errors on the way to a vision tower, as lines that name it and the fix."""
+    try:
+        yield
+    except TokenselError:
+        raise
+    except (SafetensorError, EOFError) as error:
+        raise CheckpointError(
+            f"{name}: its weights are cut short or damaged ({error}); fetch it again"
+        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TokenselError(
+            f"{name}: no vision tower can be loaded ({reason(error)}); give a local folder of one"
+        ) from None
 
 
 def _file(name: str, file: str, options: dict[str, Any]) -> str | None:

@@ -45,6 +45,11 @@ class Features:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    def real(self) -> Float[Tensor, "tokens channels"]:
+        """The valid tokens of all tiles, one after the other, on the host."""
+        tokens = self.tokens.cpu()
+        return tokens.flatten(0, 1) if self.valid is None else tokens[self.valid.cpu()]
+
     def by_token(self) -> Float[Tensor, "tiles tokens channels"]:
         """The mean patch of each token, which a selector reads: its size is quadratic in the channels."""
         return self.tokens.unflatten(-1, (self.patches, -1)).mean(-2) if self.patches > 1 else self.tokens

@@ -98,7 +98,7 @@ class Denoiser(Standardised):
             weight: between 0 and 1.
             noise: samples of N(0, 1).
         """
-        noisy = mix_noise(features - self.mean, self.std.clamp(min=1e-12), weight, noise)
+        noisy = mix_noise(features - self.mean, self.std, weight, noise)
         # rows of one token each: attention with an identity mask, where no token sees another
         alone = self.layer(noisy.flatten(0, 1)[:, None])[:, 0].view_as(noisy)
         return (self.mean + self.std * alone).to(features.dtype)

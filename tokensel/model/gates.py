@@ -139,12 +139,12 @@ def mix_noise(
 
     Args:
         centred: tokens less their mean.
-        std: standard deviation of each channel, above 0.
+        std: standard deviation of each channel.
         mask: between 0 and 1.
         noise: samples of N(0, 1).
     """
     m = mask[..., None].clamp(1e-6, 1 - 1e-6)  # the root has no finite slope at 0
-    return m.sqrt() * centred / std + (1 - m).sqrt() * noise
+    return m.sqrt() * centred / std.clamp(min=1e-12) + (1 - m).sqrt() * noise
 
 
 # "throttle" has the mask of "scale": what differs is what a token becomes, see MaskedEmbedding

@@ -64,7 +64,7 @@ class MaskedEmbedding(Standardised):
                 ``sqrt(m) x + sqrt(1 - m) noise``: its variance stays the same while its information falls.
         """
         if noise is not None:
-            mixed = mix_noise(features - self.mean, self.std.clamp(min=1e-12), mask, noise)
+            mixed = mix_noise(features - self.mean, self.std, mask, noise)
             return (self.mean + self.std * mixed).to(features.dtype)
         embedding = (self.mean + self.std * self.vector).to(features.dtype)
         return torch.lerp(embedding.expand_as(features), features, mask[..., None].to(features.dtype))

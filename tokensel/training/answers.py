@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,12 +37,12 @@ from tokensel.training.frozen import (
     training_facts,
     training_identity,
 )
-from tokensel.training.optim import seeded
+from tokensel.training.optim import drawn_budget, seeded
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.seeds import generator
 from tokensel.vlm.encoded import Encoded
 from tokensel.vlm.families import family_of
-from tokensel.vlm.forced import force
+from tokensel.vlm.forced import force, forced_logits
 from tokensel.vlm.load import Vlm
 from tokensel.vlm.reduce import reduce
 
@@ -154,10 +154,7 @@ def image_weights(
         config: all choices.
         tau: temperature of the soft choice; 0 for the hard one.
     """
-    keep = config.keep
-    if config.keep_most is not None:
-        share = torch.rand((), generator=generator(config.seed, "budget", step)).item()
-        keep += (config.keep_most - keep) * share
+    keep = drawn_budget(step, config.seed, config.keep, config.keep_most)
     lengths = encoded.layout.slots[2].tolist()
     parts = [part[None] for part in scores.split(lengths)]
     if tau:
@@ -196,20 +193,15 @@ def train_answers(config: AnswersConfig, vlm: Vlm | None = None) -> tuple[Answer
             "takes changed tokens"
         )
     learner = seeded(lambda: LEARNERS[config.scorer](shape), config.seed).to(model.device)
-    decoder, head = decoder_of(model), cast(nn.Module, model.get_output_embeddings())
+    decoder_of(model)  # raises before the first batch if the language model is not known
 
     def losses(step: int) -> dict[str, Tensor | float]:
         encoded, tokens, lengths = draw_questions(vlm, data, config, step)
         if not bool(encoded.layout.cell.any()):
             raise TokenselError(f"no question of step {step + 1} has an image: give benchmarks with images")
-        whole = reduce(encoded)
         visual, more = learner.visual(encoded, step, config)
-        # visual columns and packed tokens are both in the order of the prompts
-        embeds = whole["inputs_embeds"]
-        embeds = embeds.masked_scatter(whole.visual[..., None], visual.to(embeds))
-        forced = force(model, whole | {"inputs_embeds": embeds}, tokens, lengths)
-        states = decoder(**forced.inputs, use_cache=False).last_hidden_state
-        accuracy = answer_loss(head(states[:, -forced.steps :]).float(), forced.labels)
+        forced = force(model, reduce(encoded).with_visual(visual), tokens, lengths)
+        accuracy = answer_loss(forced_logits(model, forced), forced.labels)
         return {"loss": accuracy + more, "accuracy_loss": accuracy}
 
     records = run_steps(

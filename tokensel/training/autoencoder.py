@@ -1,7 +1,7 @@
 """The models as they are trained: R(S(F)) together, or R alone for given masks; and their statistics."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,27 +96,49 @@ class Statistics:
     scale: float
 
     @classmethod
-    def of(cls, batches: Iterable[Features]) -> "Statistics":
+    def of(
+        cls, batches: Iterable[Features], metric: Callable[[Tensor], Tensor] | None = None
+    ) -> "Statistics":
         """Measure some batches: ``scale`` is the root mean square over the tiles of ||F - mean||_2.
+
+        Args:
+            batches: are read once.
+            metric: maps features to the space in which the scale is measured, by default their own.
 
         Raises:
             TokenselError: no tile in them has a valid token (no image could be read).
         """
-        total = squares = torch.zeros((), dtype=torch.float64)
-        tokens = tiles = 0
+        own = measured = _Moments()
+        if metric is not None:
+            measured = _Moments()
+        tiles = 0
         for batch in batches:
-            values = batch.tokens.cpu().double()
-            valid = torch.ones(values.shape[:2], dtype=torch.bool)
-            if batch.valid is not None:
-                valid = batch.valid.cpu()
-            rows = values[valid]  # the valid tokens of all tiles: [tokens, channels]
-            total, squares = total + rows.sum(dim=0), squares + rows.square().sum(dim=0)
-            tokens, tiles = tokens + len(rows), tiles + int(valid.any(dim=1).sum())
+            own.add(batch)
+            if metric is not None:
+                measured.add(replace(batch, tokens=metric(batch.tokens)))
+            tiles += len(batch) if batch.valid is None else int(batch.valid.cpu().any(dim=1).sum())
         if not tiles:
             raise TokenselError(
                 "none of the first images can be read: give a folder or dataset with whole images"
             )
-        mean = total / tokens
-        variance = (squares / tokens - mean.square()).clamp(min=0)
-        scale = float((variance.sum() * tokens / tiles).sqrt()) or 1.0
-        return cls(mean.float(), variance.sqrt().float(), scale)
+        scale = float((measured.variance().sum() * measured.tokens / tiles).sqrt()) or 1.0
+        return cls(own.mean().float(), own.variance().sqrt().float(), scale)
+
+
+class _Moments:
+    """Sums over the valid tokens of some batches, channel by channel, in double precision on the CPU."""
+
+    def __init__(self) -> None:
+        self.total = self.squares = torch.zeros((), dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, batch: Features) -> None:
+        rows = batch.real().double()
+        self.total, self.squares = self.total + rows.sum(dim=0), self.squares + rows.square().sum(dim=0)
+        self.tokens += len(rows)
+
+    def mean(self) -> Tensor:
+        return self.total / self.tokens
+
+    def variance(self) -> Tensor:
+        return (self.squares / self.tokens - self.mean().square()).clamp(min=0)

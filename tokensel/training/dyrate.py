@@ -42,7 +42,7 @@ from tokensel.training.frozen import (
 from tokensel.training.optim import seeded, temperature
 from tokensel.utils.errors import check_layers
 from tokensel.utils.seeds import generator
-from tokensel.vlm.forced import IGNORED, Forced, force
+from tokensel.vlm.forced import IGNORED, Forced, force, forced_logits
 from tokensel.vlm.load import Vlm
 from tokensel.vlm.reduce import reduce
 
@@ -108,9 +108,8 @@ class MaskedForward:
     ) -> tuple[Float[Tensor, "rows steps vocabulary"], Float[Tensor, "rows steps"]]:
         """Logits of every step, and the fraction of visual tokens that it kept; see :func:`soft_masks`."""
         with self._masked(forced, tau, noise) as masking:
-            states = self.decoder(**forced.inputs, use_cache=False).last_hidden_state
-        head = cast(nn.Module, self.model.get_output_embeddings())
-        return head(states[:, -forced.steps :]).float(), masking["fraction"]
+            logits = forced_logits(self.model, forced)
+        return logits, masking["fraction"]
 
     @contextmanager
     def _masked(self, forced: Forced, tau: float, noise: Tensor | None) -> Iterator[dict[str, Tensor]]:

@@ -9,7 +9,7 @@ features of the tower whatever the metric is; only the distance changes.
 A new metric is one function and one row of :data:`METRICS`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -23,6 +23,7 @@ from tokensel.data.features import Features
 from tokensel.data.image_sources import open_images
 from tokensel.data.loader import FeatureLoader
 from tokensel.schedules.decoder import decoder_of
+from tokensel.training.autoencoder import Statistics
 from tokensel.training.config import TrainConfig
 from tokensel.training.optim import use_bf16
 from tokensel.training.processes import Processes
@@ -50,12 +51,6 @@ class MetricSource:
     vlm: Callable[[], Vlm]
     sensitivity: Callable[[], Float[Tensor, "width width"]]
 
-    def tokens(self) -> Iterator[Float[Tensor, "cells width"]]:
-        """The valid tokens of each batch, in double precision on the CPU."""
-        for batch in self.batches():
-            tokens = batch.tokens.cpu().double()
-            yield tokens.flatten(0, 1) if batch.valid is None else tokens[batch.valid.cpu()]
-
 
 def in_features(tokens: Tensor) -> Tensor:
     """The tower's own units: the literal reading of Eq. (7)."""
@@ -64,7 +59,7 @@ def in_features(tokens: Tensor) -> Tensor:
 
 def channel(source: MetricSource, device: torch.device) -> Metric:
     """Each channel divided by its standard deviation."""
-    std = _covariance(source).diagonal().sqrt().clamp(min=1e-12)
+    std = Statistics.of(source.batches()).std.clamp(min=1e-12)
     return _linear(std.reciprocal().diag(), device)
 
 
@@ -184,7 +179,8 @@ def _covariance(source: MetricSource) -> Float[Tensor, "width width"]:
     total: Any = 0.0
     squares: Any = 0.0
     count = 0
-    for tokens in source.tokens():
+    for batch in source.batches():
+        tokens = batch.real().double()
         total, squares, count = total + tokens.sum(0), squares + tokens.T @ tokens, count + len(tokens)
     if not count:
         raise TokenselError(

@@ -47,12 +47,12 @@ def temperature(step: int, config: OptimConfig) -> float:
     return config.tau_start * (config.tau_end / config.tau_start) ** (step / max(1, config.steps - 1))
 
 
-def budget_of_step(step: int, config: TrainConfig) -> float:
-    """p of Eq. (3): fixed, or drawn for each step between ``p`` and ``p_most``."""
-    if config.p_most is None:
-        return config.p
-    share = torch.rand((), generator=generator(config.seed, "budget", step)).item()
-    return config.p + (config.p_most - config.p) * share
+def drawn_budget(step: int, seed: int, least: float, most: float | None) -> float:
+    """The fraction of tokens to keep at a step: ``least``, or drawn between it and ``most``."""
+    if most is None:
+        return least
+    share = torch.rand((), generator=generator(seed, "budget", step)).item()
+    return least + (most - least) * share
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:

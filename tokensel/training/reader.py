@@ -14,15 +14,14 @@ from tqdm import tqdm
 
 from tokensel.data.image_sources import ImageSource
 from tokensel.methods import Batch
-from tokensel.schedules.decoder import decoder_of
 from tokensel.training.config import TrainConfig
 from tokensel.training.processes import Processes
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import load_tensors, save_tensors
 from tokensel.utils.provenance import checkpoint_digest
-from tokensel.vlm.forced import IGNORED, force
+from tokensel.vlm.forced import IGNORED, force, forced_logits
 from tokensel.vlm.model import Vlm
-from tokensel.vlm.reduce import assemble, reduce
+from tokensel.vlm.reduce import reduce
 
 __all__ = ["reader_sensitivity", "stored_sensitivity"]
 
@@ -117,13 +116,9 @@ def answer_gradients(
     output = vlm.generate_output(reduced, max_new_tokens)
     with torch.enable_grad():
         tokens = encoded.features.tokens.detach().clone().requires_grad_()
-        everything = torch.ones(len(encoded.layout.source), dtype=torch.bool)
-        visual = encoded.family.project(encoded, everything, tokens)
-        inputs, *_ = assemble(encoded, everything, visual, "compact")
-        forced = force(vlm.model, reduced | inputs, output.tokens, output.lengths)
-        states = decoder_of(vlm.model)(**forced.inputs, use_cache=False).last_hidden_state
-        head: Any = vlm.model.get_output_embeddings()
-        logits = head(states[:, -forced.steps :]).float()
+        visual = encoded.family.project(encoded, torch.ones_like(encoded.layout.cell), tokens)
+        forced = force(vlm.model, reduced.with_visual(visual), output.tokens, output.lengths)
+        logits = forced_logits(vlm.model, forced)
         loss = functional.cross_entropy(
             logits.flatten(0, 1), forced.labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )

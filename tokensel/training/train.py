@@ -37,7 +37,7 @@ from tokensel.training.judge import reconstruction_error, train_reconstructor
 from tokensel.training.metrics import Metric, in_features, open_metric
 from tokensel.training.optim import (
     adamw,
-    budget_of_step,
+    drawn_budget,
     learning_rate,
     mean_over_processes,
     optimizer_step,
@@ -202,7 +202,7 @@ def train_step(
     rows = processes.local_rows(config.batch_size)
     draw = generator(config.seed, "noise", step)
     noise = gumbel_noise(config.batch_size, batch.tokens.shape[1], 2, generator=draw)[rows]
-    p = budget_of_step(step, config)
+    p = drawn_budget(step, config.seed, config.p, config.p_most)
     gate: dict[str, Any] = {} if batch.grid is None else {"grid": batch.grid}
     if config.gate != "gumbel":
         gate |= {"gate": config.gate, "keep": p, "total": processes.sum}
@@ -279,13 +279,11 @@ def measure_statistics(
 
     The scale is measured where errors are, behind the metric.
     """
-    batches = list(first_batches(loader, config))
-    statistics = Statistics.of(batches)
-    model.standardise(statistics.mean, statistics.std)
     device = model.selector.device
     with torch.no_grad():
-        scale = Statistics.of(replace(b, tokens=metric(b.tokens.to(device))) for b in batches).scale
-    return Progress(0, scale, loader.identity, loader.state())
+        statistics = Statistics.of(first_batches(loader, config), lambda tokens: metric(tokens.to(device)))
+    model.standardise(statistics.mean, statistics.std)
+    return Progress(0, statistics.scale, loader.identity, loader.state())
 
 
 @torch.no_grad()

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from tokensel.data.encoders import TOWERS, Tiles, VisionEncoder
+from tokensel.data.encoders import TOWERS, Tiles, VisionEncoder, tower_errors
 from tokensel.data.features import Features
 from tokensel.data.images import as_image
-from tokensel.utils.errors import CheckpointError, TokenselError, reason
+from tokensel.utils.errors import CheckpointError, TokenselError
 from tokensel.utils.loading import hub_options, quiet
 from tokensel.vlm.encoded import Encoded
 from tokensel.vlm.families import FAMILIES, family_of
@@ -34,12 +33,8 @@ def load_encoder(
     Raises:
         TokenselError: no such model, no vision tower in it, damaged weights.
     """
-    try:
+    with tower_errors(name):
         config = AutoConfig.from_pretrained(name, **hub_options(name, **hub))
-    except (OSError, ValueError) as error:
-        raise TokenselError(
-            f"{name}: no vision tower can be loaded ({reason(error)}); give a local folder of one"
-        ) from None
     vision = getattr(config, "vision_config", config)
     if vision.model_type in TOWERS or config.model_type not in FAMILIES:
         return VisionEncoder.from_pretrained(name, device, dtype, **hub)
@@ -81,7 +76,7 @@ class FamilyEncoder(VisionEncoder):
             TokenselError: no such model, another family, damaged weights.
         """
         name, options = str(name), hub_options(name, **hub)
-        try:
+        with tower_errors(name):
             config = AutoConfig.from_pretrained(name, **options)
             family = family_of(config, name)
             text = config.get_text_config()
@@ -93,16 +88,6 @@ class FamilyEncoder(VisionEncoder):
                 loaded: Any = AutoModelForImageTextToText.from_pretrained(
                     name, config=config, dtype=dtype, output_loading_info=True, **options
                 )
-        except TokenselError:
-            raise
-        except (SafetensorError, EOFError) as error:
-            raise CheckpointError(
-                f"{name}: its weights are cut short or damaged ({error}); fetch it again"
-            ) from None
-        except (OSError, ValueError, RuntimeError) as error:
-            raise TokenselError(
-                f"{name}: no vision tower can be loaded ({reason(error)}); give a local folder of one"
-            ) from None
         model, report = loaded
         if report["missing_keys"]:
             raise CheckpointError(
@@ -191,7 +176,4 @@ class FamilyEncoder(VisionEncoder):
     def fingerprint(self) -> str:
         """16 hex digits over weights and preprocessing: equal if the features are."""
         digest = hashlib.blake2b(self.processor.to_json_string().encode(), digest_size=8)
-        for _, weight in sorted(self.tower.state_dict().items()):
-            values = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(values.numpy().tobytes())
-        return digest.hexdigest()
+        return self._with_weights(digest)

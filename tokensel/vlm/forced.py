@@ -12,7 +12,7 @@ from tokensel.schedules.attention import PADDING, RESPONSE, last_rows, token_typ
 from tokensel.schedules.decoder import Attention, attention_of, decoder_of
 from tokensel.vlm.reduce import Reduced
 
-__all__ = ["IGNORED", "Forced", "answer_mass", "force"]
+__all__ = ["IGNORED", "Forced", "answer_mass", "force", "forced_logits"]
 
 IGNORED = -100  # label that no loss counts
 
@@ -78,6 +78,21 @@ def force(
         attn_mask=causal & mask.bool()[:, None],
         labels=tokens.masked_fill(~labelled, IGNORED),
     )
+
+
+def forced_logits(model: PreTrainedModel, forced: Forced) -> Float[Tensor, "rows steps vocabulary"]:
+    """Logits of every step of the answers, in single precision; gradients pass.
+
+    Args:
+        model: the vision-language model.
+        forced: prompts and answers.
+
+    Raises:
+        TokenselError: a language model that is not in :data:`tokensel.schedules.decoder.MODELS`.
+    """
+    states = decoder_of(model)(**forced.inputs, use_cache=False).last_hidden_state
+    head = cast(nn.Module, model.get_output_embeddings())
+    return head(states[:, -forced.steps :]).float()
 
 
 @torch.no_grad()

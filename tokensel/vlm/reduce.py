@@ -84,6 +84,16 @@ class Reduced(Mapping[str, Any]):
     def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
         return {**other, **self.inputs}
 
+    def with_visual(self, visual: Float[Tensor, "visual width"]) -> "Reduced":
+        """The same prompt with other embeddings at its visual columns, newlines among them; gradients pass.
+
+        Args:
+            visual: in packed order, which is that of the columns.
+        """
+        embeds = self["inputs_embeds"]
+        marks = self.visual[..., None]
+        return self | {"inputs_embeds": embeds.masked_scatter(marks, visual.to(embeds))}
+
     @property
     def prompt(self) -> Prompt:
         """What the columns hold, for :func:`tokensel.schedules.pruned`."""

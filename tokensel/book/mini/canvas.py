@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tokensel.book.mini.words import ALPHABET, COLORS, SHAPES
+from tokensel.utils.files import write_atomic
 
 TILE, PATCH = 64, 8  # pixels; a tile is what the vision tower sees at once
 CELLS = TILE // PATCH
@@ -89,6 +90,10 @@ class Page:
     leader: np.ndarray
     follower: np.ndarray
     drawn: list[Box]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the image as PNG, atomically."""
+        return write_atomic(path, lambda part: self.image.save(part, "PNG"))
 
 
 @lru_cache(maxsize=64)

@@ -81,15 +81,12 @@ def draw_pages(
 ) -> None:
     """Draw pages of the small world into a folder; of a single page, print its questions and answers too."""
     from tokensel.book.mini.world import DRAW, draw_page
-    from tokensel.utils.files import write_atomic
 
     chosen = tasks or list(DRAW)
     for task in chosen:
         for number in range(index, index + count):
             page = draw_page(task, split, number)
-            path = write_atomic(
-                out / f"{task}-{split}-{number}.png", lambda part, page=page: page.image.save(part, "PNG")
-            )
+            path = page.save(out / f"{task}-{split}-{number}.png")
             if len(chosen) * count == 1:
                 typer.echo(f"{path}: {page.image.width}x{page.image.height} pixels")
                 for qa in page.questions:

@@ -26,7 +26,7 @@ from tokensel.training.config import TrainConfig
 from tokensel.training.metrics import METRICS
 from tokensel.training.train import Trained, train
 from tokensel.utils.errors import TokenselError, check_names
-from tokensel.utils.files import write_atomic, write_json, write_text
+from tokensel.utils.files import write_json, write_text
 from tokensel.utils.provenance import command_line, environment
 from tokensel.vlm import load_vlm
 
@@ -38,7 +38,7 @@ KEEPS = (0.1, 0.2, 0.3, 0.5, 0.7)
 BASELINES = ("full", "random", "uniform", "norm", "diversity")
 PAGES = 150  # of each task's training split
 # a tower as the model that holds it, without what is made below the folder of the trials
-TOWERS = {"clip": "llava-next", "siglip": "llava-onevision", "outliers": "", "unlabelled": ""}
+TRIAL_TOWERS = {"clip": "llava-next", "siglip": "llava-onevision", "outliers": "", "unlabelled": ""}
 BUDGET = {"p": 0.05, "p_most": 0.6}
 DRAWN = {"gate": "throttle", "tau_start": 2.0, "tau_end": 0.1, **BUDGET}
 
@@ -49,7 +49,7 @@ class Trial:
 
     Attributes:
         study: the table it belongs to.
-        tower: a key of ``TOWERS``.
+        tower: a key of ``TRIAL_TOWERS``.
         name: tells it from others of its study and tower.
         seed: of the training.
         options: of :class:`~tokensel.training.config.TrainConfig`.
@@ -92,7 +92,7 @@ def _one_budget(p: float) -> dict[str, Any]:
 STUDIES: dict[str, tuple[Trial, ...]] = {
     "metrics": tuple(
         Trial("metrics", tower, metric, options={**DRAWN, "metric": metric})
-        for tower in TOWERS
+        for tower in TRIAL_TOWERS
         for metric in METRICS
     ),
     "gates": tuple(
@@ -118,7 +118,7 @@ def record(
     table: Path,
     n: int = 100,
     split: str = "validation",
-    towers: Iterable[str] = tuple(TOWERS),
+    towers: Iterable[str] = tuple(TRIAL_TOWERS),
     unlabelled: Path | None = None,
 ) -> Path:
     """Run the trials of some studies and write their table; what exists already is not done again.
@@ -137,7 +137,7 @@ def record(
         TokenselError: an unknown study or tower.
     """
     studies, towers = list(studies), list(towers)
-    for name, known in [(s, STUDIES) for s in studies] + [(t, TOWERS) for t in towers]:
+    for name, known in [(s, STUDIES) for s in studies] + [(t, TRIAL_TOWERS) for t in towers]:
         check_names([name], list(known))
     trials = [trial for study in studies for trial in STUDIES[study] if trial.tower in towers]
     trials = [trial for trial in trials if trial.tower != "unlabelled" or unlabelled]
@@ -165,8 +165,7 @@ def _draw_pages(folder: Path) -> None:
         for index in range(PAGES):
             path = folder / f"{task}-train-{index}.png"
             if not path.exists():
-                image = draw_page(task, "train", index).image
-                write_atomic(path, lambda part, image=image: image.save(part, "PNG"))
+                draw_page(task, "train", index).save(path)
 
 
 def _model_of(tower: str, out: Path, unlabelled: Path | None) -> str:
@@ -174,10 +173,10 @@ def _model_of(tower: str, out: Path, unlabelled: Path | None) -> str:
     if tower == "unlabelled":
         return str(unlabelled)
     if tower != "outliers":
-        return str(Path("data") / "mini" / TOWERS[tower])
+        return str(Path("data") / "mini" / TRIAL_TOWERS[tower])
     folder = out / "outliers"
     if not (folder / "model.safetensors").exists():
-        vlm = load_vlm(Path("data") / "mini" / TOWERS["clip"], device="cpu")
+        vlm = load_vlm(Path("data") / "mini" / TRIAL_TOWERS["clip"], device="cpu")
         vlm.processor.save_pretrained(folder)
         plant_outliers(vlm.model).save_pretrained(folder)
     return str(folder)
