@@ -74,7 +74,7 @@ def planted(tiles: int, tokens: int = 16, width: int = 16) -> Features:
 
 @pytest.fixture(scope="module")
 def runs():
-    options = dict(steps=150, batch_size=32, lr=3e-3, layers=1, progress=False)
+    options = dict(gate="gumbel", steps=150, batch_size=32, lr=3e-3, layers=1, progress=False)
     return {p: train(TrainConfig(p=p, **options), features=planted(256)).history for p in (0.0, 0.4)}
 
 

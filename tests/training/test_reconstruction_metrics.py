@@ -148,19 +148,21 @@ def test_a_training_takes_every_metric(checkpoint, tmp_path, name):
         encoder=str(checkpoint),
         metric=name,
         metric_images=2,
+        gate="gumbel",
         out=str(tmp_path / "out"),
     )
     trained = train(config)
-    # an untrained reconstructor returns the mean at dropped tokens, so its error is at most about the scale
+    # under this gate an untrained reconstructor returns the mean at dropped tokens: its error is at most
+    # about the scale
     assert all(0 < record["l_rec"] < 1.5 for record in trained.history)
     assert trained.selector.config.metric == name
     assert (tmp_path / "out" / "reader.safetensors").exists() == (name == "reader")
 
 
-def test_the_metric_is_the_readers_where_there_is_one(checkpoint, tmp_path):
+def test_the_metric_is_the_projectors_where_there_is_one(checkpoint, tmp_path):
     config = small_config(images=str(save_images(tmp_path / "images")), metric_images=2, steps=1)
     left_open = train(TrainConfig.from_dict(config.to_dict() | {"encoder": str(checkpoint)}))
-    assert left_open.selector.config.metric == "reader"
+    assert left_open.selector.config.metric == "projector"
     encoder = VisionEncoder.from_pretrained(checkpoint)
     encoder.read_by = ""  # a tower alone
     assert train(config, encoder=encoder).selector.config.metric == "features"

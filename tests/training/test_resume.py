@@ -149,7 +149,7 @@ def test_a_finished_training_is_not_done_again(undisturbed, monkeypatch):
 
 def test_other_options_or_other_data_are_refused(undisturbed):
     out, _ = undisturbed
-    with pytest.raises(TokenselError, match=r"was trained with p 0\.3, not 0\.5; give another out folder"):
+    with pytest.raises(TokenselError, match=r"was trained with p 0\.05, not 0\.5; give another out folder"):
         train(small_config(steps=20, batch_size=8, p=0.5, out=str(out)), features=random_features())
     with pytest.raises(TokenselError, match="give another out folder or delete it"):
         train(small_config(steps=20, batch_size=8, out=str(out)), features=random_features(seed=1))

@@ -30,6 +30,7 @@ from tiny import tiny_llava
 from tokensel.data.encoders import VisionEncoder
 from tokensel.data.image_sources import open_images
 from tokensel.data.loader import ImageFeatureLoader, loaded_ahead, rows_of_step
+from tokensel.model.gates import GATES
 from tokensel.model.gumbel import gumbel_noise
 from tokensel.model.objective import objective
 from tokensel.model.selector import TokenSelector
@@ -201,7 +202,9 @@ def test_an_unreadable_image_counts_for_nothing(encoder, tmp_path):
     """The step of a batch with an image missing is that of the batch without it."""
     folder = save_images(tmp_path / "p", 4)
     cut(folder / "2.jpg")
-    config = small_config(steps=1, batch_size=4, statistics_tiles=4, tau_start=1.0, tau_end=1.0)
+    config = small_config(
+        steps=1, batch_size=4, statistics_tiles=4, gate="gumbel", tau_start=1.0, tau_end=1.0
+    )
     features = ImageFeatureLoader(open_images(folder), encoder).batches(0, 4, slice(0, 4), config.seed)
     batch = next(features)
     features.close()
@@ -308,12 +311,22 @@ def test_a_gate_that_divides_a_budget_keeps_exactly_the_budget_of_each_step(gate
     )
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_what_is_left_open_is_chosen_by_the_gate(gate):
+    chosen = TrainConfig(gate=gate)
+    assert (chosen.p, chosen.p_most) == ((0.3, None) if gate == "gumbel" else (0.05, 0.6))
+    assert chosen.tau_start == 2.0 and chosen.tau_end == (1.0 if gate in ("gumbel", "topk") else 0.1)
+    assert TrainConfig.from_dict(chosen.to_dict()) == chosen
+    given = TrainConfig(gate=gate, p=0.4, tau_end=0.7)
+    assert (given.p, given.p_most, given.tau_end) == (0.4, None, 0.7)
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
         ({"gate": "topk", "p": 0.0}, "p is 0.0: the gate 'topk' needs a fraction between 0 and 1"),
-        ({"p_most": 0.7}, "p_most is 0.7: give a gate other than gumbel, or none"),
-        ({"gate": "topk", "p_most": 0.2}, "p_most is 0.2: give a fraction between p = 0.3 and 1"),
+        ({"gate": "gumbel", "p_most": 0.7}, "p_most is 0.7: give a gate other than gumbel, or none"),
+        ({"p": 0.3, "p_most": 0.2}, "p_most is 0.2: give a fraction between p = 0.3 and 1"),
         ({"gate": "sigmoid"}, "gate is 'sigmoid'"),
     ],
 )

@@ -12,11 +12,9 @@ class AnsweredConfig(CoreConfig):
     """Shape and history: the fields of ``CoreConfig``, and these.
 
     Attributes:
-        keep_most: of a training that drew its budget, the largest; ``keep`` is then the smallest.
         accuracy_loss: cross entropy of the answers in nats per token, averaged over the last tenth.
     """
 
-    keep_most: float | None = None
     accuracy_loss: float | None = None
 
 
@@ -28,6 +26,6 @@ class AnsweredModel(CoreModel):
         c, facts = self.config, super().facts()
         own = ("encoder", "feature layer", "width", "training data", "steps", "seed")
         return {name: facts[name] for name in own} | {
-            "visual tokens kept in training": c.keep if c.keep_most is None else f"{c.keep} to {c.keep_most}",
+            "visual tokens kept in training": facts["p of Eq. (3)"],
             "cross entropy of the answers (nats a token)": c.accuracy_loss and round(c.accuracy_loss, 4),
         }

@@ -26,8 +26,10 @@ class CoreConfig(PretrainedConfig):
         heads: attention heads; ``None`` for heads of 64 channels (32 below a width of 256).
         mlp_ratio: inner width of the MLP over ``width``.
         keep: the paper's p of Eq. (3), the proportion below which keeping tokens is free.
+        keep_most: of a training that drew its budget, the largest; ``keep`` is then the smallest.
+        gate: how its scores became a mask, see :mod:`tokensel.model.gates`.
         metric: where the error of the reconstruction was measured, see ``tokensel.training.metrics``.
-        tau_start, tau_end: temperature of the Gumbel-Softmax at the first and the last step.
+        tau_start, tau_end: temperature of the gate at the first and the last step.
         encoder, tower, feature_layer, drop_cls: which features it was trained on; see ``VisionEncoder``.
         training_data, steps, seed: what it was trained on, and how long.
         scale: the distance that counts as 1 in L_rec, see ``tokensel.model.objective.objective``.
@@ -39,6 +41,8 @@ class CoreConfig(PretrainedConfig):
     heads: int | None = None
     mlp_ratio: float = 4.0
     keep: float | None = None
+    keep_most: float | None = None
+    gate: str | None = None
     metric: str | None = None
     tau_start: float | None = None
     tau_end: float | None = None
@@ -175,7 +179,9 @@ class CoreModel(PreTrainedModel):
             "encoder": c.encoder and f"`{c.encoder}`",
             "feature layer": layer,
             "width": c.width,
-            "p of Eq. (3)": c.keep,
+            "p of Eq. (3)": c.keep if c.keep_most is None else f"{c.keep} to {c.keep_most}",
+            "gate": c.gate,
+            "metric of L_rec": c.metric,
             "training data": c.training_data,
             "steps": c.steps or None,
             "seed": c.seed,

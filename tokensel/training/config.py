@@ -1,7 +1,7 @@
 """Every choice of a training, with its reason where the paper leaves it open. Imports no heavy package.
 
-The defaults are meant for encoders of the paper's size. The selectors that ship with the book, for towers of
-128 channels, were trained with other values: those in data/README.md.
+The selectors that ship with the book were trained with these defaults; what differs for towers of 128
+channels is in data/README.md.
 """
 
 import json
@@ -15,6 +15,17 @@ from tokensel.utils.options import SEED_MOST, Option, check_fields, revision_opt
 # headings under which the command line lists the options
 DATA, MODEL, OBJECTIVE, OPTIMISATION, RUNNING = "Data", "Model", "Objective", "Optimisation", "Running"
 
+
+# What is chosen where nothing is given depends on the gate: p, the largest p, and tau at both ends. The
+# paper's gate has one p. From 1 to 0.5, as in Jang et al. 2017, its selectors settled on positions, whatever
+# the image showed. A gate that divides a budget can be trained for all budgets at once.
+_BY_GATE: dict[str, tuple[float, float | None, float, float]] = {
+    "gumbel": (0.3, None, 2.0, 1.0),
+    "topk": (0.05, 0.6, 2.0, 1.0),
+    "scale": (0.05, 0.6, 2.0, 0.1),
+    "throttle": (0.05, 0.6, 2.0, 0.1),
+}
+_CHOSEN_BY_GATE: Any = None
 
 # options that every training has
 _LearningRate = Annotated[float, Option("Peak learning rate.", OPTIMISATION, above=0)]
@@ -71,15 +82,15 @@ class TrainConfig:
     # not in the paper: the usual Transformer
     mlp_ratio: Annotated[float, Option("Width of the MLP divided by the model width.", MODEL, above=0)] = 4.0
 
-    # the paper's loss names no unit; None is "reader" where a model that reads the features and images are at
-    # hand, and "features" elsewhere
+    # the paper's loss names no unit; None is "projector" where a model that reads the features is at hand,
+    # and "features" elsewhere
     metric: Annotated[
         Literal["features", "channel", "token", "whitened", "projector", "keys-values", "reader"] | None,
         Option(
             "Where an error of the reconstruction is measured: in raw features, with channels or tokens of "
             "equal length, without correlations, behind the projector, in the first layer's keys and "
-            "values, or by how much the language model's answers move; by default by the last, where "
-            "encoder is a LLaVA checkpoint, else in raw features.",
+            "values, or by how much the language model's answers move; by default behind the projector, "
+            "where encoder is a LLaVA checkpoint, else in raw features.",
             OBJECTIVE,
         ),
     ] = None
@@ -90,22 +101,6 @@ class TrainConfig:
         tuple[str, ...],
         Option("What the language model is asked about each of them, comma-separated.", OBJECTIVE),
     ] = ("Describe the image.", "What is written in the image?")
-    # the p of training is not in the paper; 0 switches the hinge off
-    p: Annotated[
-        float,
-        Option(
-            "Fraction of tokens up to which keeping costs nothing, Eq. (3).",
-            OBJECTIVE,
-            least=0,
-            most=1,
-            example="0.3",
-        ),
-    ] = 0.3
-    # the paper has one p. One selector for several budgets needs a gate that divides a budget
-    p_most: Annotated[
-        float | None,
-        Option("Draw p for each step between p and this; needs a gate other than gumbel.", OBJECTIVE),
-    ] = None
     # the paper's is gumbel, see tokensel.model.gates
     gate: Annotated[
         Literal["gumbel", "topk", "scale", "throttle"],
@@ -114,15 +109,35 @@ class TrainConfig:
             "the batch, by a hard choice, by scaling tokens, or by mixing them with noise.",
             OBJECTIVE,
         ),
-    ] = "gumbel"
-    # not in the paper: from 1 to 0.5 as in Jang et al. 2017. The shipped selectors of three layers were
-    # trained from 2 to 1: from 1 to 0.5 theirs settled on positions, whatever the image showed
+    ] = "throttle"
+    # the p of training is not in the paper; 0 switches the hinge off
+    p: Annotated[
+        float,
+        Option(
+            "Fraction of tokens up to which keeping costs nothing, Eq. (3), or which a gate keeps; by "
+            "default 0.3 for gumbel, and for the others drawn for each step between 0.05 and 0.6.",
+            OBJECTIVE,
+            least=0,
+            most=1,
+            example="0.3",
+        ),
+    ] = _CHOSEN_BY_GATE
+    p_most: Annotated[
+        float | None,
+        Option("Draw p for each step between p and this; needs a gate other than gumbel.", OBJECTIVE),
+    ] = None
+    # not in the paper
     tau_start: Annotated[
-        float, Option("Gumbel-Softmax temperature at the first step.", OBJECTIVE, above=0)
-    ] = 1.0
-    tau_end: Annotated[float, Option("Gumbel-Softmax temperature at the last step.", OBJECTIVE, above=0)] = (
-        0.5
-    )
+        float, Option("Temperature of the gate at the first step; by default 2.", OBJECTIVE, above=0)
+    ] = _CHOSEN_BY_GATE
+    tau_end: Annotated[
+        float,
+        Option(
+            "Temperature of the gate at the last step; by default 1 for gumbel and topk, 0.1 for the others.",
+            OBJECTIVE,
+            above=0,
+        ),
+    ] = _CHOSEN_BY_GATE
 
     # none of the optimisation is in the paper; 10,000 steps of 64 images are six epochs of 100K images (the
     # shipped selector of three layers had 600 steps)
@@ -155,6 +170,13 @@ class TrainConfig:
     progress: Annotated[bool, Option("Show a progress bar on stderr.", RUNNING)] = True
 
     def __post_init__(self) -> None:
+        p, p_most, *tau = _BY_GATE.get(self.gate, _BY_GATE["gumbel"])  # check_fields refuses another gate
+        if self.p is None:
+            object.__setattr__(self, "p", p)
+            object.__setattr__(self, "p_most", p_most if self.p_most is None else self.p_most)
+        for name, value in zip(("tau_start", "tau_end"), tau, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         check_fields(self)
         if self.gate != "gumbel" and not 0 < self.p < 1:
             raise TokenselError(f"p is {self.p}: the gate '{self.gate}' needs a fraction between 0 and 1")

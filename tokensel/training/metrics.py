@@ -127,7 +127,7 @@ def open_metric(
     """
     encoder, images = loader.encoder, config.images if images is None else images
     reads = encoder.read_by if encoder else ""
-    name = config.metric or ("reader" if reads and images else "features")
+    name = config.metric or ("projector" if reads else "features")
     bf16 = use_bf16(processes.device, config)
 
     def vlm() -> Vlm:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -77,6 +77,7 @@ def train(
     images: Any = None,
     features: Features | None = None,
     encoder: VisionEncoder | None = None,
+    at_save: Callable[[int, Autoencoder], None] | None = None,
 ) -> Trained:
     """Train a selector and its reconstructor by Eq. (7).
 
@@ -89,12 +90,14 @@ def train(
         images: instead of ``config.images``: whatever :func:`tokensel.data.image_sources.open_images` takes.
         features: ready-made features instead of images; no encoder is needed then.
         encoder: instead of ``config.encoder``, one in memory; with ``features``, the one that made them.
+        at_save: is called after each checkpoint of ``config.out``, in the main process, with the number of
+            steps and the two models, which it must leave as they are.
 
     Raises:
         TokenselError: no images, no encoder, a checkpoint cut short or of another training, a full disk.
     """
     with launched_processes(config.device) as processes:
-        return _train(config, processes, images, features, encoder)
+        return _train(config, processes, images, features, encoder, at_save)
 
 
 def _train(
@@ -103,6 +106,7 @@ def _train(
     images: Any,
     features: Features | None,
     encoder: VisionEncoder | None,
+    at_save: Callable[[int, Autoencoder], None] | None,
 ) -> Trained:
     local_rows = processes.local_rows(config.batch_size)
     loader = open_loader(config, processes, images, features, encoder)
@@ -158,6 +162,8 @@ def _train(
             if saving and out and processes.is_main:
                 now = replace(progress, step=step + 1, loader=loader.state())
                 save_checkpoint(out, model, optimizer, now, options)
+                if at_save:
+                    at_save(step + 1, model)
 
     skipped = sorted({name for names in processes.gather(list(loader.skipped)) for name in names})
     if skipped and processes.is_main:
@@ -327,6 +333,8 @@ def record_training(
     encoder = loader.encoder
     facts = {
         "keep": config.p,
+        "keep_most": config.p_most,
+        "gate": config.gate,
         "metric": config.metric,
         "tau_start": config.tau_start,
         "tau_end": config.tau_end,

@@ -5,7 +5,7 @@ measures of what it has learned. Everything is below one folder and resumes ther
 answers. The table has a row for each trial and budget.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,24 @@ from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.statistics import average
 from tokensel.book.mini.outliers import plant_outliers
 from tokensel.book.mini.world import DRAW, draw_page
-from tokensel.data.feature_cache import FeatureCache
-from tokensel.model.gates import GATES
+from tokensel.data.feature_cache import build_cache
+from tokensel.data.features import Features
+from tokensel.data.image_sources import open_images
+from tokensel.model.gates import GATES, threshold
+from tokensel.model.objective import distance
+from tokensel.model.reconstructor import TokenReconstructor
+from tokensel.model.selector import TokenSelector
+from tokensel.training.autoencoder import Autoencoder, Statistics
 from tokensel.training.config import TrainConfig
-from tokensel.training.metrics import METRICS
-from tokensel.training.train import Trained, train
+from tokensel.training.metrics import METRICS, Metric, open_metric
+from tokensel.training.processes import Processes
+from tokensel.training.train import first_batches, open_loader, train
 from tokensel.utils.errors import TokenselError, check_names
 from tokensel.utils.files import write_json, write_text
 from tokensel.utils.provenance import command_line, environment
+from tokensel.utils.seeds import generator
 from tokensel.vlm import load_vlm
+from tokensel.vlm.family_encoder import load_encoder
 
 __all__ = ["STUDIES", "Trial", "record"]
 
@@ -37,10 +46,10 @@ TASKS = ("forms", "charts", "posters", "scene_text", "attributes", "science", "d
 KEEPS = (0.1, 0.2, 0.3, 0.5, 0.7)
 BASELINES = ("full", "random", "uniform", "norm", "diversity")
 PAGES = 150  # of each task's training split
+HELD_OUT = 20  # of each task's validation split, for the error of the reconstruction
+JUDGED_AT = 0.3  # the budget at which it is measured, and at which selectors are compared as training goes on
 # a tower as the model that holds it, without what is made below the folder of the trials
 TRIAL_TOWERS = {"clip": "llava-next", "siglip": "llava-onevision", "outliers": "", "unlabelled": ""}
-BUDGET = {"p": 0.05, "p_most": 0.6}
-DRAWN = {"gate": "throttle", "tau_start": 2.0, "tau_end": 0.1, **BUDGET}
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Trial:
         name: tells it from others of its study and tower.
         seed: of the training.
         options: of :class:`~tokensel.training.config.TrainConfig`.
+        each: judge the selector also after each this many steps, at one budget; 0 for the last step alone.
     """
 
     study: str
@@ -60,6 +70,7 @@ class Trial:
     name: str
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    each: int = 0
 
     @property
     def folder(self) -> str:
@@ -67,7 +78,8 @@ class Trial:
 
     def config(self, out: Path, encoder: str) -> TrainConfig:
         """Its training; batches are small, so that 1,500 steps take a few minutes on one core."""
-        common: dict[str, Any] = dict(steps=1500, batch_size=16, lr=1e-3, tiles="anyres", save_every=250)
+        common: dict[str, Any] = dict(steps=1500, batch_size=16, lr=1e-3, tiles="anyres")
+        common["save_every"] = self.each or 250
         common |= dict(
             images=str(out / "pages"),
             encoder=encoder,
@@ -78,36 +90,23 @@ class Trial:
         return TrainConfig(**(common | self.options), seed=self.seed)
 
 
-def _gate(gate: str) -> dict[str, Any]:
-    """The options of a gate: the paper's has a fixed p, the others divide budgets that are drawn."""
-    if gate == "gumbel":
-        return {"gate": gate, "p": 0.3, "tau_start": 2.0, "tau_end": 1.0}
-    return {**DRAWN, "gate": gate} | ({"tau_end": 1.0} if gate == "topk" else {})
-
-
-def _one_budget(p: float) -> dict[str, Any]:
-    return {**DRAWN, "p": p, "p_most": None}
-
-
 STUDIES: dict[str, tuple[Trial, ...]] = {
     "metrics": tuple(
-        Trial("metrics", tower, metric, options={**DRAWN, "metric": metric})
+        Trial("metrics", tower, metric, options={"metric": metric})
         for tower in TRIAL_TOWERS
         for metric in METRICS
     ),
-    "gates": tuple(
-        Trial("gates", "clip", gate, seed, {**_gate(gate), "metric": "reader"})
-        for seed in range(3)
-        for gate in GATES
-    ),
+    "gates": tuple(Trial("gates", "clip", gate, seed, {"gate": gate}) for seed in range(3) for gate in GATES),
     "budgets": tuple(
-        Trial("budgets", "clip", f"{p}", seed, {**_one_budget(p), "metric": "reader"})
-        for seed in range(3)
-        for p in (0.1, 0.2, 0.3, 0.5)
+        Trial("budgets", "clip", f"{p}", seed, {"p": p}) for seed in range(3) for p in (0.1, 0.2, 0.3, 0.5)
     ),
     "length": tuple(
-        Trial("length", "clip", "5000", seed, {**DRAWN, "metric": "reader", "steps": 5000})
+        Trial("length", tower, "5000", seed, {"steps": 5000}, each=1000)
+        for tower in ("clip", "siglip")
         for seed in range(3)
+    ),
+    "rates": tuple(
+        Trial("rates", "clip", f"{rate}", 0, {"steps": 5000, "lr": rate}, each=1000) for rate in (3e-4, 1e-3)
     ),
 }
 
@@ -143,7 +142,7 @@ def record(
     trials = [trial for trial in trials if trial.tower != "unlabelled" or unlabelled]
     if not trials:
         raise TokenselError(f"no trial of {', '.join(studies)} is on {', '.join(towers)}: give other towers")
-    _draw_pages(out / "pages")
+    _draw_pages(out / "pages", "train", PAGES)
     parts = []
     for trial in tqdm(trials, desc="trials"):
         model = _model_of(trial.tower, out, unlabelled)
@@ -159,13 +158,13 @@ def record(
     return table
 
 
-def _draw_pages(folder: Path) -> None:
-    """The images that selectors are trained on; drawn once."""
+def _draw_pages(folder: Path, split: str, count: int) -> None:
+    """The first images of each task; drawn once."""
     for task in DRAW:
-        for index in range(PAGES):
-            path = folder / f"{task}-train-{index}.png"
+        for index in range(count):
+            path = folder / f"{task}-{split}-{index}.png"
             if not path.exists():
-                draw_page(task, "train", index).save(path)
+                draw_page(task, split, index).save(path)
 
 
 def _model_of(tower: str, out: Path, unlabelled: Path | None) -> str:
@@ -184,43 +183,104 @@ def _model_of(tower: str, out: Path, unlabelled: Path | None) -> str:
 
 def _run(trial: Trial, model: str, out: Path, n: int, split: str) -> pd.DataFrame:
     """Train and judge: a row for each budget and group of tasks, for the selector and for the baselines."""
-    trained = train(trial.config(out, model))
-    learned = _learned(trained, FeatureCache(out / "features" / trial.tower))
+    config, folder = trial.config(out, model), out / trial.folder
+
+    def save(step: int, autoencoder: Autoencoder) -> None:
+        if trial.each and step < config.steps:
+            autoencoder.selector.save_pretrained(folder / f"selector-{step}")
+            autoencoder.reconstructor.save_pretrained(folder / f"reconstructor-{step}")
+
+    train(config, at_save=save)
+    held_out = _held_out(trial.tower, model, out)
+    loss = _held_out_loss(config, held_out)
+    parts = []
+    for step in [*range(trial.each or config.steps, config.steps, trial.each or 1), config.steps]:
+        last = step == config.steps
+        ending = "" if last else f"-{step}"
+        selector = TokenSelector.from_pretrained(folder / f"selector{ending}")
+        reconstructor = TokenReconstructor.from_pretrained(folder / f"reconstructor{ending}")
+        rows = _answers(trial, model, out, n, split, f"selector{ending}", KEEPS if last else (JUDGED_AT,))
+        learned = {"l_rec": loss(selector, reconstructor)} | _learned(selector, held_out)
+        parts.append(rows.assign(steps=step, **learned))
+    rows = pd.concat(parts, ignore_index=True)
+    trial_columns = {"study": trial.study, "tower": trial.tower, "name": trial.name, "seed": trial.seed}
+    return rows.assign(**trial_columns, n=n, split=split)
+
+
+def _answers(
+    trial: Trial, model: str, out: Path, n: int, split: str, selector: str, keeps: tuple[float, ...]
+) -> pd.DataFrame:
+    """The model's scores behind a selector of the trial; at all budgets, behind the baselines too."""
+    folder = out / trial.folder
     config = EvalConfig(
         model=model,
         suite=SUITE,
         benchmarks=TASKS,
-        methods=(*BASELINES, "selector"),
-        keeps=KEEPS,
+        methods=(*BASELINES, "selector") if keeps == KEEPS else ("selector",),
+        keeps=keeps,
         n=n,
         split=split,
         seeds=(0, 1, 2),
-        selector=str(out / trial.folder / "selector"),
+        selector=str(folder / selector),
         thumbnail="last",
         out=str(out / "answers"),
-        name=f"{trial.folder}-{split}-{n}",
+        name=f"{trial.folder}-{selector}-{split}-{n}",
     )
     scores = pd.read_csv(str(evaluate(config).table))
-    rows = average(scores, ["method", "keep", "group"]).reset_index()  # of random selection, over its seeds
-    trial_columns = {"study": trial.study, "tower": trial.tower, "name": trial.name, "seed": trial.seed}
-    return rows.assign(**trial_columns, n=n, split=split, **learned)
+    return average(scores, ["method", "keep", "group"]).reset_index()  # of random selection, over its seeds
+
+
+def _held_out(tower: str, model: str, out: Path) -> Features:
+    """Features of tiles that no selector is trained on, in memory."""
+    pages = out / "pages-validation"
+    _draw_pages(pages, "validation", HELD_OUT)
+    folder = out / "features" / f"{tower}-validation"
+    cache = build_cache(
+        folder, open_images(str(pages)), load_encoder(model, "cpu", torch.float32), "anyres", progress=False
+    )
+    return cache[torch.arange(len(cache))]
+
+
+def _held_out_loss(
+    config: TrainConfig, held_out: Features
+) -> Callable[[TokenSelector, TokenReconstructor], float]:
+    """L_rec on held-out tiles, where the best tokens are kept and no others, measured as in the training."""
+    processes = Processes(torch.device("cpu"))
+    loader = open_loader(config, processes, None, None, None)
+    _, metric = open_metric(config, processes, loader, None, lambda: first_batches(loader, config))
+    noise = torch.randn(held_out.tokens.shape, generator=generator(0, "held out"))
+
+    @torch.no_grad()
+    def loss(selector: TokenSelector, reconstructor: TokenReconstructor) -> float:
+        errors = []
+        for start in range(0, len(held_out), 128):
+            rows = slice(start, start + 128)
+            tokens = held_out.tokens[rows].float()
+            scores = selector.scores(tokens)
+            mask = (scores > threshold(scores, JUDGED_AT)).float()
+            instead = noise[rows] if config.gate == "throttle" else None
+            reconstructed = reconstructor(selector.masked(tokens, mask, instead))
+            errors.append(distance(metric(reconstructed), metric(tokens)))
+        return float(torch.cat(errors).mean() / _scale(metric, held_out))
+
+    return loss
+
+
+def _scale(metric: Metric, held_out: Features) -> float:
+    with torch.no_grad():
+        return Statistics.of([held_out], metric).scale
 
 
 @torch.no_grad()
-def _learned(trained: Trained, features: FeatureCache, most: int = 512) -> dict[str, float]:
-    """How the loss ended, and what explains the selector's scores of ``most`` tiles that it was trained on.
+def _learned(selector: TokenSelector, held_out: Features) -> dict[str, float]:
+    """What explains a selector's scores.
 
-    ``place`` is the share of the scores' variance that the place in the tile explains; ``norm`` is Spearman's
+    ``place`` is the share of their variance that the place in the tile explains; ``norm`` is Spearman's
     correlation with the length of a token.
     """
-    tiles = torch.arange(0, len(features), -(-len(features) // most))
-    tokens = features[tiles].tokens.float()
-    scores = trained.selector.scores(tokens)
-    history = torch.tensor([step["l_rec"] for step in trained.history])
-    losses = history.unfold(0, min(100, len(history)), 1).mean(1)  # of 100 steps each
+    tokens = held_out.tokens.float()
+    scores = selector.scores(tokens)
     return {
-        "l_rec": float(losses[-1]),
-        "l_rec_best": float(losses.min()),
         "place": float(scores.mean(0).var(correction=0) / scores.var(correction=0)),
         "norm": _spearman(scores, tokens.norm(dim=-1)),
     }
