@@ -7,7 +7,7 @@ channels is in data/README.md.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal, Self, no_type_check
+from typing import Annotated, Any, Literal, TypeVar, no_type_check
 
 from tokensel.utils.errors import TokenselError, check_names
 from tokensel.utils.options import SEED_MOST, Option, check_fields, revision_option
@@ -211,6 +211,8 @@ FREE = frozenset(
     {"out", "save_every", "log_every", "workers", "device", "progress", "images", "encoder", "cache"}
 )
 
+_Config = TypeVar("_Config", bound="FrozenModelConfig")  # a subclass makes its own kind
+
 
 @no_type_check  # check_fields does it, with a message for users
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class FrozenModelConfig:
         check_fields(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
         """Make a configuration from names and values.
 
         Raises:
