@@ -13,7 +13,7 @@ from tokensel.benchmarks.shards import Shard
 from tokensel.cost.answers import Work
 from tokensel.utils.provenance import json_digest
 
-__all__ = ["RecordFile", "count_missing", "load_records", "missing_questions"]
+__all__ = ["RecordFile", "count_missing", "load_records", "missing_questions", "question_scores"]
 
 _SPOT_CHECKS = 16  # images of recorded questions that are compared before an evaluation resumes
 
@@ -90,3 +90,11 @@ def missing_questions(questions: Questions, file: RecordFile) -> list[int]:
 def count_missing(questions: Questions, files: dict[Condition, RecordFile]) -> int:
     """How many answers to ``questions`` are missing under all conditions together."""
     return sum(len(missing_questions(questions, file)) for file in files.values())
+
+
+def question_scores(questions: Questions, files: dict[Condition, RecordFile]) -> dict[Condition, list[float]]:
+    """The score of each row of the benchmark under each condition, in its order; no answer may be missing."""
+    return {
+        condition: [questions.score(i, file.predictions[name]) for i, name in enumerate(questions.ids)]
+        for condition, file in files.items()
+    }

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -13,7 +13,7 @@ from tokensel.benchmarks.answering import answer_missing
 from tokensel.benchmarks.conditions import Condition, check_pairs, parse_pairs
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.questions import Questions, load_questions
-from tokensel.benchmarks.record_files import RecordFile, count_missing, load_records
+from tokensel.benchmarks.record_files import RecordFile, count_missing, load_records, question_scores
 from tokensel.benchmarks.records import sole_writer
 from tokensel.benchmarks.results import (
     CATEGORIES,
@@ -32,7 +32,7 @@ from tokensel.utils.provenance import command_line, environment
 
 __all__ = ["Evaluation", "evaluate"]
 
-Files = Sequence[Mapping[Condition, RecordFile]]  # by benchmark, then by condition
+Files = Sequence[dict[Condition, RecordFile]]  # by benchmark, then by condition
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,7 @@ def _write_tables(
     rows, differences, categories = [], [], []
     for part, part_files in zip(questions, files):
         benchmark = part.benchmark
-        scores = {
-            condition: [part.score(i, file.predictions[name]) for i, name in enumerate(part.ids)]
-            for condition, file in part_files.items()
-        }
+        scores = question_scores(part, part_files)
         costs = {
             condition: session.mean_cost(condition, [file.work[name] for name in part.ids])
             for condition, file in part_files.items()

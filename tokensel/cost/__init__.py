@@ -15,6 +15,7 @@ from tokensel.cost.count import (
     layers_read,
     step_bytes,
 )
+from tokensel.cost.layers import keep_at_share, layer_shares, mean_share, mean_tokens, prefill_flops
 
 __all__ = [
     "Cost",
@@ -28,8 +29,13 @@ __all__ = [
     "count_vision",
     "first_token",
     "held_tokens",
+    "keep_at_share",
     "kv_bytes",
+    "layer_shares",
     "layers_read",
+    "mean_share",
+    "mean_tokens",
+    "prefill_flops",
     "step_bytes",
     "work_cost",
 ]
