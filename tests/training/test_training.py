@@ -336,6 +336,22 @@ def test_a_gate_and_a_budget_that_do_not_fit_are_one_line(options, line):
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_a_threshold_keeps_its_share_of_the_tokens_of_the_training(gate):
+    features = random_features(tiles=200)
+    config = small_config(gate=gate, steps=50, statistics_tiles=200)
+    selector = train(config, features=features).selector
+    scores = selector.scores(features.tokens)
+    for keep in (0.05, 0.3, 0.333, 0.8):
+        assert (scores > selector.threshold(keep)).float().mean().item() == pytest.approx(keep, abs=0.01)
+    assert selector.threshold(1.0) == -float("inf")
+    with pytest.raises(TokenselError, match=r"keep is 0\.0: give a fraction above 0"):
+        selector.threshold(0.0)
+    selector.config.thresholds = None
+    with pytest.raises(TokenselError, match="saved without thresholds: train it again"):
+        selector.threshold(0.3)
+
+
 def test_after_a_gate_that_divides_a_budget_scores_above_zero_are_that_budget():
     features = random_features()
     config = small_config(gate="topk", p=0.25, steps=10, statistics_tiles=40)

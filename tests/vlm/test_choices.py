@@ -88,6 +88,24 @@ def test_the_adaptive_mask_keeps_what_scores_above_zero(vlm):
         reduce(encoded, make_scorer("norm"), None)
 
 
+def test_one_threshold_for_all_images_keeps_more_of_the_fuller_one(vlm):
+    encoded = encode(vlm.model, ask(vlm, [0, 1]))
+    scores = torch.rand(encoded.features.tokens.shape[:2], generator=torch.Generator().manual_seed(0))
+    scores[: encoded.layout.tiles[0]] += 0.4  # the first image has more to show
+    scorer = GivenScores(scores)
+    scorer.threshold = lambda keep: 1 - keep
+    reduced = reduce(encoded, scorer, 0.3, budget="threshold")
+    assert torch.equal(reduced.kept, (scores > 0.7) & encoded.layout.valid)
+    shares = reduced.n_visual / reduced.n_visual_full
+    assert shares[0] > shares[1] + 0.2
+    whole = reduce(encoded, scorer, 1.0, budget="threshold")
+    assert torch.equal(whole.n_visual, whole.n_visual_full)
+    with pytest.raises(TokenselError, match="'norm' has no threshold: choose budget image or tile"):
+        reduce(encoded, make_scorer("norm"), 0.3, budget="threshold")
+    with pytest.raises(TokenselError, match=r"keep is 1\.2: give a fraction"):
+        reduce(encoded, scorer, 1.2, budget="threshold")
+
+
 def test_scores_are_computed_once(vlm):
     encoded, calls = encode(vlm.model, ask(vlm, [0])), []
     scorer = GivenScores(torch.rand(encoded.features.tokens.shape[:2]))

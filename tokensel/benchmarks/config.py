@@ -146,7 +146,11 @@ class EvalConfig:
     ] = "auto"
     # these four are explained in tokensel.vlm.choose.Choices
     budget: Annotated[
-        Literal["image", "tile"], Option("Keep the fraction of each image, or of each tile.", BEFORE)
+        Literal["image", "tile", "threshold"],
+        Option(
+            "Keep the fraction of each image, of each tile, or on average, by one threshold for all images.",
+            BEFORE,
+        ),
     ] = "image"
     thumbnail: Annotated[
         Literal["compete", "keep", "last", "drop"],

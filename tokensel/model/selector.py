@@ -1,9 +1,11 @@
 """The feature selector S of Sec. 4.1.1: three Transformer layers and a Gumbel-Softmax head (Fig. 2)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import no_type_check
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -14,13 +16,19 @@ from tokensel.model.base import CoreConfig, CoreModel
 from tokensel.model.gates import alone, gate_mask, mix_noise
 from tokensel.model.gumbel import DROP, KEEP
 from tokensel.model.layers import Standardised, Trunk, full_precision
+from tokensel.utils.errors import TokenselError
 
 
 @no_type_check
 class SelectorConfig(CoreConfig):
-    """Shape and history of a :class:`TokenSelector`; the fields are those of ``CoreConfig``."""
+    """Shape and history of a :class:`TokenSelector`: the fields of ``CoreConfig``, and this.
+
+    Attributes:
+        thresholds: the scores above which 1, 2, ... 99 % of the tokens lie, on tiles of the training.
+    """
 
     model_type = "tokensel-selector"
+    thresholds: list[float] | None = None
 
 
 @dataclass
@@ -162,6 +170,24 @@ class TokenSelector(CoreModel):
     ) -> Bool[Tensor, "batch tokens"]:
         """The mask of inference: True where the keep logit wins; the count differs from image to image."""
         return self.scores(features, valid) > 0
+
+    def threshold(self, keep: float) -> float:
+        """The score above which the fraction ``keep`` of the tokens lies that it was trained on.
+
+        With it in place of a count, a full image keeps more than an empty one.
+
+        Raises:
+            TokenselError: ``keep`` outside (0, 1], or a selector that was saved without thresholds.
+        """
+        if not 0 < keep <= 1:
+            raise TokenselError(f"keep is {keep}: give a fraction above 0 and at most 1")
+        if not self.config.thresholds:
+            raise TokenselError("this selector was saved without thresholds: train it again, or give a count")
+        if keep == 1:
+            return -math.inf
+        known = self.config.thresholds
+        shares = [(index + 1) / (len(known) + 1) for index in range(len(known))]
+        return float(np.interp(keep, shares, known))
 
     def keep_mask(
         self,

@@ -56,6 +56,7 @@ class Scorer(Protocol):
     A scorer may also have what these are for:
 
     - ``check_model(config)`` raises ``TokenselError`` for models that it does not fit;
+    - ``threshold(keep)`` is the score above which it keeps a fraction of an average image's tokens;
     - ``needs_question = True``: it reads ``Features.relevance``, which is computed only for those that do;
     - ``needs_projection = True``: its ``Features.tokens`` are what the model's projector makes of them;
     - ``merge(features, kept)`` returns the features that kept tokens have when dropped ones are merged into

@@ -35,6 +35,10 @@ class SelectorScorer(LearnedScorer):
         """
         super().__init__(selector)
 
+    def threshold(self, keep: float) -> float:
+        """The score above which a fraction of the tokens of its training lies, see the selector's own."""
+        return self.model.threshold(keep)
+
     def _scores(
         self, model: TokenSelector, features: Features, tokens: Float[Tensor, "tiles tokens channels"]
     ) -> Float[Tensor, "tiles tokens"]:

@@ -170,8 +170,7 @@ def _train(
         names = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
         tqdm.write(f"skipped {len(skipped)} of the images, which cannot be read: {names}", file=sys.stderr)
     model.to("cpu").eval()
-    if config.gate != "gumbel":
-        calibrate(model.selector, loader, config)
+    calibrate(model.selector, loader, config)
     record_training(model, config, loader, progress.scale, history)
     if out and processes.is_main:
         model.selector.save_pretrained(out / "selector")
@@ -294,16 +293,20 @@ def measure_statistics(
 
 @torch.no_grad()
 def calibrate(selector: TokenSelector, loader: FeatureLoader, config: TrainConfig) -> None:
-    """Shift the scores so that those above 0, which the selector keeps without a budget, are p of all.
+    """Measure the selector's thresholds on the tiles of the statistics, and give its scores their zero.
 
-    Of budgets that were drawn, the middle one.
-
-    Under a gate that divides a budget nothing else fixes their zero. Measured on the tiles of the statistics.
+    Those above 0, which it keeps without a budget, become p of all, or the middle of budgets that were drawn.
+    The paper's gate fixes the zero itself; under a gate that divides a budget nothing else does.
     """
     batches = (batch.to("cpu") for batch in first_batches(loader, config))
     parts = [(selector.scores(batch.tokens, batch.valid, batch.grid), batch.valid) for batch in batches]
     scores = torch.cat([s.flatten() if v is None else s[v] for s, v in parts])
-    selector.head.bias[KEEP] -= threshold(scores[None], (config.p + (config.p_most or config.p)) / 2)
+    if config.gate != "gumbel":
+        zero = threshold(scores[None], (config.p + (config.p_most or config.p)) / 2)
+        selector.head.bias[KEEP] -= zero
+        scores = scores - zero
+    shares = torch.arange(99, 0, -1, dtype=torch.float64) / 100  # above the quantile of .99 lies 1 %
+    selector.config.thresholds = torch.quantile(scores.double(), shares).tolist()
 
 
 def history_records(

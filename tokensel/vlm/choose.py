@@ -26,18 +26,20 @@ class Choices:
 
     Attributes:
         budget: "image": one competition among all visual cells of an image; "tile": every tile keeps the same
-            share of its own (the two keep equally many in total).
+            share of its own (the two keep equally many in total); "threshold": every cell stays that scores
+            above one threshold, at which the scorer keeps the fraction on average over the images that it was
+            trained on, so that full images keep more and empty ones less.
         thumbnail: "compete": its cells are treated like all others; "keep": they are kept first, and the
             high-resolution cells share what is left; "last": they share what the high-resolution cells leave;
             "drop": only high-resolution cells are kept, where there are any. All four keep the same number,
-            as far as there are enough cells. With ``keep=None``, where a selector decides by itself, "last"
-            equals "compete".
+            as far as there are enough cells. Where a threshold decides, with ``keep=None`` or the budget
+            "threshold", "last" equals "compete".
         newline: "keep" all, "drop" all, or "row": keep the newline of a row where a cell of the row stays.
         positions: "compact": kept tokens are renumbered without gaps; "original": every token keeps the
             position it has in the full sequence.
     """
 
-    budget: Literal["image", "tile"] = "image"
+    budget: Literal["image", "tile", "threshold"] = "image"
     thumbnail: Literal["compete", "keep", "last", "drop"] = "compete"
     newline: Literal["keep", "drop", "row"] = "keep"
     positions: Literal["compact", "original"] = "original"
@@ -105,7 +107,7 @@ def choose_cells(
     source, thumbnail, images = layout.source[cell], layout.thumbnail[cell], len(layout.tiles)
     image, slot, total = layout.slots
     amount = fraction_count(total, keep)
-    if choices.budget == "image":
+    if choices.budget != "tile":
         group, shape = image, (images, int(total.max()) if images else 0)
     else:
         group, slot, shape = (

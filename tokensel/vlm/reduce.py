@@ -197,7 +197,8 @@ def reduce(
         encoded: the batch, from :func:`~tokensel.vlm.encode.encode`.
         scorer: ranks the tokens; may be ``None`` when everything is kept.
         keep: fraction of the visual tokens of each image to keep, in (0, 1], newlines not counted; ``None``
-            for as many as an adaptive scorer itself would keep, whatever the budget.
+            for as many as an adaptive scorer itself would keep, whatever the budget. With the budget
+            "threshold" it is the fraction of an average image.
         choices: see :class:`~tokensel.vlm.choose.Choices`.
 
     Returns:
@@ -218,6 +219,8 @@ def reduce(
     scores = torch.zeros(len(layout.source)) if scorer is None else encoded.score(scorer)
     if keep is None:
         cells = adaptive_cells(layout, scores, options)
+    elif options.budget == "threshold" and keep != 1.0:
+        cells = adaptive_cells(layout, scores - _threshold(scorer, keep), options)
     else:
         cells = choose_cells(layout, scores, keep, options)
     kept = add_newlines(layout, cells, options.newline)
@@ -237,6 +240,21 @@ def reduce(
         kept=layout.spread(cells),
         tiles=_tile_columns(layout, kept, marks[0]),
     )
+
+
+def _threshold(scorer: Any, keep: float) -> float:
+    """The score above which a scorer keeps a fraction of the tokens on average.
+
+    Raises:
+        TokenselError: the scorer knows none, or ``keep`` is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise TokenselError(f"keep is {keep}: give a fraction above 0 and at most 1")
+    if not hasattr(scorer, "threshold"):
+        raise TokenselError(
+            f"scorer '{scorer.name}' has no threshold: choose budget image or tile, or scorer selector"
+        )
+    return scorer.threshold(keep)
 
 
 def reduce_inputs(

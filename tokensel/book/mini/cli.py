@@ -66,6 +66,22 @@ def selectors(
     typer.echo(f"finished: {table}")
 
 
+@app.command("counts")
+def counts(
+    table: Annotated[Path, typer.Option(help="CSV file to write; its provenance beside it")],
+    out: Annotated[Path, typer.Option(help="folder of `mini selectors`; what it lacks is made")] = Path(
+        "_build/selectors"
+    ),
+    n: Annotated[int, typer.Option(min=1, help="questions a task")] = 400,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+) -> None:
+    """Compare a count for each image with an equal share of every image; after a kill, it resumes."""
+    from tokensel.book.mini.selectors import record_counts
+
+    record_counts(out, table, n, split)
+    typer.echo(f"finished: {table}")
+
+
 @app.command("draw")
 def draw_pages(
     tasks: Annotated[

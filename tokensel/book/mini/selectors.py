@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.statistics import average
+from tokensel.book.mini.counts import compare_counts
 from tokensel.book.mini.outliers import plant_outliers
 from tokensel.book.mini.world import DRAW, draw_page
 from tokensel.data.feature_cache import build_cache
@@ -39,7 +40,7 @@ from tokensel.utils.seeds import generator
 from tokensel.vlm import load_vlm
 from tokensel.vlm.family_encoder import load_encoder
 
-__all__ = ["STUDIES", "Trial", "record"]
+__all__ = ["STUDIES", "Trial", "record", "record_counts"]
 
 SUITE = "tokensel.book.mini.suite"
 TASKS = ("forms", "charts", "posters", "scene_text", "attributes", "science", "diagrams", "mixed")
@@ -101,12 +102,9 @@ STUDIES: dict[str, tuple[Trial, ...]] = {
         Trial("budgets", "clip", f"{p}", seed, {"p": p}) for seed in range(3) for p in (0.1, 0.2, 0.3, 0.5)
     ),
     "length": tuple(
-        Trial("length", tower, "5000", seed, {"steps": 5000}, each=1000)
+        Trial("length", tower, "5000", seed, {"steps": 5000, "lr": 3e-4}, each=1000)
         for tower in ("clip", "siglip")
         for seed in range(3)
-    ),
-    "rates": tuple(
-        Trial("rates", "clip", f"{rate}", 0, {"steps": 5000, "lr": rate}, each=1000) for rate in (3e-4, 1e-3)
     ),
 }
 
@@ -149,13 +147,19 @@ def record(
         parts.append(_run(trial, model, out, n, split))
         rows = pd.concat(parts, ignore_index=True)
         write_text(table, rows.to_csv(index=False, float_format="%.6g"))
-    provenance = environment(torch.device("cpu")) | {
-        "studies": {study: len([t for t in trials if t.study == study]) for study in studies},
-        "questions": {"n": n, "split": split, "suite": SUITE, "tasks": TASKS},
-        "command": command_line(),
-    }
-    write_json(table.with_suffix(".provenance.json"), provenance)
+    _write_provenance(table, n, split)
     return table
+
+
+def _write_provenance(table: Path, n: int, split: str) -> None:
+    questions = {"n": n, "split": split, "suite": SUITE, "tasks": TASKS}
+    provenance = environment(torch.device("cpu")) | {"questions": questions, "command": command_line()}
+    write_json(table.with_suffix(".provenance.json"), provenance)
+
+
+def _choices(model: str, n: int, split: str) -> dict[str, Any]:
+    """What all evaluations here have in common."""
+    return {"model": model, "suite": SUITE, "benchmarks": TASKS, "n": n, "split": split}
 
 
 def _draw_pages(folder: Path, split: str, count: int) -> None:
@@ -212,20 +216,16 @@ def _answers(
 ) -> pd.DataFrame:
     """The model's scores behind a selector of the trial; at all budgets, behind the baselines too."""
     folder = out / trial.folder
-    config = EvalConfig(
-        model=model,
-        suite=SUITE,
-        benchmarks=TASKS,
-        methods=(*BASELINES, "selector") if keeps == KEEPS else ("selector",),
-        keeps=keeps,
-        n=n,
-        split=split,
-        seeds=(0, 1, 2),
-        selector=str(folder / selector),
-        thumbnail="last",
-        out=str(out / "answers"),
-        name=f"{trial.folder}-{selector}-{split}-{n}",
-    )
+    own = {
+        "methods": (*BASELINES, "selector") if keeps == KEEPS else ("selector",),
+        "keeps": keeps,
+        "seeds": (0, 1, 2),
+        "selector": str(folder / selector),
+        "thumbnail": "last",
+        "out": str(out / "answers"),
+        "name": f"{trial.folder}-{selector}-{split}-{n}",
+    }
+    config = EvalConfig.from_dict(_choices(model, n, split) | own)
     scores = pd.read_csv(str(evaluate(config).table))
     return average(scores, ["method", "keep", "group"]).reset_index()  # of random selection, over its seeds
 
@@ -241,13 +241,30 @@ def _held_out(tower: str, model: str, out: Path) -> Features:
     return cache[torch.arange(len(cache))]
 
 
+def record_counts(out: Path, table: Path, n: int = 400, split: str = "test") -> Path:
+    """A count for each image against an equal share of every image, behind the first trial of "length".
+
+    Args:
+        out, table, n, split: as for :func:`record`.
+    """
+    _draw_pages(out / "pages", "train", PAGES)
+    trial = STUDIES["length"][0]
+    model = _model_of(trial.tower, out, None)
+    config = trial.config(out, model)
+    train(config)
+    choices = _choices(model, n, split) | {"thumbnail": "drop"}  # a threshold knows no order of tiles
+    held_out = _held_out(trial.tower, model, out)
+    rows = compare_counts(choices, out / trial.folder, held_out, _metric(config))
+    write_text(table, rows.to_csv(index=False, float_format="%.6g"))
+    _write_provenance(table, n, split)
+    return table
+
+
 def _held_out_loss(
     config: TrainConfig, held_out: Features
 ) -> Callable[[TokenSelector, TokenReconstructor], float]:
     """L_rec on held-out tiles, where the best tokens are kept and no others, measured as in the training."""
-    processes = Processes(torch.device("cpu"))
-    loader = open_loader(config, processes, None, None, None)
-    _, metric = open_metric(config, processes, loader, None, lambda: first_batches(loader, config))
+    metric = _metric(config)
     noise = torch.randn(held_out.tokens.shape, generator=generator(0, "held out"))
 
     @torch.no_grad()
@@ -264,6 +281,13 @@ def _held_out_loss(
         return float(torch.cat(errors).mean() / _scale(metric, held_out))
 
     return loss
+
+
+def _metric(config: TrainConfig) -> Metric:
+    """The metric of a training."""
+    processes = Processes(torch.device("cpu"))
+    loader = open_loader(config, processes, None, None, None)
+    return open_metric(config, processes, loader, None, lambda: first_batches(loader, config))[1]
 
 
 def _scale(metric: Metric, held_out: Features) -> float:

@@ -1,0 +1,106 @@
+"""A scorer that spends tokens where the reconstruction still needs them, for the budget "threshold".
+
+The selector ranks the tokens of a tile; the reconstructor trained beside it tells how far the tile is from
+being reconstructed when only the first of them are kept. A token scores the error that is left before it is
+kept, so that one threshold for all tiles is a threshold on the expected error, and a full tile gets more
+tokens than an empty one.
+"""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokensel.data.features import Features
+from tokensel.model.objective import distance
+from tokensel.model.reconstructor import TokenReconstructor
+from tokensel.model.selector import TokenSelector
+from tokensel.scorers import SCORERS
+from tokensel.scorers.ranks import falling_ranks
+from tokensel.training.metrics import Metric
+from tokensel.utils.seeds import generator
+
+__all__ = ["ExpectedErrorScorer", "register_expected_error"]
+
+_STEPS = 24  # shares of a tile at which its error is computed; between them it is interpolated
+
+
+class ExpectedErrorScorer:
+    """Scores tokens by the error of the reconstruction that is left without them, in units of ``metric``.
+
+    The order inside a tile is the selector's.
+    """
+
+    name = "expected-error"
+    needs_cls_attention = False
+    scope = "tile"
+    adaptive = False
+
+    def __init__(self, selector: TokenSelector, reconstructor: TokenReconstructor, metric: Metric):
+        """
+        Args:
+            selector, reconstructor: trained together.
+            metric: maps features to the space where they were trained to be close.
+        """
+        self.selector, self.reconstructor, self.metric = selector, reconstructor, metric
+        self.thresholds: list[float] = []
+
+    @torch.no_grad()
+    def __call__(self, features: Features) -> Float[Tensor, "tiles tokens"]:
+        """Errors that fall from the first to the last token of a tile."""
+        tokens = features.tokens.float()
+        ranks = falling_ranks(self.selector.scores(tokens))
+        count = tokens.shape[1]
+        shares = sorted({round(count * step / _STEPS) for step in range(_STEPS)})
+        errors = torch.stack([self._error(tokens, ranks < kept) for kept in shares], dim=1)
+        # more tokens never make an error larger that is allowed for
+        errors = errors.cummin(dim=1).values
+        return _interpolated(errors, torch.tensor(shares, device=tokens.device), ranks)
+
+    def _error(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "tiles"]:
+        noise = None
+        if self.selector.config.gate == "throttle":
+            noise = torch.randn(tokens.shape[1:], generator=generator(0, "expected error")).to(tokens)
+            noise = noise.expand_as(tokens)
+        restored = self.reconstructor(self.selector.masked(tokens, mask.float(), noise))
+        return distance(self.metric(restored), self.metric(tokens))
+
+    def calibrate(self, features: Features) -> None:
+        """Measure the thresholds on tiles: the scores above which 1, 2, ... 99 % of their tokens lie."""
+        shares = torch.arange(99, 0, -1, dtype=torch.float64) / 100
+        self.thresholds = torch.quantile(self(features).double().flatten(), shares).tolist()
+
+    def threshold(self, keep: float) -> float:
+        """The score above which the fraction ``keep`` of the tokens lies that it was calibrated on."""
+        if keep == 1:
+            return -math.inf
+        return float(np.interp(keep, np.arange(1, 100) / 100, self.thresholds))
+
+
+def _interpolated(errors: Tensor, at: Tensor, ranks: Tensor) -> Float[Tensor, "tiles tokens"]:
+    """``errors [tiles, shares]``, known where ``at`` tokens are kept, at the rank of each token."""
+    right = torch.searchsorted(at, ranks.contiguous(), right=True).clamp(max=len(at) - 1)
+    left = (right - 1).clamp(min=0)
+    weight = ((ranks - at[left]) / (at[right] - at[left]).clamp(min=1)).clamp(0, 1)
+    low, high = errors.gather(1, left), errors.gather(1, right)
+    # a token of a higher rank scores lower, however flat the curve is
+    return low + (high - low) * weight - 1e-6 * ranks
+
+
+def register_expected_error(scorer: ExpectedErrorScorer, digest: str) -> None:
+    """Make a method of it: ``expected-error`` can be evaluated from here on, in this process.
+
+    Args:
+        scorer: the scorer.
+        digest: of its weights. Answers are kept by the name of the class, and another selector's are not
+            its own.
+    """
+
+    class Given(ExpectedErrorScorer):
+        def __init__(self) -> None:  # a method makes its scorer from options, and this one has none
+            self.__dict__.update(scorer.__dict__)
+
+    Given.__qualname__ = f"{scorer.name} {digest}"
+    SCORERS[scorer.name] = Given
