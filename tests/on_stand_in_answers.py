@@ -26,7 +26,7 @@ from tokensel.cost import answer_costs, answer_work
 from tokensel.data.encoders import VisionEncoder
 from tokensel.doctor import examine
 from tokensel.methods import Batch, methods, prepare
-from tokensel.schedules import FastOcr
+from tokensel.schedules import Clse, FastOcr
 from tokensel.schedules.vtw import withdrawal_divergence
 from tokensel.scorers import SCORERS, make_scorer
 from tokensel.utils.errors import TokenselError
@@ -182,6 +182,11 @@ def test_other_families_make_the_same_prompts_and_answers(device, family, tmp_pa
             batch.vlm.generate(made, 6) for batch, made in zip(batches, (expected, reduced), strict=True)
         )
         assert answers == expected
+    full, schedule = [prepare(batch, "full") for batch in batches], Clse(0.5, (1, 2, 3))
+    expected, answers = (
+        batch.vlm.generate(made, 6, schedule) for batch, made in zip(batches, full, strict=True)
+    )
+    assert answers == expected
     assert examine(batches[1].vlm)[4:] == examine(batches[0].vlm)[4:]  # all but where the model is
     encoder = load_encoder(tmp_path)
     expected = encoder.encode([noise_image(40, 48), noise_image(30, 60)])

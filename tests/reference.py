@@ -139,7 +139,8 @@ def masked_reference(
     """
     lm = vlm.model.get_decoder()
     layers = lm.layers
-    embeds, mask, logits, tokens = reduced["inputs_embeds"], reduced["attention_mask"], [], []
+    more = reduced.for_decoder  # embeddings, and with Qwen3-VL what it adds after its first layers
+    embeds, mask, logits, tokens = more.pop("inputs_embeds"), reduced["attention_mask"], [], []
     positions = reduced.get("position_ids", (mask.cumsum(1) - 1).clamp(min=0))  # [(axes,) rows, length]
     rows, prompt = mask.shape
     visual, newlines = reduced.visual.tolist(), reduced.newlines.tolist()
@@ -190,6 +191,7 @@ def masked_reference(
                 position_ids=positions,
                 output_attentions=True,
                 use_cache=False,
+                **more,
             ).attentions
             paid = attentions[start - 1][:, :, -1]
             keep = schedule.entering(start, step, partial(mass, paid))
@@ -206,13 +208,16 @@ def masked_reference(
                 for column in gone:
                     gone_at[row, column] = step
         hidden = lm(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **more
         ).last_hidden_state[:, -1]
         logits.append(vlm.model.lm_head(hidden))
         tokens.append(logits[-1].argmax(-1))
         embeds = torch.cat([embeds, lm.embed_tokens(tokens[-1])[:, None]], 1)
         mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
         positions = torch.cat([positions, positions[..., -1:] + 1], -1)
+        if "visual_pos_masks" in more:
+            marks = more["visual_pos_masks"]
+            more["visual_pos_masks"] = torch.cat([marks, marks.new_zeros(rows, 1)], 1)
     for hook in hooks:
         hook.remove()
     vlm.model.set_attn_implementation(attn)

@@ -85,7 +85,8 @@ def scores_by_hand(schedule, layer: int, row: Row, eager: dict) -> tuple[dict[in
         layer: at whose entrance cells are dropped.
         row: what is left of it.
         eager: of this row, ``attention`` [layers, heads, queries, keys] and without rotation ``plain``
-            [heads, keys] of the last token in the layer before, and ``hidden`` [layers + 1, length, width].
+            [heads, keys] of the last token in the layer before, and what enters each layer,
+            ``hidden`` [length, width] by layer.
     """
     paid = eager["attention"][layer - 1].mean(0)
     last, cells = paid[-1], [c for c in row.left if c in row.cells]
@@ -158,7 +159,8 @@ def staged_reference(
     newlines.
     """
     lm = vlm.model.get_decoder()
-    embeds, mask, logits, tokens = reduced["inputs_embeds"], reduced["attention_mask"], [], []
+    more = reduced.for_decoder  # embeddings, and with Qwen3-VL what it adds after its first layers
+    embeds, mask, logits, tokens = more.pop("inputs_embeds"), reduced["attention_mask"], [], []
     batch, prompt = mask.shape
     rows = [Row(reduced, row, None if grids is None else grids[row]) for row in range(batch)]
     positions = reduced.get("position_ids", (mask.cumsum(1) - 1).clamp(min=0))  # [(axes,) rows, length]
@@ -176,16 +178,24 @@ def staged_reference(
 
     recycled: dict[int, list[tuple[int, int, torch.Tensor]]] = {}  # by layer: row, column and what it becomes
 
+    entered: dict[int, torch.Tensor] = {}  # hidden states at the entrance of each layer, in the last run
+
     def hide(index, _layer, args, kwargs):
         hidden = args[0].clone()
         for row, column, state in recycled.get(index, []):
             hidden[row, column] = state
+        entered[index] = hidden
         added = torch.zeros(batch, mask.shape[1], mask.shape[1]).masked_fill_(~allowed(index), -1e30)
         return (hidden, *args[1:]), kwargs | {"attention_mask": added[:, None]}
 
     def run(**options):
         return lm(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **options
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            **more,
+            **options,
         )
 
     attn = vlm.model.config._attn_implementation
@@ -195,7 +205,8 @@ def staged_reference(
         for i, layer in enumerate(lm.layers)
     ]
     for layer in schedule.layers():
-        out = run(output_attentions=True, output_hidden_states=True)
+        out = run(output_attentions=True)
+        states = dict(entered)
         if getattr(schedule, "prior", "token") == "forward":
             for number, row in enumerate(rows):
                 unread[number, [c for c in row.columns[1:-1] if not row.visual[c]]] = True
@@ -203,11 +214,11 @@ def staged_reference(
             unread.zero_()
         else:
             blind = torch.zeros(batch, prompt)
-        plain = unrotated(lm, layer - 1, out.hidden_states[layer - 1], allowed(layer - 1))
+        plain = unrotated(lm, layer - 1, states[layer - 1], allowed(layer - 1))
         for number, row in enumerate(rows):
             eager = {
                 "attention": [attention[number] for attention in out.attentions],
-                "hidden": [states[number] for states in out.hidden_states],
+                "hidden": {index: at[number] for index, at in states.items()},
                 "plain": plain[number],
                 "blind": blind[number],
             }
@@ -222,6 +233,9 @@ def staged_reference(
         embeds = torch.cat([embeds, lm.embed_tokens(tokens[-1])[:, None]], 1)
         mask = torch.cat([mask, mask.new_ones(batch, 1)], 1)
         positions = torch.cat([positions, positions[..., -1:] + 1], -1)
+        if "visual_pos_masks" in more:
+            marks = more["visual_pos_masks"]
+            more["visual_pos_masks"] = torch.cat([marks, marks.new_zeros(batch, 1)], 1)
     for hook in hooks:
         hook.remove()
     vlm.model.set_attn_implementation(attn)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokensel.budget import fraction_count
 from tokensel.schedules.attention import RESPONSE, chosen_rows, last_rows, token_types, type_mass
 from tokensel.schedules.decoder import Decoder, attention_of, cache_of
+from tokensel.schedules.deepstack import Deepstack
 from tokensel.schedules.prompt import Prompt
 from tokensel.schedules.schedule import Schedule
 from tokensel.schedules.stages import Stage, as_given, stay_columns
@@ -24,6 +25,7 @@ class Choosing:
 
     Attributes:
         starts: the first layers of the stages, rising.
+        deepstack: what is added to visual columns after the first layers; nothing in most models.
         total: cells of each row of the prompt.
         step: the generation step; 0 is the prefill, -1 is before it.
         ranked: step and layer of the rows of attention that were computed in addition to the model's own, and
@@ -37,6 +39,7 @@ class Choosing:
         self.count: Callable[[View], Tensor] | None = getattr(schedule, "count", None)
         self.restores: bool = getattr(schedule, "restores", False)
         self.starts = (0, *sorted(schedule.layers()))
+        self.deepstack = Deepstack()
         self.step = -1
         self.ranked: dict[tuple[int, int], Tensor] = {}
         self.attention_inputs: dict[int, tuple] = {}  # of the attention before a drop, at this step
@@ -145,8 +148,10 @@ class Choosing:
         changed = {"attention_mask": mask, "use_cache": False, "cache": None, "past_key_values": None}
         kwargs = self.layer_kwargs | {k: v for k, v in changed.items() if k in self.layer_kwargs}
         own_inputs = self.attention_inputs[index]
-        for layer in self.decoder.layers[:index]:
+        columns = torch.arange(length).expand(len(real), -1)
+        for number, layer in enumerate(self.decoder.layers[:index]):
             hidden = layer.forward(hidden, **kwargs)
+            hidden = self.deepstack.add(number, hidden, columns, self.prompt.real)
         inputs, rotation, _ = self.attention_inputs[index]
         self.attention_inputs[index] = own_inputs
         self.reread = torch.where(self.total > 0, index, self.reread)

@@ -9,13 +9,20 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, Qwen2_5_VLTextModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention, Qwen2VLTextModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention, Qwen3VLTextModel
 
 from tokensel.utils.errors import TokenselError
 
 __all__ = ["Attention", "Decoder", "attention_of", "cache_of", "decoder_of"]
 
 Decoder: TypeAlias = (
-    LlamaModel | MistralModel | Qwen2Model | Qwen3Model | Qwen2VLTextModel | Qwen2_5_VLTextModel
+    LlamaModel
+    | MistralModel
+    | Qwen2Model
+    | Qwen3Model
+    | Qwen2VLTextModel
+    | Qwen2_5_VLTextModel
+    | Qwen3VLTextModel
 )
 Attention: TypeAlias = (
     LlamaAttention
@@ -24,6 +31,7 @@ Attention: TypeAlias = (
     | Qwen3Attention
     | Qwen2VLAttention
     | Qwen2_5_VLAttention
+    | Qwen3VLTextAttention
 )
 
 # M-RoPE differs in how positions become cosines and sines, which happens before the first layer
@@ -34,6 +42,7 @@ MODELS = {
     "qwen3": Qwen3Model,
     "qwen2_vl_text": Qwen2VLTextModel,
     "qwen2_5_vl_text": Qwen2_5_VLTextModel,
+    "qwen3_vl_text": Qwen3VLTextModel,
 }
 
 

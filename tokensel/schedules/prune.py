@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from tokensel.schedules.choosing import Choosing
 from tokensel.schedules.decoder import Decoder, attention_of, cache_of, decoder_of
@@ -108,6 +109,10 @@ class Pruning:
                     f"{self.schedule.name}: {other.schedule.name} drops tokens of this model already; leave "
                     "its pruned() first"
                 )
+        if isinstance(self.decoder, Qwen3VLTextModel):
+            self.hooks.append(self.decoder.register_forward_pre_hook(self._take_deepstack, with_kwargs=True))
+            for index, layer in enumerate(layers):
+                self.hooks.append(layer.register_forward_hook(self._add_deepstack(index)))
         self.hooks.append(layers[0].register_forward_pre_hook(self._begin, with_kwargs=True))
         for layer in self.schedule.layers():
             attention, hook = attention_of(self.decoder, layer - 1), self._remember(layer)
@@ -205,6 +210,25 @@ class Pruning:
                 f"{self.length}: one pass has to read the whole prompt, every other pass one token more"
             )
         return None
+
+    def _take_deepstack(
+        self, _decoder: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None
+    ) -> Changed:
+        """Before the language model: what it would add to visual columns, :meth:`_add_deepstack` adds."""
+        if not self._is_mine() or kwargs is None:
+            return None
+        return args, self.choosing.deepstack.take(kwargs)
+
+    def _add_deepstack(self, index: int) -> Callable:
+        """A hook on layer ``index`` that adds to its output what belongs to the columns that are left."""
+
+        def hook(_layer: nn.Module, _args: tuple, hidden: Tensor) -> Tensor | None:
+            if not self._is_mine() or not self.choosing.deepstack.features:
+                return None
+            stage = self.stages[max(start for start in self.stages if start <= index)]
+            return self.choosing.deepstack.add(index, hidden, stage.order, stage.real)
+
+        return hook
 
     def _begin_prefill(self, rows: int, length: int, kwargs: dict[str, Any]) -> None:
         times, rest = divmod(rows, len(self.given.visual))

@@ -26,6 +26,7 @@ class Forced:
 
     Attributes:
         inputs: embeddings, mask and positions of prompt and answer; the answer's last token is never read.
+            With Qwen3-VL also what is added to visual tokens after its first layers.
         visual: True at the prompt's visual tokens, newlines among them.
         cells: True at its visual tokens without newlines, which is what a rate counts.
         types: of each column, see :data:`~tokensel.schedules.attention.TYPES`; -1 at padding.
@@ -33,7 +34,7 @@ class Forced:
         labels: the token to predict at each step, ``IGNORED`` after a row's end.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     visual: Bool[Tensor, "rows prompt"]
     cells: Bool[Tensor, "rows prompt"]
     types: Int[Tensor, "rows columns"]
@@ -66,12 +67,18 @@ def force(
     # all axes of M-RoPE go on together, as the last token of a prompt is text
     positions = torch.cat([positions, positions[..., -1:] + 1 + step[:-1]], -1)
     answers = model.get_input_embeddings()(tokens[:, :-1])
-    embeds = torch.cat([reduced["inputs_embeds"], answers.to(reduced["inputs_embeds"])], 1)
+    read_by_decoder = reduced.for_decoder
+    embeds = read_by_decoder["inputs_embeds"]
+    embeds = torch.cat([embeds, answers.to(embeds)], 1)
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    if (marks := read_by_decoder.get("visual_pos_masks")) is not None:
+        # no token of an answer is visual
+        read_by_decoder["visual_pos_masks"] = torch.cat([marks, torch.zeros_like(read).bool()], 1)
     response = torch.where(read, RESPONSE, PADDING)
     column = torch.arange(mask.shape[1], device=mask.device)
     causal = column <= prompt.shape[1] - 1 + step[:, None]  # [steps, columns]
     return Forced(
-        inputs={"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions},
+        inputs=read_by_decoder | inputs,
         visual=reduced.visual,
         cells=reduced.prompt.cells,
         types=torch.cat([token_types(reduced.visual, prompt.bool()), response], 1),

@@ -90,9 +90,33 @@ class Reduced(Mapping[str, Any]):
         Args:
             visual: in packed order, which is that of the columns.
         """
+        if "mm_encoder_outputs" not in self.inputs:
+            return self | {"inputs_embeds": self._placed(visual)}
+        outputs = self["mm_encoder_outputs"]  # copies, which may be changed
+        sizes = [size for size in self.visual.sum(1).tolist() if size]
+        outputs["image"].pooler_output = list(visual.split(sizes))
+        return self | {"mm_encoder_outputs": outputs}
+
+    def _placed(self, visual: Float[Tensor, "visual width"]) -> Float[Tensor, "rows length width"]:
+        """The embeddings of the prompt with these at its visual columns."""
         embeds = self["inputs_embeds"]
-        marks = self.visual[..., None]
-        return self | {"inputs_embeds": embeds.masked_scatter(marks, visual.to(embeds))}
+        return embeds.masked_scatter(self.visual[..., None], visual.to(embeds))
+
+    @property
+    def for_decoder(self) -> dict[str, Any]:
+        """What the language model itself reads, without the model around it.
+
+        These are embeddings of the prompt with its visual tokens in place and, in Qwen3-VL, what is added to
+        them after its first layers; mask and positions are those of this mapping.
+        """
+        if "mm_encoder_outputs" not in self.inputs:
+            return {"inputs_embeds": self["inputs_embeds"]}
+        image = self.inputs["mm_encoder_outputs"]["image"]
+        return {
+            "inputs_embeds": self._placed(torch.cat(list(image.pooler_output))),
+            "visual_pos_masks": self.visual,
+            "deepstack_visual_embeds": [torch.cat(list(layer)) for layer in image.deepstack_features],
+        }
 
     @property
     def prompt(self) -> Prompt:

@@ -113,6 +113,18 @@ def test_beams_and_several_sequences_equal_those_of_rows_alone(vlm):
         assert torch.equal(ours[:, : tokens.shape[1]], tokens[2 * n : 2 * n + 2, : ours.shape[1]])
 
 
+@torch.no_grad()
+def test_other_embeddings_take_the_places_of_the_visual_tokens(vlm):
+    encoded = encode(vlm.model, ask(vlm, [[0, 1], [], [2]]))
+    reduced = reduce(encoded)
+    visual = encoded.family.project(encoded, torch.ones(len(encoded.layout.source), dtype=torch.bool))
+    logits = vlm.model(**reduced).logits
+    assert torch.equal(vlm.model(**reduced.with_visual(visual)).logits, logits)
+    other = vlm.model(**reduced.with_visual(visual * 2)).logits
+    moved = (other - logits).abs().amax((1, 2))
+    assert (moved[[0, 2]] > 1e-2).all() and moved[1] < 1e-4  # a row of text alone stays what it was
+
+
 def test_a_keep_ratio_is_kept_for_each_image(vlm):
     encoded = encode(vlm.model, ask(vlm, [[0, 1], [2]]))
     for budget in ("image", "tile"):
