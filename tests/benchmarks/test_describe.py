@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from reference import generated, prompt, vlm_of
 
 from tokensel.benchmarks.describe import PLACES, all_methods, describe
 from tokensel.methods import methods
-from tokensel.schedules import SCHEDULES
+from tokensel.schedules import SCHEDULES, cuts_at_depth, make_schedule, schedule_options
 from tokensel.scorers import SCORERS
 from tokensel.utils.errors import TokenselError
 
@@ -26,6 +27,14 @@ def test_every_method_says_what_it_does_and_where_it_is_from(name):
     else:
         assert (found.place in PLACES[:2]) == row.chooses
     assert found.trained == any(need.startswith("a trained") for need in found.needs)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "dyrate"])
+def test_attention_is_named_where_it_is_read(name):
+    vlm = vlm_of("llama", layers=6)
+    options = cuts_at_depth(name, 6) | ({"layer": 2} if "layer" in schedule_options(name) else {})
+    _, pruning = generated(vlm, prompt(vlm, [0]), make_schedule(name, **options), 3)
+    assert ("the language model's attention" in describe(name).needs) == bool(pruning.ranked)
 
 
 def test_what_a_method_needs():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokensel.benchmarks.recorded import difficult, difficult_rows, recorded_answers
+from tokensel.benchmarks.recorded import difficult, difficult_rows, joined, recorded_answers
 from tokensel.benchmarks.runner import evaluate
 from tokensel.utils.errors import TokenselError
 
@@ -48,6 +48,14 @@ def test_what_is_read_is_what_the_tables_average(config):
         for row in found:
             condition = next(c for c in scores if c.method == row["method"])
             assert row["n"] == len(chosen) and row["score"] == pytest.approx(scores[condition][chosen].mean())
+    alone = [recorded_answers(replace(config, methods=methods)) for methods in (("full", "norm"), ("fastv",))]
+    for part, whole in zip(joined(alone), answers, strict=True):
+        assert [c.method for c in part.table.scores] == ["full", "norm", "fastv"]
+        assert all((part.table.scores[c] == whole.table.scores[c]).all() for c in part.table.scores)
+        assert part.work == {c: whole.work[c] for c in part.work} and len(part.work) == 3
+    for other in ([], [answers, answers[:1]], [answers, recorded_answers(replace(config, n=4))]):
+        with pytest.raises(TokenselError, match="other questions"):
+            joined(other)
     with pytest.raises(TokenselError, match=r"downsample at keep 0\.7"):
         difficult_rows("tiny", answers, replace(small, keep=0.7))
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 
 from tokensel.methods import check_method, methods
-from tokensel.schedules import SCHEDULES
+from tokensel.schedules import SCHEDULES, schedule_options
 from tokensel.scorers.lowest import LOWEST
 
 __all__ = ["PLACES", "Description", "all_methods", "describe"]
@@ -56,6 +56,10 @@ def describe(name: str) -> Description:
     parts = {"needs_question": "the question", "needs_projection": "the projector's output"}
     needs += [text for part, text in parts.items() if any(getattr(c, part, False) for c in classes)]
     needs += ["a seed"] if row.uses_seed else []
+    # a schedule ranks by what the question attends to, unless it draws lots or takes all
+    withdraws = row.schedule is not None and getattr(SCHEDULES[row.schedule], "withdraws", False)
+    if row.schedule is not None and not withdraws and "seed" not in schedule_options(row.schedule):
+        needs.append("the language model's attention")
     needs += ["a model that compresses"] if row.uses_native else []
     places = []
     if row.chooses:

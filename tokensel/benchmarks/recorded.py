@@ -5,7 +5,7 @@ them, and picks the difficult questions: those that a smaller image no longer an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tokensel.cost.answers import Work
 from tokensel.cost.layers import mean_tokens
 from tokensel.utils.errors import TokenselError
 
-__all__ = ["RecordedAnswers", "difficult", "difficult_rows", "recorded_answers"]
+__all__ = ["RecordedAnswers", "difficult", "difficult_rows", "joined", "recorded_answers"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,29 @@ def recorded_answers(config: EvalConfig) -> list[RecordedAnswers]:
             )
         )
     return found
+
+
+def joined(runs: Sequence[Sequence[RecordedAnswers]]) -> list[RecordedAnswers]:
+    """Answers of several evaluations of the same questions as if they were one evaluation.
+
+    Methods that are compared at equal cost have labels of their own, so that each needs an evaluation of its
+    own. A condition that occurs in several evaluations is taken from the last of them.
+
+    Raises:
+        TokenselError: no evaluations, or of other benchmarks or other numbers of questions.
+    """
+
+    def asked(run: Sequence[RecordedAnswers]) -> list[tuple[str, int]]:
+        return [(part.benchmark.name, len(part.table.categories)) for part in run]
+
+    if not runs or any(asked(run) != asked(runs[0]) for run in runs):
+        raise TokenselError("these evaluations asked other questions: join those with the same suite and n")
+    together = []
+    for parts in zip(*runs):
+        scores = {c: column for part in parts for c, column in part.table.scores.items()}
+        work = {c: answers for part in parts for c, answers in part.work.items()}
+        together.append(RecordedAnswers(parts[0].benchmark, replace(parts[0].table, scores=scores), work))
+    return together
 
 
 def difficult(
