@@ -13,6 +13,9 @@ from tiny import scale_up
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -21,6 +24,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -36,9 +42,11 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -221,6 +229,56 @@ def smolvlm() -> tuple[PreTrainedModel, object]:
     return idefics3(SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessorPil)
 
 
+GEMMA = ["<image>", "<boi>", "<eoi>"]
+
+
+def gemma_vision() -> dict:
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    return vision | dict(image_size=24, patch_size=4, vision_use_head=False)
+
+
+def gemma3() -> tuple[PreTrainedModel, object]:
+    words = vocabulary(GEMMA)
+    text = TEXT | dict(head_dim=8, vocab_size=len(words), query_pre_attn_scalar=8, sliding_window=512)
+    layers = ["sliding_attention", "full_attention"] * 2
+    config = Gemma3Config(
+        text_config=text | dict(layer_types=layers, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        vision_config=gemma_vision(),
+        mm_tokens_per_image=9,
+        boi_token_index=words["<boi>"],
+        eoi_token_index=words["<eoi>"],
+        image_token_index=words["<image>"],
+    )
+    processor = Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": 24, "width": 24}),
+        tokenizer=tokenizer(GEMMA, image_token="<image>", boi_token="<boi>", eoi_token="<eoi>"),
+        image_seq_length=9,
+        chat_template=template("<boi>"),
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=32**-0.5)
+    # all tokens have the same norm behind a norm with the weights that it begins with
+    torch.nn.init.normal_(model.model.vision_tower.post_layernorm.weight, 1.0, 0.5)
+    return model, processor
+
+
+def paligemma() -> tuple[PreTrainedModel, object]:
+    made = tokenizer(["<image>"], image_token="<image>")
+    images = SiglipImageProcessorPil(size={"height": 24, "width": 24})
+    images.image_seq_length = 36
+    processor = PaliGemmaProcessor(images, made)  # adds words
+    text = TEXT | dict(head_dim=8, vocab_size=len(made), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = PaliGemmaConfig(
+        text_config=text | dict(model_type="gemma2", query_pre_attn_scalar=8, sliding_window=512),
+        vision_config=gemma_vision() | dict(model_type="siglip_vision_model"),
+        projection_dim=32,
+        image_token_index=vocabulary(["<image>"])["<image>"],
+    )
+    model = PaliGemmaForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.vision_tower.post_layernorm.weight, 1.0, 0.5)
+    return model, processor
+
+
 MAKERS: dict[str, Callable[..., tuple[PreTrainedModel, object]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
@@ -230,6 +288,8 @@ MAKERS: dict[str, Callable[..., tuple[PreTrainedModel, object]]] = {
     "llava": llava,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
+    "gemma3": gemma3,
+    "paligemma": paligemma,
 }
 
 

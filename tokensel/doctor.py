@@ -70,6 +70,12 @@ def examine(vlm: Vlm, image: Any = None, keep: float = 0.3) -> list[str]:
             else f"of {len(axes) - 1} axes (M-RoPE), original alone"
         ),
     ]
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if window is not None:
+        lines.append(
+            f"sliding window: {window} of the tokens that are left; in a longer prompt with some dropped, "
+            "its layers see further back"
+        )
     return [
         *lines,
         *_lines("before the language model", before(batch, keep)),

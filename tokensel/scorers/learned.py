@@ -84,12 +84,14 @@ class LearnedScorer:
             config: of the vision-language model.
 
         Raises:
-            TokenselError: its vision tower is no CLIP and no SigLIP.
+            TokenselError: it reads no layer of a CLIP or SigLIP tower.
         """
-        if not cls.any_tower and config.vision_config.model_type not in TOWERS:
+        tower = config.vision_config.model_type
+        kind = config.model_type if tower in TOWERS else tower
+        if not cls.any_tower and not _reads_layer(config):
             raise TokenselError(
-                f"scorer '{cls.name}': none is trained for a {config.vision_config.model_type}; choose "
-                "another scorer, such as diversity"
+                f"scorer '{cls.name}': none is trained for a {kind}; choose another "
+                " scorer, such as diversity"
             )
 
     def check_model(self, config: PretrainedConfig) -> None:
@@ -105,7 +107,7 @@ class LearnedScorer:
         own, vision = self.model.config, config.vision_config
         name = self.model.name_or_path or f"the {self.name}"
         pairs: dict[str, tuple[Any, Any]] = {"tower": (own.tower or None, vision.model_type)}
-        if vision.model_type in TOWERS:
+        if _reads_layer(config):
             count, layers = vision.num_hidden_layers + 1, config.vision_feature_layer
             pairs |= {
                 "width": (own.width, self.width(config)),
@@ -151,6 +153,11 @@ class LearnedScorer:
                     weight.data = weight.data.to(tokens.dtype)
                 self._fitted[key] = fitted
         return self._fitted[key]
+
+
+def _reads_layer(config: PretrainedConfig) -> bool:
+    """Whether a model reads a layer of a CLIP or SigLIP tower that its configuration names."""
+    return config.vision_config.model_type in TOWERS and hasattr(config, "vision_feature_layer")
 
 
 def _layers(layers: int | Sequence[int] | None, count: int) -> tuple[int, ...] | None:

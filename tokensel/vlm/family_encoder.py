@@ -35,8 +35,8 @@ def load_encoder(
     """
     with tower_errors(name):
         config = AutoConfig.from_pretrained(name, **hub_options(name, **hub))
-    vision = getattr(config, "vision_config", config)
-    if vision.model_type in TOWERS or config.model_type not in FAMILIES:
+    family = FAMILIES.get(config.model_type)
+    if family is None or (family.reads_layer and config.vision_config.model_type in TOWERS):
         return VisionEncoder.from_pretrained(name, device, dtype, **hub)
     return FamilyEncoder.from_pretrained(name, device, dtype, **hub)
 

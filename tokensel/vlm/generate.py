@@ -129,6 +129,8 @@ def generate(
         result: Any = cast(Any, model).generate(**reduced, generation_config=given.config, **given.other)
     whole = result if isinstance(result, ModelOutput) else None
     tokens = cast(Tensor, result if whole is None else whole["sequences"])
+    if "input_ids" in reduced:  # then the prompt comes first
+        tokens = tokens[:, reduced["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     ends = torch.as_tensor(given.effective("eos_token_id") or [], dtype=tokens.dtype, device=tokens.device)
     is_end = torch.isin(tokens, ends).long()

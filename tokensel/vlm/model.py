@@ -97,8 +97,9 @@ class Vlm:
             prompts: as :meth:`prompt` makes them, with a placeholder for every image.
 
         Raises:
-            TokenselError: no prompts, a row whose images and placeholders differ in number, an image that
-                cannot be read, or prompts of several lengths where the tokenizer has no token to pad with.
+            TokenselError: no prompts, a row whose images and placeholders differ in number, a row without an
+                image where the model needs one, an image that cannot be read, or prompts of several lengths
+                where the tokenizer has no token to pad with.
         """
         check_type("prompts", prompts, (list, tuple), "a list of texts")
         for prompt in prompts:
@@ -128,7 +129,10 @@ class Vlm:
                     f"prompt {number} has a place for a video ({video}): give frames as images"
                 )
         # nested by row: LLaVA-OneVision leaves the images of a row with several of them uncut
-        empty_rows = family_of(self.model.config, self.name).empty_rows and any(rows)
+        family = family_of(self.model.config, self.name)
+        if family.needs_image and not all(rows):
+            raise TokenselError(f"{self.name} is a {family.name}: give at least one image with each prompt")
+        empty_rows = family.empty_rows and any(rows)
         nested = [[as_image(image) for image in row] for row in rows if row or empty_rows]
         tokenizer = self.processor.tokenizer
         if tokenizer.pad_token is None and len(prompts) > 1:

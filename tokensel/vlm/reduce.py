@@ -30,7 +30,8 @@ __all__ = ["Reduced", "assemble", "reduce", "reduce_inputs"]
 class Reduced(Mapping[str, Any]):
     """Inputs for ``model.generate(**reduced)``: embeddings, mask and, if they have gaps, position ids.
 
-    There are no ``input_ids`` among them, so ``generate`` returns new tokens only.
+    There are no ``input_ids`` among them, so ``generate`` returns new tokens only. Gemma 3 and PaliGemma
+    refuse embeddings: they are given ``input_ids``, which ``generate`` returns in front of the new tokens.
 
     It is a mapping of these inputs that also has the counts below. ``copy``, ``copy.copy`` and
     ``copy.deepcopy`` keep them; so does ``reduced | {...}``, which adds or replaces inputs (``{...} |
@@ -108,7 +109,15 @@ class Reduced(Mapping[str, Any]):
 
         These are embeddings of the prompt with its visual tokens in place and, in Qwen3-VL, what is added to
         them after its first layers; mask and positions are those of this mapping.
+
+        Raises:
+            TokenselError: a model that makes more of its prompt than that.
         """
+        if "inputs_embeds" not in self.inputs:
+            raise TokenselError(
+                "this model reads image tokens both ways, for which its language model alone has no input: "
+                "use model.generate"
+            )
         if "mm_encoder_outputs" not in self.inputs:
             return {"inputs_embeds": self["inputs_embeds"]}
         image = self.inputs["mm_encoder_outputs"]["image"]
@@ -162,13 +171,13 @@ def assemble(
     mask = stay.gather(1, order)
     ids = encoded.input_ids.gather(1, order).masked_fill(~mask, _pad_id(encoded))
     slots = (ids == encoded.model.config.image_token_id) & mask
-    embedding: Any = encoded.model.get_input_embeddings()
-    embeds = embedding(ids.to(device_of(embedding)))  # a new tensor, so it may be written into
-    device = embeds.device
-    out = encoded.family.place(encoded, embeds, slots, visual, kept) | {
+    device = device_of(encoded.model.get_input_embeddings())
+    out = encoded.family.place(encoded, ids, slots, visual, kept) | {
         # always given: without it, gaps in the positions would be read as several packed sequences
         "attention_mask": mask.long().to(device),
     }
+    for name in encoded.family.carried:  # one value a column
+        out[name] = encoded.extras[name].gather(1, order).masked_fill(~mask, 0).to(device)
     if (axes := encoded.positions) is not None:
         if positions == "compact":
             raise TokenselError(

@@ -24,12 +24,16 @@ def settings(folder, out, **changes) -> EvalConfig:
 @pytest.mark.parametrize("family", tiny_families.MAKERS)
 def test_an_evaluation_asks_what_answer_asks(family, tmp_path):
     tiny_families.save(family, tmp_path / "model")
-    done = evaluate(settings(tmp_path / "model", tmp_path / "out"), progress=False)
+    # no schedule runs inside some of them, and PaliGemma reads no text alone
+    unfit = {"gemma3": {"fastv"}, "paligemma": {"fastv", "none"}}.get(family, set())
+    methods = tuple(method for method in METHODS if method not in unfit)
+    done = evaluate(settings(tmp_path / "model", tmp_path / "out", methods=methods), progress=False)
     table = pd.read_csv(done.table)
-    assert sorted(table.method) == sorted(METHODS)
+    assert sorted(table.method) == sorted(methods)
     assert table.flops.isna().all() and (table.kv_bytes > 0).all()
     bytes_of = table.set_index("method").kv_bytes
-    assert bytes_of["none"] < bytes_of["norm"] < bytes_of["full"]
+    assert bytes_of["norm"] < bytes_of["full"]
+    assert "none" in unfit or bytes_of["none"] < bytes_of["norm"]
     vlm, data = load_vlm(tmp_path / "model", device="cpu"), suite_tiny.load("test", 4, salt=1)
     files = list((tmp_path / "out").rglob("*.jsonl"))
     records = [json.loads(line) for path in files for line in path.read_text().splitlines()]

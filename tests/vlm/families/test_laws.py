@@ -8,6 +8,7 @@ from tiny import noise_image, tiny_selector
 from tokensel.scorers import SCORERS, make_scorer
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, downsample, encode, load_vlm, reduce, reduce_inputs
+from tokensel.vlm.families import family_of
 
 SIZES = [(40, 48), (24, 56), (32, 32), (64, 20)]
 # rows by number of image: one row; two ragged rows with one and two images; an image row and a text row
@@ -20,6 +21,12 @@ def vlm(request, tmp_path_factory) -> Vlm:
     folder = tmp_path_factory.mktemp(request.param)
     tiny_families.save(request.param, folder)
     return load_vlm(folder, device="cpu")
+
+
+def fitting(vlm: Vlm, rows: list[list[int]]) -> list[list[int]]:
+    """The rows, with an image in each where the family needs one."""
+    needs_image = family_of(vlm.model.config).needs_image
+    return [row or [3] for row in rows] if needs_image else rows
 
 
 def ask(vlm: Vlm, rows: list[list[int]]):
@@ -37,6 +44,7 @@ def generated(vlm: Vlm, inputs, **options) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("rows", BATCHES)
 def test_nothing_dropped_changes_no_logit(vlm, rows):
+    rows = fitting(vlm, rows)
     inputs = ask(vlm, rows)
     reduced = reduce_inputs(vlm.model, inputs)
     tokens, logits = generated(vlm, inputs)
@@ -58,12 +66,24 @@ def masked_logits(vlm: Vlm, inputs, kept: torch.Tensor, tokens: torch.Tensor) ->
     further = positions[..., -1:] + 1 + torch.arange(steps)
     stay = prompt.clone()
     stay[encode(vlm.model, inputs).places.unbind(1)] = kept
-    embeds = torch.cat([full["inputs_embeds"], vlm.model.get_input_embeddings()(tokens[:, :-1])], 1)
+    embedding = vlm.model.get_input_embeddings()
+    more = {name: value for name, value in full.items() if name.startswith("mm_")}
+    if "input_ids" in full:  # Gemma 3 and PaliGemma
+        prompts, outputs = embedding(full["input_ids"]), more.pop("mm_encoder_outputs")
+        prompts = prompts.masked_scatter(full.visual[..., None], torch.cat(outputs["image"].rows))
+        pali = vlm.model.config.model_type == "paligemma"
+        # an answer is read one way, and positions begin at 1 in PaliGemma
+        types = torch.full_like(tokens[:, :-1], int(pali))
+        more["token_type_ids"] = torch.cat([full["token_type_ids"], types], 1)
+        positions, further = positions + pali, further + pali
+    else:
+        prompts = full["inputs_embeds"]
+    embeds = torch.cat([prompts, embedding(tokens[:, :-1])], 1)
     out = vlm.model(
         inputs_embeds=embeds,
         attention_mask=torch.cat([stay, torch.ones_like(tokens[:, :-1]).bool()], 1).long(),
         position_ids=torch.cat([positions, further], -1),
-        **{name: value for name, value in full.items() if name.startswith("mm_")},
+        **more,
     )
     return out.logits[:, -steps - 1 :]
 
@@ -71,10 +91,10 @@ def masked_logits(vlm: Vlm, inputs, kept: torch.Tensor, tokens: torch.Tensor) ->
 @pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize("scorer", ["norm", "uniform"])
 def test_half_dropped_equals_the_masked_full_prompt(vlm, rows, scorer):
-    inputs = ask(vlm, rows)
+    inputs = ask(vlm, fitting(vlm, rows))
     encoded = encode(vlm.model, inputs)
     reduced = reduce(encoded, make_scorer(scorer), 0.5)
-    assert reduced["inputs_embeds"].shape[1] < inputs["input_ids"].shape[1]
+    assert reduced["attention_mask"].shape[1] < inputs["input_ids"].shape[1]
     tokens, logits = generated(vlm, reduced)
     places = encoded.layout.source  # without newlines each packed token is a cell
     kept = reduced.kept.flatten()[places]
@@ -86,7 +106,7 @@ def test_half_dropped_equals_the_masked_full_prompt(vlm, rows, scorer):
 
 @pytest.mark.parametrize("scorer", ["norm", "uniform", "random", "diversity"])
 def test_a_batch_equals_its_rows_alone(vlm, scorer):
-    rows = [[1], [2, 0], [], [3]]
+    rows = fitting(vlm, [[1], [2, 0], [], [3]])
     batch = reduce_inputs(vlm.model, ask(vlm, rows), make_scorer(scorer), 0.4)
     tokens, logits = generated(vlm, batch)
     prompts = [vlm.prompt("what" + "?" * n, len(row)) for n, row in enumerate(rows)]
@@ -98,31 +118,39 @@ def test_a_batch_equals_its_rows_alone(vlm, scorer):
         assert torch.equal(ours[0], tokens[n]) and (ours_logits[0] - logits[n]).abs().max() < 1e-4
 
 
+def new_tokens(vlm: Vlm, reduced, **options) -> torch.Tensor:
+    """What ``generate`` returns, without the prompt, which comes first where it is given ids."""
+    prompt = reduced["input_ids"].shape[1] if "input_ids" in reduced else 0
+    return vlm.model.generate(**reduced, **options)[:, prompt:]
+
+
 def test_beams_and_several_sequences_equal_those_of_rows_alone(vlm):
     rows = [[1], [2, 0]]
     batch = reduce_inputs(vlm.model, ask(vlm, rows), make_scorer("norm"), 0.5)
     options = dict(num_beams=2, num_return_sequences=2, max_new_tokens=5, do_sample=False)
-    tokens = vlm.model.generate(**batch, **options)
+    tokens = new_tokens(vlm, batch, **options)
     assert tokens.shape[0] == 4
-    assert torch.equal(vlm.model.generate(**batch, **options), tokens)  # the inputs are what they were
+    assert torch.equal(new_tokens(vlm, batch, **options), tokens)  # the inputs are what they were
     prompts = [vlm.prompt("what" + "?" * n, len(row)) for n, row in enumerate(rows)]
     for n, row in enumerate(rows):
         images = [[noise_image(*SIZES[i], seed=i) for i in row]]
         alone = reduce_inputs(vlm.model, vlm.inputs(images, prompts[n : n + 1]), make_scorer("norm"), 0.5)
-        ours = vlm.model.generate(**alone, **options)
+        ours = new_tokens(vlm, alone, **options)
         assert torch.equal(ours[:, : tokens.shape[1]], tokens[2 * n : 2 * n + 2, : ours.shape[1]])
 
 
 @torch.no_grad()
 def test_other_embeddings_take_the_places_of_the_visual_tokens(vlm):
-    encoded = encode(vlm.model, ask(vlm, [[0, 1], [], [2]]))
+    rows = fitting(vlm, [[0, 1], [], [2]])
+    encoded = encode(vlm.model, ask(vlm, rows))
     reduced = reduce(encoded)
     visual = encoded.family.project(encoded, torch.ones(len(encoded.layout.source), dtype=torch.bool))
     logits = vlm.model(**reduced).logits
     assert torch.equal(vlm.model(**reduced.with_visual(visual)).logits, logits)
     other = vlm.model(**reduced.with_visual(visual * 2)).logits
     moved = (other - logits).abs().amax((1, 2))
-    assert (moved[[0, 2]] > 1e-2).all() and moved[1] < 1e-4  # a row of text alone stays what it was
+    for row, change in zip(rows, moved):  # a row of text alone stays what it was
+        assert change > 1e-2 if row else change < 1e-4
 
 
 def test_a_keep_ratio_is_kept_for_each_image(vlm):
@@ -161,9 +189,28 @@ def test_what_cannot_be_right_is_refused_in_one_line(vlm):
     ]
     if several_axes:
         calls.append((lambda: reduce(encoded, positions="compact"), "use 'original'"))
+    if encoded.family.needs_image:
+        calls.append((lambda: vlm.inputs([None], ["what?"]), "give at least one image"))
+        text = torch.ones(1, 3, dtype=torch.long)
+        calls.append((lambda: encode(vlm.model, {"input_ids": text}), "give each row one"))
     if encoded.cls_attention is None:
         calls.append((lambda: reduce(encoded, make_scorer("cls"), 0.5), "no CLS attention"))
     for call, line in calls:
         with pytest.raises(TokenselError, match=line) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+def test_a_prompt_longer_than_the_sliding_window_is_reported_where_tokens_are_dropped(
+    family, tmp_path, recwarn
+):
+    tiny_families.save(family, tmp_path)
+    vlm = load_vlm(tmp_path, device="cpu")
+    encoded = encode(vlm.model, ask(vlm, [[0]]))
+    reduce(encoded, make_scorer("uniform"), 0.5)
+    vlm.model.config.text_config.sliding_window = 8
+    reduce(encoded)
+    assert not [warning for warning in recwarn if "window" in str(warning.message)]
+    with pytest.warns(UserWarning, match="more than the sliding window of 8"):
+        reduce(encoded, make_scorer("uniform"), 0.5)

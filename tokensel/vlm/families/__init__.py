@@ -4,6 +4,7 @@ from typing import Any
 
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.families.base import Family, Located
+from tokensel.vlm.families.gemma import Gemma3, PaliGemma
 from tokensel.vlm.families.idefics3 import Idefics3
 from tokensel.vlm.families.internvl import InternVl
 from tokensel.vlm.families.llava import Llava
@@ -25,6 +26,8 @@ FAMILIES: dict[str, Family] = {
     "llava": Llava(),
     "idefics3": Idefics3(),
     "smolvlm": Idefics3(),
+    "gemma3": Gemma3(),
+    "paligemma": PaliGemma(),
 }
 
 

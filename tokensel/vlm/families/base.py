@@ -17,11 +17,22 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
+from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encoded import Encoded, TowerOutput, content_keys
 from tokensel.vlm.layout import Layout
 
-__all__ = ["Family", "Located", "check_cls", "host_tensor", "needed", "no_visual", "run_lengths", "tensor"]
+__all__ = [
+    "Family",
+    "Located",
+    "check_cls",
+    "host_tensor",
+    "needed",
+    "no_visual",
+    "run_lengths",
+    "tensor",
+    "text_embeds",
+]
 
 
 @dataclass
@@ -69,6 +80,9 @@ class Family(ABC):
             costs rely on.
         text: name of the language model inside the model.
         empty_rows: whether its processor wants a list of images for every row, an empty one for text alone.
+        needs_image: whether its processor refuses a row without an image.
+        carried: outputs of the processor, among ``extras``, that are shortened and passed with the prompt.
+        reads_layer: whether its features are a layer of a CLIP or SigLIP tower, named in the configuration.
         ragged: whether an image gives as many tokens as its size asks for, not whole tiles of one size.
     """
 
@@ -77,6 +91,9 @@ class Family(ABC):
     tiled = False
     text = "language_model"
     empty_rows = False
+    needs_image = False
+    carried: tuple[str, ...] = ()
+    reads_layer = False
     ragged = False
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 - most families can trace every model
@@ -184,7 +201,7 @@ class Family(ABC):
     def place(
         self,
         encoded: Encoded,
-        embeds: Float[Tensor, "rows length width"],
+        ids: Int[Tensor, "rows length"],
         slots: Bool[Tensor, "rows length"],
         visual: Float[Tensor, "kept width"],
         kept: Bool[Tensor, "packed"],
@@ -193,11 +210,12 @@ class Family(ABC):
 
         Args:
             encoded: the batch.
-            embeds: embeddings of the shortened prompt, which may be written into.
+            ids: of the shortened prompt, on the host.
             slots: True at its placeholders, on the host.
             visual: embeddings of the tokens that stay, in packed order.
             kept: which packed tokens those are.
         """
+        embeds = text_embeds(encoded, ids)
         rows, columns = (index.to(embeds.device) for index in slots.nonzero(as_tuple=True))
         embeds[rows, columns] = visual.to(embeds.device, embeds.dtype)
         return {"inputs_embeds": embeds}
@@ -234,6 +252,12 @@ def run_lengths(marks: Bool[Tensor, "rows length"]) -> list[int]:
     edge = torch.zeros(len(marks), 1, dtype=torch.long)
     change = torch.cat([edge, marks.long(), edge], 1).diff(dim=1)
     return ((change == -1).nonzero()[:, 1] - (change == 1).nonzero()[:, 1]).tolist()
+
+
+def text_embeds(encoded: Encoded, ids: Int[Tensor, "rows length"]) -> Float[Tensor, "rows length width"]:
+    """Embeddings of a prompt with its placeholders: a new tensor, to be written into."""
+    embedding: Any = encoded.model.get_input_embeddings()
+    return embedding(ids.to(device_of(embedding)))
 
 
 def no_visual(encoded: Encoded) -> Float[Tensor, "0 width"]:

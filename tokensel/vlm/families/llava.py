@@ -23,6 +23,7 @@ class Llava(Family):
     """The tower and the feature layer are those of LLaVA-NeXT, so selectors trained there may serve here."""
 
     name = "LLaVA-1.5"
+    reads_layer = True
 
     def check(self, model: PreTrainedModel) -> None:
         config = model.config

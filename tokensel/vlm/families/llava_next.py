@@ -23,6 +23,7 @@ class LlavaNext(Family):
 
     name = "LLaVA-NeXT"
     tiled = True
+    reads_layer = True
 
     def check(self, model: PreTrainedModel) -> None:
         check_cls(model)

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from tokensel.vlm.encoded import Encoded, TowerOutput
-from tokensel.vlm.families.base import Family
+from tokensel.vlm.families.base import Family, text_embeds
 from tokensel.vlm.families.qwen_vl import QwenVl
 
 __all__ = ["Qwen3Vl"]
@@ -35,13 +35,14 @@ class Qwen3Vl(QwenVl):
     def place(
         self,
         encoded: Encoded,
-        embeds: Float[Tensor, "rows length width"],
+        ids: Int[Tensor, "rows length"],
         slots: Bool[Tensor, "rows length"],
         visual: Float[Tensor, "kept width"],
         kept: Bool[Tensor, "packed"],
     ) -> dict[str, Any]:
         """Placeholders stay in the prompt; the model puts the kept tokens there, and adds the deeper ones."""
         # generate repeats the features of a row with it, so they are split at the rows
+        embeds = text_embeds(encoded, ids)
         sizes = [size for size in slots.sum(1).tolist() if size]
         if not sizes:
             return {"inputs_embeds": embeds}
