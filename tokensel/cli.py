@@ -137,7 +137,7 @@ def train(
 
 @_command(DyRateConfig, "out")
 def dyrate(values: dict[str, Any]) -> None:
-    """Train the rate predictor of DyRate on a frozen LLaVA-NeXT.
+    """Train the rate predictor of DyRate on a frozen vision-language model.
 
     Run it again with the same options to go on after an interruption.
     """
@@ -151,7 +151,7 @@ def dyrate(values: dict[str, Any]) -> None:
 
 @_command(AnswersConfig, "out")
 def train_answers(values: dict[str, Any]) -> None:
-    """Train a scorer of visual tokens by the answers of a frozen LLaVA: DiffPrune or VisionSelector.
+    """Train DiffPrune or VisionSelector by the answers of a frozen LLaVA-NeXT or LLaVA-OneVision.
 
     Run it again with the same options to go on after an interruption.
     """

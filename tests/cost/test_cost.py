@@ -25,6 +25,7 @@ from tokensel.cost import (
     count_answer,
     count_decoder,
     count_projector,
+    count_tower,
     count_training,
     count_trunk,
     count_vision,
@@ -210,5 +211,5 @@ def test_the_ideal_speedup_grows_as_less_is_kept_and_counts_the_selector():
 def test_what_cannot_be_counted_is_refused():
     with pytest.raises(TokenselError, match="keep"):
         first_token(llava_config(), 5, 400, 20, 1.5)
-    with pytest.raises(TokenselError, match="as wide as the model"):
-        count_decoder(LlamaConfig(**SMALL, head_dim=32), 10)
+    with pytest.raises(TokenselError, match="tower of a llava_next cannot be counted"):
+        count_tower(llava_config(), [(4, 4)])

@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused_in_one_line(vlm):
     }
     with pytest.raises(TokenselError, match="image placeholders in input_ids, but the images give"):
         encode(vlm.model, cut)
-    with pytest.raises(TokenselError, match="packs no image tiles"):
+    with pytest.raises(TokenselError, match="is none of the families known here"):
         encode(vlm.model.model.language_model, inputs)
     with pytest.raises(TokenselError, match="2 rows of images for 1 prompts"):
         vlm.inputs([None, None], ["x"])

@@ -2,7 +2,7 @@
 
 import pytest
 from tiny import noise_image, tiny_llava, tiny_selector, tiny_vlm
-from transformers import PaliGemmaConfig
+from transformers import Blip2Config
 
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
@@ -44,7 +44,7 @@ def test_missing_and_damaged_models(folder, tmp_path):
     with pytest.raises(TokenselError, match=r"'nobody/no-such-llava'.*give a local folder") as caught:
         load_vlm("nobody/no-such-llava")
     assert "\n" not in str(caught.value)
-    with pytest.raises(TokenselError, match="holds no LLaVA with its processor"):
+    with pytest.raises(TokenselError, match="holds no vision-language model with its processor"):
         load_vlm(tmp_path)
     vlm = load_vlm(folder)
     vlm.model.save_pretrained(tmp_path)
@@ -55,8 +55,8 @@ def test_missing_and_damaged_models(folder, tmp_path):
         load_vlm(tmp_path)
 
 
-def test_a_model_without_tiles_is_refused(vlm, tmp_path):
+def test_a_model_of_another_family_is_refused(vlm, tmp_path):
     vlm.processor.save_pretrained(tmp_path)
-    PaliGemmaConfig().save_pretrained(tmp_path)
-    with pytest.raises(TokenselError, match="is a paligemma, which packs no image tiles"):
+    Blip2Config().save_pretrained(tmp_path)
+    with pytest.raises(TokenselError, match="is a blip-2, which is none of the families known here"):
         load_vlm(tmp_path)

@@ -38,7 +38,7 @@ def manifest() -> Any:
 
 
 class Tokensel(_Base):
-    """A LLaVA under one method and budget, as a model of lmms-eval."""
+    """A vision-language model under one method and budget, as a model of lmms-eval."""
 
     is_simple = True  # requests consist of a text and a list of images
 

@@ -149,10 +149,10 @@ class EvalSession:
     def mean_cost(self, condition: Condition, work: Sequence[Work]) -> tuple[float, float]:
         """FLOPs and bytes of keys and values of an answer under a condition, averaged over the answers.
 
-        FLOPs are NaN for families whose towers no formula here counts.
+        FLOPs are NaN for answers that were recorded before the tower of their family could be counted.
         """
         model = self.vlm.model
-        if not family_of(model.config).tiled:
+        if not family_of(model.config).tiled and not all("grids" in answer for answer in work):
             kept = [work_bytes(model.config, answer, model.dtype.itemsize) for answer in work]
             return float("nan"), sum(kept) / len(kept)
         learned = check_method(condition.method).learned

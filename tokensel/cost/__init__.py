@@ -16,6 +16,7 @@ from tokensel.cost.count import (
     step_bytes,
 )
 from tokensel.cost.layers import keep_at_share, layer_shares, mean_share, mean_tokens, prefill_flops
+from tokensel.cost.towers import count_tower
 
 __all__ = [
     "Cost",
@@ -24,6 +25,7 @@ __all__ = [
     "count_answer",
     "count_decoder",
     "count_projector",
+    "count_tower",
     "count_training",
     "count_trunk",
     "count_vision",

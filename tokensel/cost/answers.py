@@ -17,6 +17,7 @@ from tokensel.cost.count import (
     kv_bytes,
     layers_read,
 )
+from tokensel.cost.towers import count_tower
 from tokensel.vlm.generate import GenerationOutput
 from tokensel.vlm.reduce import Reduced
 
@@ -27,11 +28,11 @@ Work = dict[str, Any]
 """What one answer took, as plain JSON: enough to count its cost whenever the formulas change.
 
 ``text``, ``visual``: tokens of the prompt besides the image, and visual tokens (newlines not counted).
-``tiles``, ``cells``: tiles that were encoded, and patches of each. ``held``: visual tokens in the cache of
-each layer as pairs of a number of generation steps and the counts during these steps. ``cached``: the same
-after each step, only where a schedule evicts from layers that ran already. ``ranked``: step and layer of
-every additional row of attention. ``reread``: how many layers read the prompt a second time, only where some
-did.
+``tiles``, ``cells``: tiles that were encoded, and patches of each. ``grids``: rows and columns of each tile,
+in tokens, only for a model without newlines. ``held``: visual tokens in the cache of each layer as pairs of a
+number of generation steps and the counts during these steps. ``cached``: the same after each step, only where
+a schedule evicts from layers that ran already. ``ranked``: step and layer of every additional row of
+attention. ``reread``: how many layers read the prompt a second time, only where some did.
 """
 
 
@@ -41,17 +42,18 @@ def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutp
     A row is counted as if it were alone in the batch: without padding, and without the steps of longer rows.
 
     Args:
-        model: the LLaVA that generated the answers.
+        model: the vision-language model that generated the answers.
         reduced: the prompts.
         output: the answers.
     """
-    layers, pruning = model.config.text_config.num_hidden_layers, output.pruning
+    layers, pruning = model.config.get_text_config().num_hidden_layers, output.pruning
     text = (reduced["attention_mask"].bool() & ~reduced.visual).sum(1).tolist()
     packed = reduced.visual.sum(1).tolist()  # newlines included
     # left: visual tokens that each layer holds, [steps, layers, rows]
     left = None if pruning is None else np.stack([step.cpu().numpy() for step in pruning.left])
     kept = None if pruning is None or pruning.cached is pruning.left else pruning.cached
     cached = None if kept is None else np.stack([step.numpy() for step in kept])
+    grids = None if reduced.grid is None else reduced.grid.split(reduced.n_tiles.tolist())  # by row
     answers = len(output.lengths) // len(text)  # to each prompt, with num_return_sequences
     work = []
     for row, steps in enumerate(output.lengths.tolist()):
@@ -68,6 +70,8 @@ def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutp
                 "ranked": [[int(step), int(layer)] for step, layer in ranked],
             }
         )
+        if grids is not None:
+            work[-1]["grids"] = grids[prompt].tolist()
         if pruning is not None and (reread := int(pruning.reread[row])):
             work[-1]["reread"] = reread
         if cached is not None:
@@ -93,15 +97,21 @@ def work_cost(
     The work of scorers other than the selector is negligible and not counted.
 
     Args:
-        config: configuration of the LLaVA.
+        config: configuration of the vision-language model.
         work: what the answer took.
         itemsize: bytes of a number in the cache.
         selector: configuration of the selector, if it was used.
     """
-    text_config, tiles, cells = config.text_config, work["tiles"], work["cells"]
+    text_config: Any = config.get_text_config()
+    tiles, cells, grids = work["tiles"], work["cells"], work.get("grids")
     held = _steps(work["held"])
     flops = count_answer(text_config, work["text"], held, [(step, layer) for step, layer in work["ranked"]])
     flops += count_layers(text_config, work.get("reread", 0), work["text"] + int(held[0, 0]))
+    if grids is not None:
+        flops += count_tower(config, grids)
+        return flops + sum(
+            count_trunk(selector, rows * columns) for rows, columns in grids if selector is not None
+        ), work_bytes(config, work, itemsize)
     flops += count_projector(config, work["visual"])
     if tiles:
         flops += count_vision(config.vision_config, tiles, layers_read(config), cells)
@@ -131,7 +141,7 @@ def answer_costs(
     """:func:`work_cost` of each answer of a batch.
 
     Args:
-        model: the LLaVA that generated the answers.
+        model: the vision-language model that generated the answers.
         reduced: the prompts.
         output: the answers.
         selector: configuration of the selector, if it was used.

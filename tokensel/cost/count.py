@@ -14,15 +14,17 @@ from jaxtyping import Int
 from transformers import PretrainedConfig
 
 from tokensel.data.features import feature_width
-from tokensel.utils.errors import TokenselError, check_keep
+from tokensel.utils.errors import check_keep
 
 Count = TypeVar("Count", int, np.ndarray)
 
 
-def _layer(queries: Count, keys: Count, width: int, kv_width: int, hidden: int, matrices: int) -> Count:
+def _layer(
+    queries: Count, keys: Count, width: int, q_width: int, kv_width: int, hidden: int, matrices: int
+) -> Count:
     """A Transformer layer: ``queries`` new tokens attend to ``keys``; its MLP has ``matrices`` matrices."""
-    projections = 2 * width * width + 2 * kv_width * width  # queries and output; keys and values
-    return 2 * queries * (projections + matrices * width * hidden) + 4 * queries * keys * width
+    projections = 2 * q_width * width + 2 * kv_width * width  # queries and output; keys and values
+    return 2 * queries * (projections + matrices * width * hidden) + 4 * queries * keys * q_width
 
 
 def count_vision(
@@ -41,7 +43,7 @@ def count_vision(
     tokens = cells + (config.model_type.startswith("clip"))  # SigLIP has no CLS token
     width = config.hidden_size
     embedding = 2 * cells * config.num_channels * config.patch_size**2 * width
-    layer = _layer(tokens, tokens, width, width, config.intermediate_size, 2)
+    layer = _layer(tokens, tokens, width, width, width, config.intermediate_size, 2)
     return tiles * (embedding + depth * layer)
 
 
@@ -54,7 +56,7 @@ def layers_read(config: PretrainedConfig) -> int:
 def count_trunk(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
     """FLOPs of a selector over ``tiles`` rows of ``tokens`` tokens, its two-logit head included."""
     width = config.width
-    layer = _layer(tokens, tokens, width, width, int(width * config.mlp_ratio), 2)
+    layer = _layer(tokens, tokens, width, width, width, int(width * config.mlp_ratio), 2)
     return tiles * (config.layers * layer + 2 * tokens * width * 2)
 
 
@@ -82,27 +84,22 @@ def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
     """FLOPs of a language model over ``new`` tokens after ``past`` cached ones, and of one row of logits.
 
     Args:
-        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        config: of a language model whose MLP has a gate: Llama, Mistral, Qwen2, Qwen3, Gemma.
         new: tokens of one row that pass through the layers: the prompt, or 1 in decoding.
         past: tokens whose keys and values are in the cache.
-
-    Raises:
-        TokenselError: the heads together are not as wide as the model; the formula does not cover such
-            models.
     """
     layer = _decoder_layer(config, new, past + new)
     return config.num_hidden_layers * layer + 2 * config.hidden_size * config.vocab_size
 
 
 def _decoder_layer(config: PretrainedConfig, queries: Count, keys: Count) -> Count:
-    width = config.hidden_size
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    if head * config.num_attention_heads != width:
-        raise TokenselError(
-            f"{config.model_type}: {config.num_attention_heads} heads of {head} are not as wide as the model "
-            f"({width}); only models whose heads are can be counted"
-        )
-    return _layer(queries, keys, width, config.num_key_value_heads * head, config.intermediate_size, 3)
+    q_width, kv_width = (_head(config) * n for n in (config.num_attention_heads, config.num_key_value_heads))
+    return _layer(queries, keys, config.hidden_size, q_width, kv_width, config.intermediate_size, 3)
+
+
+def _head(config: PretrainedConfig) -> int:
+    """Channels of one head, which together may be wider or narrower than the model (Qwen3, Gemma)."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def count_layers(config: PretrainedConfig, layers: int, tokens: int) -> int:
@@ -130,27 +127,25 @@ def count_answer(
     """FLOPs of a language model that generates an answer while visual tokens are dropped.
 
     Args:
-        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        config: of a language model whose MLP has a gate: Llama, Mistral, Qwen2, Qwen3, Gemma.
         text: tokens of the prompt besides the image.
         visual: see :func:`held_tokens`; one step for each token of the answer.
         ranked: step and layer of every row of attention that is computed in addition to the model's own, to
             rank tokens.
-
-    Raises:
-        TokenselError: as :func:`count_decoder`.
     """
     held, width = held_tokens(text, visual), config.hidden_size
     queries = np.where(np.arange(len(held))[:, None] == 0, held, 1)
     layers = int(_decoder_layer(config, queries, held).sum())
     # the query of the ranking token a second time, and its product with every key
-    ranking = sum(2 * width * width + 2 * int(held[step, layer]) * width for step, layer in ranked)
+    q_width = config.num_attention_heads * _head(config)
+    ranking = sum(2 * q_width * (width + int(held[step, layer])) for step, layer in ranked)
     return layers + len(held) * 2 * width * config.vocab_size + ranking
 
 
 def kv_bytes(config: PretrainedConfig, tokens: int, bytes_each: int = 2) -> int:
     """Bytes of the keys and values of ``tokens`` tokens of one row, with ``bytes_each`` bytes a number."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * bytes_each
+    kv_width = config.num_key_value_heads * _head(config)
+    return 2 * config.num_hidden_layers * kv_width * tokens * bytes_each
 
 
 def step_bytes(config: PretrainedConfig, held: int, rows: int = 1, bytes_each: int = 2) -> int:
@@ -160,7 +155,7 @@ def step_bytes(config: PretrainedConfig, held: int, rows: int = 1, bytes_each: i
     gain.
 
     Args:
-        config: a ``LlamaConfig``, ``MistralConfig`` or ``Qwen2Config``.
+        config: of a language model whose MLP has a gate: Llama, Mistral, Qwen2, Qwen3, Gemma.
         held: tokens in the cache of each row.
         rows: answers that are generated at a time.
         bytes_each: bytes of a number.

@@ -60,7 +60,7 @@ def withdrawal_divergence(model: PreTrainedModel, samples: Iterable[Any]) -> dic
     in nats. The repository of VTW (lzhxmu/VTW) chooses its layer by it, over twenty samples.
 
     Args:
-        model: a LLaVA, or its language model with a head.
+        model: a vision-language model, or its language model with a head.
         samples: :class:`~tokensel.vlm.Reduced` prompts, in batches, from which nothing is dropped.
 
     Raises:

@@ -68,7 +68,7 @@ class TrainConfig:
     # Sec. 4.5 of the paper trains on images, not tiles: each is resized to one tile
     tiles: Annotated[
         Literal["whole", "anyres"],
-        Option("Resize each image to one tile, or cut it into tiles as LLaVA does.", DATA),
+        Option("Resize each image to one tile, or cut it into tiles as its model does.", DATA),
     ] = "whole"
     # "" encodes at every step
     cache: Annotated[str, Option("Folder for features, to encode each image only once.", DATA)] = ""
@@ -223,7 +223,7 @@ class FrozenModelConfig:
         TokenselError: a value of another type or out of range; one line with field, value and what to give.
     """
 
-    model: Annotated[str, Option("LLaVA-NeXT, which is not changed: folder or Hub id.", DATA)]
+    model: Annotated[str, Option("Vision-language model, which is not changed: folder or Hub id.", DATA)]
     suite: Annotated[str, Option("Module with a table BENCHMARKS, by its dotted name.", DATA)]
     revision: Annotated[str | None, revision_option(DATA)] = None
     # "" writes nothing

@@ -16,7 +16,7 @@ __all__ = ["Choices", "adaptive_cells", "add_newlines", "choose_cells"]
 
 @dataclass(frozen=True)
 class Choices:
-    """What the paper leaves open about dropping tokens inside LLaVA.
+    """What the paper leaves open about dropping visual tokens.
 
     The default of ``thumbnail`` is the literal reading of the paper: one competition among all visual tokens.
     The book's chapters pass ``thumbnail="last"``, which a measurement on the book's small model chose, alike

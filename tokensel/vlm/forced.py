@@ -53,7 +53,7 @@ def force(
     """Append answers to their prompts.
 
     Args:
-        model: the LLaVA.
+        model: the vision-language model.
         reduced: the prompts.
         tokens: the answers, their end tokens included, as ``generate`` returns them.
         lengths: tokens of each answer; what follows them is ignored.
@@ -107,7 +107,7 @@ def answer_mass(model: PreTrainedModel, forced: Forced) -> Float[Tensor, "layers
     """How every layer's attention is shared among the types of tokens during an answer, with nothing dropped.
 
     Args:
-        model: the LLaVA.
+        model: the vision-language model.
         forced: prompts and answers. After a row's end the values mean nothing; ``forced.labels`` tells where
             that is.
 

@@ -49,7 +49,7 @@ def load_vlm(
 
     Raises:
         TokenselError: nothing there under this name (or the Hub is out of reach), weights cut short or
-            missing, a model that packs no image tiles, an unknown device or dtype, or a missing package.
+            missing, a model of another family, an unknown device or dtype, or a missing package.
     """
     if device is not None and device_map is not None:
         raise TokenselError(f"device is {device!r} and device_map {device_map!r}: give one of them")
@@ -95,7 +95,8 @@ def load_vlm(
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise TokenselError(
-            f"{name} holds no LLaVA with its processor ({reason(error)}); give a folder or hub id that does"
+            f"{name} holds no vision-language model with its processor ({reason(error)}); give a folder or "
+            "hub id that does"
         ) from None
     _complete_tokenizer(model, processor.tokenizer)
     return Vlm(model.eval(), processor, str(name), switch_off(model, processor))

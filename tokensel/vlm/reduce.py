@@ -50,6 +50,8 @@ class Reduced(Mapping[str, Any]):
         cells: tokens that it makes of each tile.
         kept: True for the cells of each tile that are kept (``None`` where the tiles were encoded again at
             another size).
+        grid: for a model without newlines the rows and columns of each tile, in tokens, row after row of the
+            batch; else ``None``.
         tiles: for a model without newlines the tile of each column, see
             :class:`~tokensel.schedules.prompt.Prompt`; else ``None``.
     """
@@ -65,6 +67,7 @@ class Reduced(Mapping[str, Any]):
     cells: int
     kept: Bool[Tensor, "tiles tokens"] | None = None
     tiles: Int[Tensor, "rows length 3"] | None = None
+    grid: Int[Tensor, "tiles 2"] | None = None
 
     def __getitem__(self, name: str) -> Any:
         value = self.inputs[name]
@@ -272,6 +275,7 @@ def reduce(
         cells=layout.tokens,
         kept=layout.spread(cells),
         tiles=_tile_columns(layout, kept, marks[0]),
+        grid=layout.grid,
     )
 
 

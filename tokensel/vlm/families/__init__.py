@@ -44,13 +44,13 @@ def family_of(config: Any, name: str = "the model") -> Family:
     if config.model_type not in FAMILIES:
         known = ", ".join(dict.fromkeys(family.name for family in FAMILIES.values()))
         raise TokenselError(
-            f"{name} is a {config.model_type}, which packs no image tiles known here: give one of {known}"
+            f"{name} is a {config.model_type}, which is none of the families known here: give one of {known}"
         )
     return FAMILIES[config.model_type]
 
 
 def check_tiled(config: Any, what: str) -> None:
-    """Raise where a command knows the costs of LLaVA-NeXT and LLaVA-OneVision alone.
+    """Raise where a command times LLaVA-NeXT and LLaVA-OneVision alone.
 
     Args:
         config: the model's configuration.
@@ -61,6 +61,6 @@ def check_tiled(config: Any, what: str) -> None:
     """
     if not family_of(config).tiled:
         raise TokenselError(
-            f"{what} counts the costs of LLaVA-NeXT and LLaVA-OneVision alone, and this is a "
+            f"{what} times LLaVA-NeXT and LLaVA-OneVision alone, and this is a "
             f"{config.model_type}: use load_vlm and reduce_inputs with it"
         )
