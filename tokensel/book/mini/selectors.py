@@ -40,7 +40,7 @@ from tokensel.utils.seeds import generator
 from tokensel.vlm import load_vlm
 from tokensel.vlm.family_encoder import load_encoder
 
-__all__ = ["STUDIES", "Trial", "record", "record_counts"]
+__all__ = ["STUDIES", "Trial", "model_of", "record", "record_counts"]
 
 SUITE = "tokensel.book.mini.suite"
 TASKS = ("forms", "charts", "posters", "scene_text", "attributes", "science", "diagrams", "mixed")
@@ -143,12 +143,18 @@ def record(
     _draw_pages(out / "pages", "train", PAGES)
     parts = []
     for trial in tqdm(trials, desc="trials"):
-        model = _model_of(trial.tower, out, unlabelled)
+        model = model_of(trial.tower, out, unlabelled)
         parts.append(_run(trial, model, out, n, split))
-        rows = pd.concat(parts, ignore_index=True)
+        rows = _once(pd.concat(parts, ignore_index=True))
         write_text(table, rows.to_csv(index=False, float_format="%.6g"))
     _write_provenance(table, n, split)
     return table
+
+
+def _once(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows without what the baselines have said before: they are the same for all trials on a tower."""
+    again = rows.duplicated(["tower", "method", "keep", "group"]) & (rows["method"] != "selector")
+    return rows.loc[~again]
 
 
 def _write_provenance(table: Path, n: int, split: str) -> None:
@@ -171,8 +177,8 @@ def _draw_pages(folder: Path, split: str, count: int) -> None:
                 draw_page(task, split, index).save(path)
 
 
-def _model_of(tower: str, out: Path, unlabelled: Path | None) -> str:
-    """The folder of the model that holds a tower; that with outliers is made on first use."""
+def model_of(tower: str, out: Path, unlabelled: Path | None = None) -> str:
+    """The folder of the model that holds a tower; that with outliers is made on first use, below ``out``."""
     if tower == "unlabelled":
         return str(unlabelled)
     if tower != "outliers":
@@ -249,7 +255,7 @@ def record_counts(out: Path, table: Path, n: int = 400, split: str = "test") -> 
     """
     _draw_pages(out / "pages", "train", PAGES)
     trial = STUDIES["length"][0]
-    model = _model_of(trial.tower, out, None)
+    model = model_of(trial.tower, out)
     config = trial.config(out, model)
     train(config)
     choices = _choices(model, n, split) | {"thumbnail": "drop"}  # a threshold knows no order of tiles
