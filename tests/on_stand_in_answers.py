@@ -165,11 +165,13 @@ def test_every_method_makes_the_same_prompts(device, make):
 @pytest.mark.parametrize("family", tiny_families.MAKERS)
 def test_other_families_make_the_same_prompts_and_answers(device, family, tmp_path):
     tiny_families.save(family, tmp_path)
-    images, questions = [noise_image(40, 48), None, [noise_image(30, 60)] * 2], ["what?", "and?", "who?"]
+    needs_image = family == "paligemma"
+    images = [noise_image(40, 48), noise_image(20, 30) if needs_image else None, [noise_image(30, 60)] * 2]
+    questions = ["what?", "and?", "who?"]
     batches = [
         Batch(vlm, images, questions) for vlm in pair(lambda: load_vlm(tmp_path, device="cpu"), device)
     ]
-    for name in ("full", "none", "norm", "uniform", "cdpruner", "apet"):
+    for name in ("full", *([] if needs_image else ["none"]), "norm", "uniform", "cdpruner", "apet"):
         scorer = make_scorer(name) if name in SCORERS else None
         if (name, family) == ("apet", "qwen3_vl"):
             with pytest.raises(TokenselError, match="merges dropped tokens"):
@@ -182,11 +184,12 @@ def test_other_families_make_the_same_prompts_and_answers(device, family, tmp_pa
             batch.vlm.generate(made, 6) for batch, made in zip(batches, (expected, reduced), strict=True)
         )
         assert answers == expected
-    full, schedule = [prepare(batch, "full") for batch in batches], Clse(0.5, (1, 2, 3))
-    expected, answers = (
-        batch.vlm.generate(made, 6, schedule) for batch, made in zip(batches, full, strict=True)
-    )
-    assert answers == expected
+    if family not in ("gemma3", "paligemma"):  # no schedule runs inside these
+        full, schedule = [prepare(batch, "full") for batch in batches], Clse(0.5, (1, 2, 3))
+        expected, answers = (
+            batch.vlm.generate(made, 6, schedule) for batch, made in zip(batches, full, strict=True)
+        )
+        assert answers == expected
     assert examine(batches[1].vlm)[4:] == examine(batches[0].vlm)[4:]  # all but where the model is
     encoder = load_encoder(tmp_path)
     expected = encoder.encode([noise_image(40, 48), noise_image(30, 60)])

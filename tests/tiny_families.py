@@ -232,9 +232,9 @@ def smolvlm() -> tuple[PreTrainedModel, object]:
 GEMMA = ["<image>", "<boi>", "<eoi>"]
 
 
-def gemma_vision() -> dict:
+def gemma_vision(side: int = 24) -> dict:
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-    return vision | dict(image_size=24, patch_size=4, vision_use_head=False)
+    return vision | dict(image_size=side, patch_size=4, vision_use_head=False)
 
 
 def gemma3() -> tuple[PreTrainedModel, object]:
@@ -243,16 +243,16 @@ def gemma3() -> tuple[PreTrainedModel, object]:
     layers = ["sliding_attention", "full_attention"] * 2
     config = Gemma3Config(
         text_config=text | dict(layer_types=layers, pad_token_id=0, bos_token_id=1, eos_token_id=2),
-        vision_config=gemma_vision(),
-        mm_tokens_per_image=9,
+        vision_config=gemma_vision(48),
+        mm_tokens_per_image=36,
         boi_token_index=words["<boi>"],
         eoi_token_index=words["<eoi>"],
         image_token_index=words["<image>"],
     )
     processor = Gemma3Processor(
-        image_processor=Gemma3ImageProcessorPil(size={"height": 24, "width": 24}),
+        image_processor=Gemma3ImageProcessorPil(size={"height": 48, "width": 48}),
         tokenizer=tokenizer(GEMMA, image_token="<image>", boi_token="<boi>", eoi_token="<eoi>"),
-        image_seq_length=9,
+        image_seq_length=36,
         chat_template=template("<boi>"),
     )
     model = Gemma3ForConditionalGeneration(config)
