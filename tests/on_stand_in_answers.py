@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import suite_tiny
 import tiny_families
@@ -26,12 +27,14 @@ from tokensel.cost import answer_costs, answer_work
 from tokensel.data.encoders import VisionEncoder
 from tokensel.doctor import examine
 from tokensel.methods import Batch, methods, prepare
-from tokensel.schedules import Clse, FastOcr
+from tokensel.schedules import Clse, FastOcr, FastV
 from tokensel.schedules.vtw import withdrawal_divergence
 from tokensel.scorers import SCORERS, make_scorer
 from tokensel.utils.errors import TokenselError
-from tokensel.vlm import Vlm, count_tokens, load_encoder, load_vlm, reduce_inputs
+from tokensel.vlm import Vlm, count_tokens, encode, load_encoder, load_vlm, reduce, reduce_inputs
 from tokensel.vlm.forced import answer_mass, force
+from tokensel.vlm.horizon import measure_horizon
+from tokensel.vlm.kept import kept_by_place, kept_cells
 from tokensel.vlm.native import switch_off
 
 ROWS = [1, 3]
@@ -138,6 +141,21 @@ def test_vtw_chooses_its_layer(device):
         for vlm in pair(lambda: vlm_of("llama"), device)
     ]
     assert divergences[1] == pytest.approx(divergences[0], rel=1e-3)
+
+
+def test_the_horizon_and_where_tokens_are_kept(device):
+    curves, shares = [], []
+    for vlm in pair(lambda: vlm_of("llama"), device):
+        curve = measure_horizon(vlm, [noise_image(40, 48), None], ["what?", "who?"], ["a", "no"])
+        curves.append(np.concatenate([curve.full, curve.blind, curve.withdrawn.flat]))
+        encoded = encode(vlm.model, ask(vlm, ROWS, ["what?", "who??"], seed=0))
+        whole, norm = reduce(encoded), reduce(encoded, make_scorer("norm"), 0.4)
+        pruning = vlm.generate_output(whole, 1, FastV(2, 0.4)).pruning
+        kept = [kept_cells(encoded, chosen) for chosen in (norm, pruning)]
+        assert all(marks.device.type == "cpu" for marks in kept)
+        shares.append(torch.stack([kept_by_place(marks, encoded.layout.centres[:, 0], 4) for marks in kept]))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert torch.equal(*shares)
 
 
 @pytest.mark.parametrize("make", [llava_next, llava_onevision])
