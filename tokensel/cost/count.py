@@ -2,7 +2,8 @@
 
 A multiply-add counts as two. Attention is counted over the full matrix of queries and keys, as ``torch``'s
 own FLOP counter does, although a causal kernel may skip half of it. Norms, activations and softmaxes are left
-out: they move bytes, but their FLOPs are negligible next to those of the matrix products.
+out: they move bytes, but their FLOPs are negligible next to those of the matrix products. Sliding
+windows are left out, too: attention and cache of a prompt longer than its window are counted whole.
 """
 
 from collections.abc import Iterable

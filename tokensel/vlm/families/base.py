@@ -2,7 +2,7 @@
 
 A family is one class in a file of its own and one row of :data:`tokensel.vlm.families.FAMILIES`. Nothing of a
 model is replaced: a family reads the processor's output, calls the model's own tower and projector, and hands
-``model.generate`` embeddings of the shortened prompt.
+``model.generate`` embeddings of the shortened prompt, or its ids and the kept tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -76,7 +76,7 @@ class Family(ABC):
     Attributes:
         name: as readers know it.
         way: how a shortened prompt reaches the model.
-        tiled: whether it packs tiles and newlines as LLaVA-NeXT does, which down-sampling and the counting of
+        tiled: whether it packs tiles and newlines as LLaVA-NeXT does, which down-sampling and the timing of
             costs rely on.
         text: name of the language model inside the model.
         empty_rows: whether its processor wants a list of images for every row, an empty one for text alone.
