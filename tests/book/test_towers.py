@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokensel.book.mini import imitate as imitation
 from tokensel.book.mini.losses import Heads, TrainingLosses
 from tokensel.book.mini.model import build_mini_model
 from tokensel.book.mini.outliers import plant_outliers
@@ -102,3 +103,39 @@ def test_the_pixels_of_a_patch_are_those_of_the_image():
     pixels = tiles(draw_page("forms", "train", 0, (64, 64)))
     patches = patch_pixels(pixels, 1).unflatten(-1, (3, 8, 8))
     assert torch.equal(patches[0, 9], pixels[0, :, 8:16, 8:16])
+
+
+def test_a_tower_imitates_a_projector_and_a_stopped_imitation_ends_at_the_same_weights(tmp_path, monkeypatch):
+    torch.manual_seed(6)
+    start = build_mini_model("llava-next")
+    start.save_pretrained(tmp_path / "start")
+    load_vlm(MINI / "llava-next", device="cpu").processor.save_pretrained(tmp_path / "start")
+    monkeypatch.setattr(imitation, "_MEASURED", 8)
+    options = dict(steps=12, pages=2, save_every=4)
+    whole = imitation.imitate(tmp_path / "start", MINI / "llava-next", tmp_path / "whole", **options)
+    drawn, calls = imitation._pixels, []
+
+    def stop(seed, step, pages):
+        calls.append(step)
+        if step == 6 and seed == 0:
+            raise KeyboardInterrupt
+        return drawn(seed, step, pages)
+
+    monkeypatch.setattr(imitation, "_pixels", stop)
+    with pytest.raises(KeyboardInterrupt):
+        imitation.imitate(tmp_path / "start", MINI / "llava-next", tmp_path / "cut", **options)
+    monkeypatch.setattr(imitation, "_pixels", drawn)
+    cut = imitation.imitate(tmp_path / "start", MINI / "llava-next", tmp_path / "cut", **options)
+    one, two = (load_vlm(folder, device="cpu").model.state_dict() for folder in (whole, cut))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    teacher = load_vlm(MINI / "llava-next", device="cpu").model.state_dict()
+    for name, tensor in one.items():  # nothing of the language model has changed, all of the tower has
+        fixed = not any(part in name for part in ("vision_tower", "projector"))
+        assert torch.equal(tensor, teacher[name]) or not fixed
+    tokens = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before, after = start, load_vlm(whole, device="cpu").model
+    told = load_vlm(MINI / "llava-next", device="cpu").model
+    with torch.no_grad():
+        wanted = imitation._said(told.base_model, tokens)
+        errors = [(imitation._said(m.base_model, tokens) - wanted).norm() for m in (before, after)]
+    assert errors[1] < errors[0]

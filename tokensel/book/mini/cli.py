@@ -66,6 +66,24 @@ def selectors(
     typer.echo(f"finished: {table}")
 
 
+@app.command("imitate")
+def imitate_model(
+    start: Annotated[
+        Path, typer.Option(help="model whose tower learns, such as one of `mini train --recipe`")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the checkpoint and the finished model/")],
+    teacher: Annotated[Path, typer.Option(help="finished model whose language model is kept")] = Path(
+        "data/mini/llava-next"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 9000,
+    seed: Annotated[int, typer.Option(help="seed of the pages")] = 0,
+) -> None:
+    """Teach a tower, without labels, to give what a finished model's projector gives; after a kill, resumes."""
+    from tokensel.book.mini.imitate import imitate
+
+    typer.echo(f"finished: {imitate(start, teacher, out, steps, seed=seed)}")
+
+
 @app.command("counts")
 def counts(
     table: Annotated[Path, typer.Option(help="CSV file to write; its provenance beside it")],
