@@ -78,7 +78,7 @@ def imitate_model(
     steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 9000,
     seed: Annotated[int, typer.Option(help="seed of the pages")] = 0,
 ) -> None:
-    """Teach a tower, without labels, to give what a finished model's projector gives; after a kill, resumes."""
+    """Teach a tower, without labels, to give what a model's projector gives; after a kill, it resumes."""
     from tokensel.book.mini.imitate import imitate
 
     typer.echo(f"finished: {imitate(start, teacher, out, steps, seed=seed)}")

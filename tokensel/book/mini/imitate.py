@@ -2,9 +2,9 @@
 
 Training a language model to read through another tower takes hours. So the tower learns, together with a
 projector of its own, to give what the finished model's projector gives for the same tile; the language model
-stays as it is. Where the tower keeps what it tells, and how long its tokens are, is left to it: only the
-projector's output is compared. Directions in which that output hardly varies count as much as the others, since
-places fill the first and letters the last (without it a tower of 2,500 steps read nothing).
+stays as it is. Where the tower keeps what it knows, and how long its tokens are, is left to it: only the
+projector's output is compared. Directions in which that output hardly varies count as much as the others:
+the place of a patch varies it most, and the letters least.
 """
 
 import math
