@@ -70,7 +70,7 @@ def masked_logits(vlm: Vlm, inputs, kept: torch.Tensor, tokens: torch.Tensor) ->
     more = {name: value for name, value in full.items() if name.startswith("mm_")}
     if "input_ids" in full:  # Gemma 3 and PaliGemma
         prompts, outputs = embedding(full["input_ids"]), more.pop("mm_encoder_outputs")
-        prompts = prompts.masked_scatter(full.visual[..., None], torch.cat(outputs["image"].rows))
+        prompts = prompts.masked_scatter(full.visual[..., None], torch.cat(outputs["image"].pooler_output))
         pali = vlm.model.config.model_type == "paligemma"
         # an answer is read one way, and positions begin at 1 in PaliGemma
         types = torch.full_like(tokens[:, :-1], int(pali))

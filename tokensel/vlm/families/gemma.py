@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
@@ -101,7 +103,9 @@ class Gemma3(Family):
         inputs = {"input_ids": ids.to(device_of(encoded.model.get_input_embeddings()))}
         sizes = [size for size in slots.sum(1).tolist() if size]
         return inputs | (
-            {"mm_encoder_outputs": {"image": RowOutputs(list(visual.split(sizes)))}} if sizes else {}
+            {"mm_encoder_outputs": {"image": RowOutputs(pooler_output=Rows(visual.split(sizes)))}}
+            if sizes
+            else {}
         )
 
 
@@ -145,26 +149,21 @@ class PaliGemma(Gemma3):
         return hidden
 
 
-class RowOutputs:
+class Rows(list):
+    """Tensors, row by row, that are joined when the model moves them to its device."""
+
+    def to(self, *to: Any) -> Float[Tensor, "kept width"]:
+        return torch.cat(self).to(*to)
+
+
+@dataclass
+class RowOutputs(BaseModelOutputWithPooling):
     """Kept visual tokens row by row, for ``mm_encoder_outputs``.
 
     ``generate`` repeats the tokens of a row with it, for which it wants a list; the model wants one tensor.
     """
 
-    def __init__(self, rows: list[Float[Tensor, "_ width"]]):
-        self.rows = rows
+    pooler_output: Any = None  # Rows, where the class says a tensor
 
-    @property
-    def pooler_output(self) -> "Rows":
-        return Rows(self.rows)
-
-    @pooler_output.setter
-    def pooler_output(self, rows: list[Float[Tensor, "_ width"]]) -> None:
-        self.rows = rows
-
-
-class Rows(list):
-    """Tensors that are joined when the model moves them to its device."""
-
-    def to(self, *to: Any) -> Float[Tensor, "kept width"]:
-        return torch.cat(self).to(*to)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, Rows(value) if isinstance(value, list) else value)
