@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from suite_tiny import answers
+from tiny import tiny_selector
 
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.runner import evaluate
 from tokensel.data.tower import run_tower
+from tokensel.model.selector import TokenSelector
 from tokensel.schedules import RatePredictor
 from tokensel.schedules.dyrate import RateConfig
 from tokensel.utils.errors import TokenselError
@@ -52,6 +54,33 @@ def test_every_method_on_every_benchmark_fills_the_long_table(config, monkeypatc
         - (mean["page", "random", "0.2", "0"] + mean["page", "random", "0.2", "1"]) / 2
     )
     assert float(differences[0]["difference"]) == pytest.approx(paired, abs=1e-5)
+
+
+def test_a_selector_of_each_seed_has_rows_of_its_own(config, tmp_path):
+    """They are those that the selectors have when each is evaluated alone."""
+    options = dict(methods=("selector", "norm"), keeps=(0.2,), compare=())
+    for seed in (0, 1):
+        selector = TokenSelector(tiny_selector().config)
+        selector.head.weight.data *= 1 - 2 * seed  # the second ranks upside down
+        selector.save_pretrained(tmp_path / f"selector-{seed}")
+
+    def scores(selector, seeds, name):
+        out = str(tmp_path / name)
+        done = evaluate(
+            replace(config, selector=str(selector), seeds=seeds, out=out, **options), progress=False
+        )
+        rows = csv.DictReader(done.table.read_text().splitlines())
+        table = {}
+        for row in rows:
+            table.setdefault((row["method"], row["seed"]), []).append((row["benchmark"], row["score"]))
+        return table
+
+    both = scores(tmp_path / "selector-{seed}", (0, 1), "both")
+    assert set(both) == {("selector", "0"), ("selector", "1"), ("norm", "0")}
+    assert both["selector", "0"] != both["selector", "1"]
+    for seed in (0, 1):
+        alone = scores(tmp_path / f"selector-{seed}", (), f"alone-{seed}")
+        assert alone["selector", "0"] == both["selector", str(seed)]
 
 
 def test_schedules_and_what_they_cost(config, tmp_path):

@@ -12,6 +12,7 @@ from tokensel.utils.options import SEED_MOST, Option, check_fields, revision_opt
 
 KEEPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 SHORT_KEEPS = KEEPS[:6]
+SEED = "{seed}"  # in the name of a trained part
 
 # headings under which the command line lists the options
 DATA, MODEL, RUNNING, INSIDE = "Data", "Model", "Running", "Inside the language model"
@@ -74,13 +75,17 @@ class EvalConfig:
     seeds: Annotated[
         tuple[int, ...],
         Option(
-            "Several seeds of random selection, comma-separated, a row each.",
+            "Several seeds of random selection, and of trained parts with {seed} in their name, "
+            "comma-separated, a row each.",
             RUNNING,
             least=0,
             most=SEED_MOST,
         ),
     ] = ()
-    selector: Annotated[str | None, Option("Trained selector: folder or Hub id.", MODEL)] = None
+    # with {seed} in it, it stands for one trained with each of the seeds
+    selector: Annotated[
+        str | None, Option("Trained selector: folder or Hub id; {seed} in it stands for each seed.", MODEL)
+    ] = None
     diffprune: Annotated[str | None, Option("Trained DiffPrune: folder or Hub id.", MODEL)] = None
     visionselector: Annotated[str | None, Option("Trained VisionSelector: folder or Hub id.", MODEL)] = None
     inside: Annotated[
@@ -219,6 +224,10 @@ class EvalConfig:
             "positions": self.positions,
         }
 
+    def learned(self, option: str, seed: int) -> str:
+        """The folder or Hub id of a trained part, under a seed."""
+        return getattr(self, option).replace(SEED, str(seed))
+
     def suite_benchmarks(self) -> dict[str, Benchmark]:
         """The benchmarks to evaluate on; raises ``TokenselError`` for an unknown suite or name."""
         return load_suite(self.suite, self.benchmarks, self.data)
@@ -234,6 +243,7 @@ class EvalConfig:
         for method in self.methods:
             row = check_method(method)
             keeps = self.keeps if row.uses_keep else (0.0 if method == "none" else 1.0,)
-            seeds = (self.seeds or (self.seed,)) if row.uses_seed else (self.seed,)
+            trained = row.learned is not None and SEED in (getattr(self, row.learned) or "")
+            seeds = (self.seeds or (self.seed,)) if row.uses_seed or trained else (self.seed,)
             conditions += [Condition(method, float(keep), seed) for keep in keeps for seed in seeds]
         return list(dict.fromkeys(conditions))

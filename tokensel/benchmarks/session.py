@@ -59,11 +59,12 @@ class EvalSession:
         self._scorers: dict[tuple[str, int], Scorer] = {}
         self._learned: dict[str, CoreModel] = {}
 
-    def learned(self, option: str) -> CoreModel:
-        """The trained model of a scorer, which the configuration names under ``option``."""
-        if option not in self._learned:
-            self._learned[option] = LEARNED[option].from_pretrained(getattr(self.config, option))
-        return self._learned[option]
+    def learned(self, option: str, seed: int) -> CoreModel:
+        """The trained model of a scorer, which the configuration names under ``option``, for a seed."""
+        name = self.config.learned(option, seed)
+        if name not in self._learned:
+            self._learned[name] = LEARNED[option].from_pretrained(name)
+        return self._learned[name]
 
     @cached_property
     def predictor(self) -> RatePredictor:
@@ -91,7 +92,9 @@ class EvalSession:
         key = (name, condition.seed)
         if key not in self._scorers:
             learned = check_method(condition.method).learned
-            options: dict[str, Any] = {} if learned is None else {learned: self.learned(learned)}
+            options: dict[str, Any] = (
+                {} if learned is None else {learned: self.learned(learned, condition.seed)}
+            )
             self._scorers[key] = make_scorer(name, seed=condition.seed, **options)
         return self._scorers[key]
 
@@ -156,7 +159,7 @@ class EvalSession:
             kept = [work_bytes(model.config, answer, model.dtype.itemsize) for answer in work]
             return float("nan"), sum(kept) / len(kept)
         learned = check_method(condition.method).learned
-        selector = None if learned is None else self.learned(learned).config
+        selector = None if learned is None else self.learned(learned, condition.seed).config
         costs = [work_cost(model.config, answer, model.dtype.itemsize, selector) for answer in work]
         return sum(flops for flops, _ in costs) / len(costs), sum(kept for _, kept in costs) / len(costs)
 
@@ -183,8 +186,9 @@ class EvalSession:
         if row.chooses:
             identity |= self.config.choices()
         if row.learned is not None:  # the files of its trained model
-            revision = getattr(self.learned(row.learned).config, "_commit_hash", None)
-            identity[row.learned] = checkpoint_digest(getattr(self.config, row.learned), revision)
+            revision = getattr(self.learned(row.learned, condition.seed).config, "_commit_hash", None)
+            name = self.config.learned(row.learned, condition.seed)
+            identity[row.learned] = checkpoint_digest(name, revision)
         if schedule is not None:
             learned = f"{self.predictor_digest} {schedule.newline}" if row.uses_predictor else None
             identity["schedule"] = learned or repr(schedule)
