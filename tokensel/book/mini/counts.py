@@ -18,7 +18,7 @@ from tokensel.benchmarks.questions import load_questions
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.statistics import bootstrap
 from tokensel.book.mini.canvas import Page
-from tokensel.book.mini.expected_error import ExpectedErrorScorer, register_expected_error
+from tokensel.book.mini.expected_error import ExpectedErrorScorer, as_method
 from tokensel.book.mini.suite import asked_page
 from tokensel.data.features import Features
 from tokensel.model.reconstructor import TokenReconstructor
@@ -50,20 +50,22 @@ def compare_counts(choices: dict[str, Any], folder: Path, features: Features, me
     reconstructor = TokenReconstructor.from_pretrained(paths["reconstructor"])
     expected = ExpectedErrorScorer(selector, reconstructor, metric)
     expected.calibrate(features)
-    register_expected_error(expected, " ".join(map(checkpoint_digest, paths.values())))
     rows: list[dict[str, Any]] = []
-    for rule, method in (("score", "selector"), ("expected error", "expected-error")):
-        for keep in SHARES:
-            options = {"selector": paths["selector"], "methods": (method,), "name": "counts"}
-            place = folder / "counts" / f"{method}-{keep:g}"
-            own = _answered(choices, keep, place / "own", budget="threshold", **options)
-            share = float(np.mean(own["share"]))
-            options["methods"] = ("selector",)
-            fixed = _answered(choices, round(share, 4), place / "fixed", budget="image", **options)
-            rows += [
-                {"rule": rule, "keep": keep, "share": share} | compared
-                for compared in _compared(own.assign(score_fixed=fixed["score"]))
-            ]
+    digest = " ".join(map(checkpoint_digest, paths.values()))
+    with as_method(expected, digest) as by_error:
+        for rule, method in (("score", "selector"), ("expected error", by_error)):
+            for keep in SHARES:
+                options = {"selector": paths["selector"], "name": "counts"}
+                place = folder / "counts" / f"{method}-{keep:g}"
+                rule_options = options | {"methods": (method,), "budget": "threshold"}
+                own = _answered(choices, keep, place / "own", **rule_options)
+                share = float(np.mean(own["share"]))
+                options |= {"methods": ("selector",), "budget": "image"}
+                fixed = _answered(choices, round(share, 4), place / "fixed", **options)
+                rows += [
+                    {"rule": rule, "keep": keep, "share": share} | compared
+                    for compared in _compared(own.assign(score_fixed=fixed["score"]))
+                ]
     return pd.DataFrame(rows)
 
 

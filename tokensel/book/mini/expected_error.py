@@ -7,6 +7,8 @@ tokens than an empty one.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from tokensel.scorers.ranks import falling_ranks
 from tokensel.training.metrics import Metric
 from tokensel.utils.seeds import generator
 
-__all__ = ["ExpectedErrorScorer", "register_expected_error"]
+__all__ = ["ExpectedErrorScorer", "as_method"]
 
 _STEPS = 24  # shares of a tile at which its error is computed; between them it is interpolated
 
@@ -89,13 +91,14 @@ def _interpolated(errors: Tensor, at: Tensor, ranks: Tensor) -> Float[Tensor, "t
     return low + (high - low) * weight - 1e-6 * ranks
 
 
-def register_expected_error(scorer: ExpectedErrorScorer, digest: str) -> None:
-    """Make a method of it: ``expected-error`` can be evaluated from here on, in this process.
+@contextmanager
+def as_method(scorer: ExpectedErrorScorer, digest: str) -> Iterator[str]:
+    """Make a method of a scorer, which can be evaluated inside the block; gives the method's name.
 
     Args:
         scorer: the scorer.
-        digest: of its weights. Answers are kept by the name of the class, and another selector's are not
-            its own.
+        digest: of its weights. Answers are kept by the name of the class, and another selector's are not its
+            own.
     """
 
     class Given(ExpectedErrorScorer):
@@ -104,3 +107,7 @@ def register_expected_error(scorer: ExpectedErrorScorer, digest: str) -> None:
 
     Given.__qualname__ = f"{scorer.name} {digest}"
     SCORERS[scorer.name] = Given
+    try:
+        yield scorer.name
+    finally:
+        del SCORERS[scorer.name]
