@@ -127,8 +127,8 @@ def record(
         n: questions a task.
         split: of the questions.
         towers: only trials on these.
-        unlabelled: folder of a model whose tower has learned without labels, see ``Recipe.hidden``; without
-            it there are no trials on that tower.
+        unlabelled: folder of a model whose tower has learned without labels, as
+            :func:`~tokensel.book.mini.imitate.imitate` makes one; without it there are no trials on it.
 
     Raises:
         TokenselError: an unknown study or tower.
