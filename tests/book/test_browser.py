@@ -114,6 +114,7 @@ def test_page_fits_a_phone(name, visit):
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
+@pytest.mark.timeout(900)  # the page of the library is long: axe looks at it for minutes
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_page_passes_axe(name, theme, visit):
