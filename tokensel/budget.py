@@ -1,12 +1,24 @@
 """From scores to a mask: how many tokens stay, and which ones (mask True = kept)."""
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokensel.utils.errors import TokenselError, check_keep
 
-__all__ = ["fraction_count", "hard", "rank", "top_count", "top_fraction"]
+__all__ = [
+    "fraction_count",
+    "hard",
+    "measure_thresholds",
+    "rank",
+    "threshold_at",
+    "top_count",
+    "top_fraction",
+]
 
 
 def fraction_count(
@@ -100,3 +112,21 @@ def hard(
     """
     mask = scores > 0
     return mask if valid is None else mask & valid
+
+
+def measure_thresholds(scores: Float[Tensor, "tokens"]) -> list[float]:
+    """The scores above which 1, 2, ... 99 % of some tokens lie, for :func:`threshold_at`."""
+    shares = torch.arange(99, 0, -1, dtype=torch.float64) / 100  # above the quantile of .99 lies 1 %
+    return torch.quantile(scores.double().cpu(), shares).tolist()
+
+
+def threshold_at(thresholds: Sequence[float], keep: float) -> float:
+    """The score above which the fraction ``keep`` lies; between the measured ones it is interpolated.
+
+    Raises:
+        TokenselError: ``keep`` is not in (0, 1].
+    """
+    if check_keep(keep) == 1:
+        return -math.inf
+    shares = [(index + 1) / (len(thresholds) + 1) for index in range(len(thresholds))]
+    return float(np.interp(keep, shares, thresholds))

@@ -345,7 +345,7 @@ def test_a_threshold_keeps_its_share_of_the_tokens_of_the_training(gate):
     for keep in (0.05, 0.3, 0.333, 0.8):
         assert (scores > selector.threshold(keep)).float().mean().item() == pytest.approx(keep, abs=0.01)
     assert selector.threshold(1.0) == -float("inf")
-    with pytest.raises(TokenselError, match=r"keep is 0\.0: give a fraction above 0"):
+    with pytest.raises(TokenselError, match=r"keep is 0\.0: give a fraction in \(0, 1\]"):
         selector.threshold(0.0)
     selector.config.thresholds = None
     with pytest.raises(TokenselError, match="saved without thresholds: train it again"):

@@ -102,7 +102,7 @@ def test_one_threshold_for_all_images_keeps_more_of_the_fuller_one(vlm):
     assert torch.equal(whole.n_visual, whole.n_visual_full)
     with pytest.raises(TokenselError, match="'norm' has no threshold: choose budget image or tile"):
         reduce(encoded, make_scorer("norm"), 0.3, budget="threshold")
-    with pytest.raises(TokenselError, match=r"keep is 1\.2: give a fraction"):
+    with pytest.raises(TokenselError, match=r"keep is 1\.2: give a fraction in \(0, 1\]"):
         reduce(encoded, scorer, 1.2, budget="threshold")
 
 

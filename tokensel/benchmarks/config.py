@@ -82,7 +82,6 @@ class EvalConfig:
             most=SEED_MOST,
         ),
     ] = ()
-    # with {seed} in it, it stands for one trained with each of the seeds
     selector: Annotated[
         str | None, Option("Trained selector: folder or Hub id; {seed} in it stands for each seed.", MODEL)
     ] = None

@@ -1,17 +1,15 @@
 """The feature selector S of Sec. 4.1.1: three Transformer layers and a Gumbel-Softmax head (Fig. 2)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import no_type_check
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from tokensel.budget import top_fraction
+from tokensel.budget import threshold_at, top_fraction
 from tokensel.model.base import CoreConfig, CoreModel
 from tokensel.model.gates import alone, gate_mask, mix_noise
 from tokensel.model.gumbel import DROP, KEEP
@@ -179,15 +177,9 @@ class TokenSelector(CoreModel):
         Raises:
             TokenselError: ``keep`` outside (0, 1], or a selector that was saved without thresholds.
         """
-        if not 0 < keep <= 1:
-            raise TokenselError(f"keep is {keep}: give a fraction above 0 and at most 1")
         if not self.config.thresholds:
             raise TokenselError("this selector was saved without thresholds: train it again, or give a count")
-        if keep == 1:
-            return -math.inf
-        known = self.config.thresholds
-        shares = [(index + 1) / (len(known) + 1) for index in range(len(known))]
-        return float(np.interp(keep, shares, known))
+        return threshold_at(self.config.thresholds, keep)
 
     def keep_mask(
         self,

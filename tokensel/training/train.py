@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tokensel.budget import measure_thresholds
 from tokensel.data.encoders import VisionEncoder
 from tokensel.data.feature_cache import build_cache
 from tokensel.data.features import Features
@@ -305,8 +306,7 @@ def calibrate(selector: TokenSelector, loader: FeatureLoader, config: TrainConfi
         zero = threshold(scores[None], (config.p + (config.p_most or config.p)) / 2)
         selector.head.bias[KEEP] -= zero
         scores = scores - zero
-    shares = torch.arange(99, 0, -1, dtype=torch.float64) / 100  # above the quantile of .99 lies 1 %
-    selector.config.thresholds = torch.quantile(scores.double(), shares).tolist()
+    selector.config.thresholds = measure_thresholds(scores)
 
 
 def history_records(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tokensel.schedules.prompt import Prompt
 from tokensel.scorers import Scorer
 from tokensel.utils.devices import device_of
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
 from tokensel.vlm.encode import encode
 from tokensel.vlm.encoded import Encoded
@@ -285,13 +285,11 @@ def _threshold(scorer: Any, keep: float) -> float:
     Raises:
         TokenselError: the scorer knows none, or ``keep`` is not in (0, 1].
     """
-    if not 0 < keep <= 1:
-        raise TokenselError(f"keep is {keep}: give a fraction above 0 and at most 1")
     if not hasattr(scorer, "threshold"):
         raise TokenselError(
             f"scorer '{scorer.name}' has no threshold: choose budget image or tile, or scorer selector"
         )
-    return scorer.threshold(keep)
+    return scorer.threshold(check_keep(keep))
 
 
 def reduce_inputs(

@@ -6,15 +6,14 @@ kept, so that one threshold for all tiles is a threshold on the expected error, 
 tokens than an empty one.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokensel.budget import measure_thresholds, threshold_at
 from tokensel.data.features import Features
 from tokensel.model.objective import distance
 from tokensel.model.reconstructor import TokenReconstructor
@@ -71,14 +70,11 @@ class ExpectedErrorScorer:
 
     def calibrate(self, features: Features) -> None:
         """Measure the thresholds on tiles: the scores above which 1, 2, ... 99 % of their tokens lie."""
-        shares = torch.arange(99, 0, -1, dtype=torch.float64) / 100
-        self.thresholds = torch.quantile(self(features).double().flatten(), shares).tolist()
+        self.thresholds = measure_thresholds(self(features).flatten())
 
     def threshold(self, keep: float) -> float:
         """The score above which the fraction ``keep`` of the tokens lies that it was calibrated on."""
-        if keep == 1:
-            return -math.inf
-        return float(np.interp(keep, np.arange(1, 100) / 100, self.thresholds))
+        return threshold_at(self.thresholds, keep)
 
 
 def _interpolated(errors: Tensor, at: Tensor, ranks: Tensor) -> Float[Tensor, "tiles tokens"]:
