@@ -6,7 +6,6 @@ every image alike. The table has the paired difference, on all pages, on the ful
 half.
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from tokensel.benchmarks.config import EvalConfig
-from tokensel.benchmarks.questions import load_questions
+from tokensel.benchmarks.recorded import recorded_answers
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.statistics import bootstrap
 from tokensel.book.mini.canvas import Page
@@ -50,23 +49,30 @@ def compare_counts(choices: dict[str, Any], folder: Path, features: Features, me
     reconstructor = TokenReconstructor.from_pretrained(paths["reconstructor"])
     expected = ExpectedErrorScorer(selector, reconstructor, metric)
     expected.calibrate(features)
+    choices = choices | {"selector": paths["selector"], "out": str(folder / "counts"), "name": "counts"}
+    fullness = _fullness(EvalConfig.from_dict(choices))
     rows: list[dict[str, Any]] = []
     digest = " ".join(map(checkpoint_digest, paths.values()))
     with as_method(expected, digest) as by_error:
         for rule, method in (("score", "selector"), ("expected error", by_error)):
             for keep in SHARES:
-                options = {"selector": paths["selector"], "name": "counts"}
-                place = folder / "counts" / f"{method}-{keep:g}"
-                rule_options = options | {"methods": (method,), "budget": "threshold"}
-                own = _answered(choices, keep, place / "own", **rule_options)
+                own = _answered(choices, keep, method, "threshold")
                 share = float(np.mean(own["share"]))
-                options |= {"methods": ("selector",), "budget": "image"}
-                fixed = _answered(choices, round(share, 4), place / "fixed", **options)
+                fixed = _answered(choices, round(share, 4), "selector", "image")
                 rows += [
                     {"rule": rule, "keep": keep, "share": share} | compared
-                    for compared in _compared(own.assign(score_fixed=fixed["score"]))
+                    for compared in _compared(own.assign(score_fixed=fixed["score"], full=fullness))
                 ]
     return pd.DataFrame(rows)
+
+
+def _fullness(config: EvalConfig) -> list[float]:
+    """How full the page of each question is, in the order of the answers."""
+    return [
+        drawn_share(asked_page(task, config.split, index)[0])
+        for task in config.suite_benchmarks()
+        for index in range(config.n or 0)
+    ]
 
 
 def drawn_share(page: Page) -> float:
@@ -78,30 +84,19 @@ def drawn_share(page: Page) -> float:
     return float(marked.mean())
 
 
-def _answered(choices: dict[str, Any], keep: float, out: Path, **options: Any) -> pd.DataFrame:
-    """A row for each question: its score, the share of its tokens that were kept, how full its page is."""
-    own = {"keeps": (keep,), "out": str(out), "compare": ()}
-    run = EvalConfig.from_dict(choices | options | own)
+def _answered(choices: dict[str, Any], keep: float, method: str, budget: str) -> pd.DataFrame:
+    """A row for each question, in order: task, group, score, and the share of its tokens that was kept."""
+    own = {"keeps": (keep,), "methods": (method, "full"), "budget": budget, "compare": ()}
+    run = EvalConfig.from_dict(choices | own)
     evaluate(run)
-    rows = {}
-    for name, benchmark in run.suite_benchmarks().items():
-        questions = load_questions(benchmark, run.split, run.n)
-        number = {identity: i for i, identity in enumerate(questions.ids)}
-        for path in (out / "records" / name).rglob("*.jsonl"):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                place = number.get(record["question_id"])
-                if place is None:
-                    continue
-                index = int(record["question_id"].rsplit("-", 1)[1])
-                rows[record["question_id"]] = {
-                    "task": name,
-                    "group": benchmark.group,
-                    "score": 100 * questions.score(place, record["prediction"]),
-                    "share": record["n_visual"] / record["n_visual_full"],
-                    "full": drawn_share(asked_page(name, run.split, index)[0]),
-                }
-    return pd.DataFrame.from_dict(rows, orient="index").sort_index()
+    parts = []
+    for answers in recorded_answers(run):
+        chosen, full = (next(c for c in answers.work if c.method == name) for name in (method, "full"))
+        kept, all_tokens = ([work["visual"] for work in answers.work[c]] for c in (chosen, full))
+        rows = {"score": 100 * answers.table.scores[chosen], "share": np.divide(kept, all_tokens)}
+        named = {"task": answers.benchmark.name, "group": answers.benchmark.group}
+        parts.append(pd.DataFrame(rows).assign(**named))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _compared(questions: pd.DataFrame) -> list[dict[str, Any]]:
