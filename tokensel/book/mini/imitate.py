@@ -8,6 +8,7 @@ the place of a patch varies it most, and the letters least.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tqdm.auto import tqdm
 
 from tokensel.book.mini.packing import tiles
 from tokensel.book.mini.world import DRAW, draw_page
-from tokensel.utils.files import load_tensors, save_tensors
+from tokensel.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from tokensel.utils.provenance import checkpoint_digest
 from tokensel.vlm import load_vlm
 
 __all__ = ["imitate"]
@@ -52,16 +54,25 @@ def imitate(
 
     Returns:
         The folder of the model: the teacher's, with the tower and the projector that have learned.
+
+    Raises:
+        TokenselError: the checkpoint in ``out`` is of another imitation.
     """
     model, finished = (load_vlm(folder, device="cpu").model for folder in (start, teacher))
     own, told = model.base_model, finished.base_model
     learned = nn.ModuleDict({name: getattr(own, name) for name in ("vision_tower", "multi_modal_projector")})
     learned.requires_grad_(True)
     told.requires_grad_(False)
+    # layers behind the one that is read have no gradient, and no moments to be saved
+    _said(own, _pixels(seed, 0, 1)).sum().backward()
+    for weight in learned.parameters():
+        weight.requires_grad_(weight.grad is not None)
     whiten = _whitening(told, seed)
     optimizer = torch.optim.AdamW(learned.parameters(), rate, weight_decay=0.01)
-    file = out / "checkpoint.safetensors"
-    first = _load(file, learned, optimizer) if file.exists() else 0
+    options = {"steps": steps, "pages": pages, "rate": rate, "seed": seed}
+    identity = " ".join(checkpoint_digest(str(folder)) for folder in (start, teacher))
+    progress = load_checkpoint(out, learned, optimizer, identity, options) or Progress(0, 1.0, identity, {})
+    first = progress.step
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="imitate", unit="step", mininterval=10)
     for step in bar:
         pixels = _pixels(seed, step, pages)
@@ -78,7 +89,7 @@ def imitate(
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % save_every == 0:
-            _save(file, learned, optimizer, step + 1)
+            save_checkpoint(out, learned, optimizer, replace(progress, step=step + 1), options)
     for name in learned:
         getattr(told, name).load_state_dict(getattr(own, name).state_dict())
     vlm = load_vlm(teacher, device="cpu")
@@ -111,24 +122,3 @@ def _whitening(told: Any, seed: int) -> Float[Tensor, "width width"]:
     )
     values, vectors = torch.linalg.eigh(torch.cov(said.double().T))
     return (vectors * (values.clamp(min=0) + _FLOOR * values.mean()).rsqrt()).float()
-
-
-def _save(file: Path, learned: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors = {f"model.{name}": value for name, value in learned.state_dict().items()}
-    for place, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{place}.{name}": value for name, value in state.items()}
-    save_tensors(file, tensors, {"step": str(step)})
-
-
-def _load(file: Path, learned: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Take up what :func:`_save` wrote; returns the number of steps done."""
-    tensors, header = load_tensors(file)
-    of_model = {name: value for name, value in tensors.items() if name.startswith("model.")}
-    learned.load_state_dict({name.removeprefix("model."): value for name, value in of_model.items()})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name in tensors.keys() - of_model.keys():
-        _, place, entry = name.split(".")
-        state.setdefault(int(place), {})[entry] = tensors[name]
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return int(header["step"])

@@ -40,7 +40,7 @@ from tokensel.utils.seeds import generator
 from tokensel.vlm import load_vlm
 from tokensel.vlm.family_encoder import load_encoder
 
-__all__ = ["STUDIES", "Trial", "model_of", "record", "record_counts"]
+__all__ = ["STUDIES", "Trial", "model_of", "record", "record_counts", "what_explains"]
 
 SUITE = "tokensel.book.mini.suite"
 TASKS = ("forms", "charts", "posters", "scene_text", "attributes", "science", "diagrams", "mixed")
@@ -210,7 +210,7 @@ def _run(trial: Trial, model: str, out: Path, n: int, split: str) -> pd.DataFram
         selector = TokenSelector.from_pretrained(folder / f"selector{ending}")
         reconstructor = TokenReconstructor.from_pretrained(folder / f"reconstructor{ending}")
         rows = _answers(trial, model, out, n, split, f"selector{ending}", KEEPS if last else (JUDGED_AT,))
-        learned = {"l_rec": loss(selector, reconstructor)} | _learned(selector, held_out)
+        learned = {"l_rec": loss(selector, reconstructor)} | what_explains(selector, held_out)
         parts.append(rows.assign(steps=step, **learned))
     rows = pd.concat(parts, ignore_index=True)
     trial_columns = {"study": trial.study, "tower": trial.tower, "name": trial.name, "seed": trial.seed}
@@ -271,6 +271,8 @@ def _held_out_loss(
 ) -> Callable[[TokenSelector, TokenReconstructor], float]:
     """L_rec on held-out tiles, where the best tokens are kept and no others, measured as in the training."""
     metric = _metric(config)
+    with torch.no_grad():
+        scale = Statistics.of([held_out], metric).scale
     noise = torch.randn(held_out.tokens.shape, generator=generator(0, "held out"))
 
     @torch.no_grad()
@@ -284,7 +286,7 @@ def _held_out_loss(
             instead = noise[rows] if config.gate == "throttle" else None
             reconstructed = reconstructor(selector.masked(tokens, mask, instead))
             errors.append(distance(metric(reconstructed), metric(tokens)))
-        return float(torch.cat(errors).mean() / _scale(metric, held_out))
+        return float(torch.cat(errors).mean() / scale)
 
     return loss
 
@@ -296,19 +298,14 @@ def _metric(config: TrainConfig) -> Metric:
     return open_metric(config, processes, loader, None, lambda: first_batches(loader, config))[1]
 
 
-def _scale(metric: Metric, held_out: Features) -> float:
-    with torch.no_grad():
-        return Statistics.of([held_out], metric).scale
-
-
 @torch.no_grad()
-def _learned(selector: TokenSelector, held_out: Features) -> dict[str, float]:
-    """What explains a selector's scores.
+def what_explains(selector: TokenSelector, tiles: Features) -> dict[str, float]:
+    """What explains a selector's scores of some tiles.
 
     ``place`` is the share of their variance that the place in the tile explains; ``norm`` is Spearman's
     correlation with the length of a token.
     """
-    tokens = held_out.tokens.float()
+    tokens = tiles.tokens.float()
     scores = selector.scores(tokens)
     return {
         "place": float(scores.mean(0).var(correction=0) / scores.var(correction=0)),
