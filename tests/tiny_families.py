@@ -50,6 +50,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from tokensel.vlm import Vlm, load_vlm
 from tokensel.vlm.families.processors import image_processor_only, stock_processor
 
 BASE = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -310,3 +311,9 @@ def save(family: str, folder: Path, wide: bool = False) -> None:
     model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def loaded(family: str, folder: Path) -> Vlm:
+    """A tiny model of ``family`` that was saved and loaded as a checkpoint."""
+    save(family, folder)
+    return load_vlm(folder, device="cpu")

@@ -12,16 +12,14 @@ from tokensel.cost.answers import answer_work, work_cost
 from tokensel.model.selector import SelectorConfig
 from tokensel.schedules import FastV, Vtw
 from tokensel.scorers import make_scorer
-from tokensel.vlm import Vlm, encode, load_vlm, reduce
+from tokensel.vlm import Vlm, encode, reduce
 
 SIZES = [(40, 48), (24, 56), (64, 20)]
 
 
 @pytest.fixture(scope="module", params=tiny_families.MAKERS)
 def vlm(request, tmp_path_factory) -> Vlm:
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_families.save(request.param, folder)
-    loaded = load_vlm(folder, device="cpu")
+    loaded = tiny_families.loaded(request.param, tmp_path_factory.mktemp(request.param))
     loaded.model.generation_config.update(eos_token_id=None)
     return loaded
 

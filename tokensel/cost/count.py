@@ -20,7 +20,7 @@ from tokensel.utils.errors import check_keep
 Count = TypeVar("Count", int, np.ndarray)
 
 
-def _layer(
+def count_layer(
     queries: Count, keys: Count, width: int, q_width: int, kv_width: int, hidden: int, matrices: int
 ) -> Count:
     """A Transformer layer: ``queries`` new tokens attend to ``keys``; its MLP has ``matrices`` matrices."""
@@ -44,7 +44,7 @@ def count_vision(
     tokens = cells + (config.model_type.startswith("clip"))  # SigLIP has no CLS token
     width = config.hidden_size
     embedding = 2 * cells * config.num_channels * config.patch_size**2 * width
-    layer = _layer(tokens, tokens, width, width, width, config.intermediate_size, 2)
+    layer = count_layer(tokens, tokens, width, width, width, config.intermediate_size, 2)
     return tiles * (embedding + depth * layer)
 
 
@@ -57,7 +57,7 @@ def layers_read(config: PretrainedConfig) -> int:
 def count_trunk(config: PretrainedConfig, tokens: int, tiles: int = 1) -> int:
     """FLOPs of a selector over ``tiles`` rows of ``tokens`` tokens, its two-logit head included."""
     width = config.width
-    layer = _layer(tokens, tokens, width, width, width, int(width * config.mlp_ratio), 2)
+    layer = count_layer(tokens, tokens, width, width, width, int(width * config.mlp_ratio), 2)
     return tiles * (config.layers * layer + 2 * tokens * width * 2)
 
 
@@ -95,7 +95,7 @@ def count_decoder(config: PretrainedConfig, new: int, past: int = 0) -> int:
 
 def _decoder_layer(config: PretrainedConfig, queries: Count, keys: Count) -> Count:
     q_width, kv_width = (_head(config) * n for n in (config.num_attention_heads, config.num_key_value_heads))
-    return _layer(queries, keys, config.hidden_size, q_width, kv_width, config.intermediate_size, 3)
+    return count_layer(queries, keys, config.hidden_size, q_width, kv_width, config.intermediate_size, 3)
 
 
 def _head(config: PretrainedConfig) -> int:

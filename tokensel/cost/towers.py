@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from transformers import PretrainedConfig
 
-from tokensel.cost.count import count_projector, layers_read
+from tokensel.cost.count import count_layer, count_projector, layers_read
 from tokensel.utils.errors import TokenselError
 
 __all__ = ["Tower", "count_tower", "tower_of"]
@@ -49,17 +48,17 @@ class Tower:
         """
         tokens = rows * columns
         patches = tokens * self.patches
-        read = patches + self.cls
-        linear = self.depth * read * (4 * self.width**2 + self.matrices * self.width * self.hidden)
-        pairs = self.depth * read**2
+        layers = self.depth * self._layer(patches + self.cls)
         if self.window:
-            # windows at the lower and right edge are smaller
-            high, wide = (np.array(_parts(side, self.window)) for side in (rows, columns))
-            inside = int(((np.outer(high, wide) * self.patches) ** 2).sum())
-            pairs = self.full * read**2 + (self.depth - self.full) * inside
-        attention = 2 * pairs * self.width  # queries with keys, weights with values
-        embedding = patches * self.values * self.width
-        return 2 * (embedding + linear + attention + tokens * self.projector)
+            # each window is a row of its own; those at the lower and right edge are smaller
+            sides = [_parts(side, self.window) for side in (rows, columns)]
+            inside = sum(self._layer(high * wide * self.patches) for high in sides[0] for wide in sides[1])
+            layers = self.full * self._layer(patches) + (self.depth - self.full) * inside
+        return layers + 2 * (patches * self.values * self.width + tokens * self.projector)
+
+    def _layer(self, read: int) -> int:
+        """FLOPs of one layer over ``read`` patches that attend to each other."""
+        return count_layer(read, read, self.width, self.width, self.width, self.hidden, self.matrices)
 
 
 def _parts(side: int, window: int) -> list[int]:

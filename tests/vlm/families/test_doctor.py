@@ -14,16 +14,14 @@ from tokensel.doctor import examine
 from tokensel.methods import methods
 from tokensel.schedules import SCHEDULES
 from tokensel.utils.errors import TokenselError
-from tokensel.vlm import Vlm, load_vlm, reduce_inputs
+from tokensel.vlm import Vlm, reduce_inputs
 
 
 @pytest.fixture(scope="module", params=["llava_next", *tiny_families.MAKERS])
 def vlm(request, tmp_path_factory) -> Vlm:
     if request.param == "llava_next":
         return vlm_of("llama")
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_families.save(request.param, folder)
-    return load_vlm(folder, device="cpu")
+    return tiny_families.loaded(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def test_every_method_and_schedule_has_a_verdict(vlm):

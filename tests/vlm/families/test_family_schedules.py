@@ -11,7 +11,7 @@ from tokensel.schedules import Clse, Feather
 from tokensel.schedules.decoder import decoder_of
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
-from tokensel.vlm import Vlm, load_vlm, reduce_inputs
+from tokensel.vlm import Vlm, reduce_inputs
 from tokensel.vlm.families.base import run_lengths
 from tokensel.vlm.forced import answer_mass, force
 
@@ -28,9 +28,7 @@ REFUSED = ("gemma3", "paligemma")
 
 @pytest.fixture(scope="module", params=[name for name in tiny_families.MAKERS if name not in REFUSED])
 def vlm(request, tmp_path_factory) -> Vlm:
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_families.save(request.param, folder)
-    loaded = load_vlm(folder, device="cpu")
+    loaded = tiny_families.loaded(request.param, tmp_path_factory.mktemp(request.param))
     loaded.model.generation_config.update(eos_token_id=None)
     return loaded
 
@@ -52,8 +50,7 @@ def grids_by_hand(vlm: Vlm, inputs, rows: list[list[int]]) -> list[list[tuple[in
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_language_model_in_which_it_cannot_be_right_gets_one_line(family, tmp_path):
-    tiny_families.save(family, tmp_path)
-    vlm = load_vlm(tmp_path, device="cpu")
+    vlm = tiny_families.loaded(family, tmp_path)
     reduced = reduce_inputs(vlm.model, ask(vlm, [[0]]))
     tokens, lengths = torch.ones(1, 2, dtype=torch.long), torch.tensor([2])
     for call, line in (

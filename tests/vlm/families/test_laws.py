@@ -7,7 +7,7 @@ from tiny import noise_image, tiny_selector
 
 from tokensel.scorers import SCORERS, make_scorer
 from tokensel.utils.errors import TokenselError
-from tokensel.vlm import Vlm, downsample, encode, load_vlm, reduce, reduce_inputs
+from tokensel.vlm import Vlm, downsample, encode, reduce, reduce_inputs
 from tokensel.vlm.families import family_of
 
 SIZES = [(40, 48), (24, 56), (32, 32), (64, 20)]
@@ -18,9 +18,7 @@ NEW = 8
 
 @pytest.fixture(scope="module", params=tiny_families.MAKERS)
 def vlm(request, tmp_path_factory) -> Vlm:
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_families.save(request.param, folder)
-    return load_vlm(folder, device="cpu")
+    return tiny_families.loaded(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def fitting(vlm: Vlm, rows: list[list[int]]) -> list[list[int]]:
@@ -205,8 +203,7 @@ def test_what_cannot_be_right_is_refused_in_one_line(vlm):
 def test_a_prompt_longer_than_the_sliding_window_is_reported_where_tokens_are_dropped(
     family, tmp_path, recwarn
 ):
-    tiny_families.save(family, tmp_path)
-    vlm = load_vlm(tmp_path, device="cpu")
+    vlm = tiny_families.loaded(family, tmp_path)
     encoded = encode(vlm.model, ask(vlm, [[0]]))
     reduce(encoded, make_scorer("uniform"), 0.5)
     vlm.model.config.text_config.sliding_window = 8
