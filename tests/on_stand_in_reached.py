@@ -46,8 +46,8 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
 CPU_DATA = """data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLoader.batches
     data.loader.epoch_order data.loader.features_identity data.loader.rows_of_step
     data.encoders.VisionEncoder.stack vlm.family_encoder.FamilyEncoder.stack
-    model.gumbel.gumbel_noise model.positions.sincos model.positions.grid_codes utils.files.load_tensors
-    training.autoencoder.MaskedAutoencoder.standardise"""
+    budget.measure_thresholds model.gumbel.gumbel_noise model.positions.sincos model.positions.grid_codes
+    utils.files.load_tensors training.autoencoder.MaskedAutoencoder.standardise"""
 MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data.tower.module_view
     profiling.timing.Spans.hooked profiling.workload.build_selector
     profiling.workload.build_learned training.answers.Learner.prepare training.frozen.training_identity

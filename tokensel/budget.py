@@ -115,9 +115,9 @@ def hard(
 
 
 def measure_thresholds(scores: Float[Tensor, "tokens"]) -> list[float]:
-    """The scores above which 1, 2, ... 99 % of some tokens lie, for :func:`threshold_at`."""
+    """The scores above which 1, 2, ... 99 % of some tokens lie, for :func:`threshold_at`; on the host."""
     shares = torch.arange(99, 0, -1, dtype=torch.float64) / 100  # above the quantile of .99 lies 1 %
-    return torch.quantile(scores.double().cpu(), shares).tolist()
+    return torch.quantile(scores.cpu().double(), shares).tolist()
 
 
 def threshold_at(thresholds: Sequence[float], keep: float) -> float:
