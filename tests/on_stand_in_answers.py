@@ -32,7 +32,8 @@ from tokensel.schedules.vtw import withdrawal_divergence
 from tokensel.scorers import SCORERS, make_scorer
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, count_tokens, encode, load_encoder, load_vlm, reduce, reduce_inputs
-from tokensel.vlm.forced import answer_mass, force
+from tokensel.vlm.bias import biased
+from tokensel.vlm.forced import answer_mass, force, forced_logits
 from tokensel.vlm.horizon import measure_horizon
 from tokensel.vlm.kept import kept_by_place, kept_cells
 from tokensel.vlm.native import switch_off
@@ -133,6 +134,24 @@ def test_teacher_forcing_and_attention_mass(device):
     tensors = (*forced.inputs.values(), forced.visual, forced.cells, forced.types, forced.attn_mask)
     assert all(tensor.device.type == NAME for tensor in (*tensors, forced.labels))
     assert close(masses[1], masses[0])
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_proportional_attention(device, attn):
+    here, there = pair(lambda: vlm_of("mistral", attn), device)
+    results = []
+    for vlm in (here, there):
+        reduced = reduce_inputs(
+            vlm.model, ask(vlm, ROWS), make_scorer("norm"), 0.3, attention="proportional", strength=0.5
+        )
+        output = vlm.generate_output(reduced, 4, num_beams=2)
+        with torch.no_grad():
+            forced = force(vlm.model, reduced, output.tokens, output.lengths)
+            logits = forced_logits(vlm.model, forced)
+        with biased(vlm.model, reduced.attn_bias, layers=[1], heads=[0, 3]):
+            results.append((reduced.attn_bias, logits, vlm.model(**reduced).logits.detach(), output.texts))
+    assert results[0][3] == results[1][3]
+    assert all(close(one, other) for one, other in zip(results[1][:3], results[0][:3], strict=True))
 
 
 def test_vtw_chooses_its_layer(device):

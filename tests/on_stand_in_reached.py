@@ -68,7 +68,7 @@ PASSED_ON = """training.metrics.in_features
     schedules.fastocr.FastOcr.entering
     scorers.cls.ClsScorer.__call__
     model.gates.alone training.optim.mean_over_processes training.processes.Processes.sum
-    vlm.reduce.Reduced.copy
+    vlm.reduce.Reduced.copy vlm.bias.check_read
     schedules.choosing.Choosing.remember_input vlm.reduce.Reduced.prompt"""
 ON_HOST = {f"tokensel.{name}" for name in f"{LAYOUT} {CPU_DATA} {MODULES} {PASSED_ON}".split()}
 ON_META = {"tokensel.cost.published.hollow"}  # shapes without values, on no device at all

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 import suite_tiny
+import torch
 from datasets import Dataset, Image
 from suite_tiny import answers
 from tiny import WIDTH
 
-from tokensel.benchmarks import answering, runner
+from tokensel.benchmarks import answering, runner, session
 from tokensel.benchmarks.metrics import METRICS
 from tokensel.benchmarks.questions import load_questions
 from tokensel.benchmarks.records import append_records, read_records, sole_writer
@@ -54,6 +55,34 @@ def test_other_choices_or_another_selector_keep_records_of_their_own(config, mod
     TokenSelector(SelectorConfig(width=WIDTH, layers=1, heads=4)).save_pretrained(tmp_path / "selector")
     assert evaluate(replace(config, selector=str(tmp_path / "selector")), progress=False).computed == 9 * 2
     assert evaluate(config, progress=False).computed == 0
+
+
+def test_answers_under_proportional_attention_keep_records_of_their_own(config, monkeypatch):
+    config = replace(config, benchmarks=("page",))
+    evaluate(config, progress=False)
+    cure = replace(config, attention="proportional")
+    biases: list[torch.Tensor | None] = []
+    stock = session.Vlm.generate_output
+
+    def look(vlm, reduced, *args, **kwargs):
+        biases.append(reduced.attn_bias)
+        return stock(vlm, reduced, *args, **kwargs)
+
+    monkeypatch.setattr(session.Vlm, "generate_output", look)
+    # full and none drop nothing, so that they are not asked again
+    assert evaluate(cure, progress=False).computed == 9 * 4
+    assert evaluate(replace(cure, strength=0.5), progress=False).computed == 9 * 4
+    ours, half = biases[: len(biases) // 2], biases[len(biases) // 2 :]
+    for one, other in zip(ours, half, strict=True):
+        assert one is not None and other is not None and torch.allclose(one / 2, other)
+    for part in (config, cure, replace(cure, strength=0.5)):
+        assert evaluate(part, progress=False).computed == 0
+    for method in ("downsample", "random+fastv"):
+        with pytest.raises(
+            TokenselError, match=f"method {re.escape(method)}: attention 'proportional' weighs"
+        ):
+            replace(cure, methods=(method,))
+    assert replace(cure, methods=("fastv",)).choices()["attention"] == "proportional"
 
 
 def test_a_checkpoint_is_known_by_its_content_not_by_its_name(model, tmp_path):

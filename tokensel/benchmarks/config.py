@@ -148,7 +148,7 @@ class EvalConfig:
         Literal["auto", "float32", "bfloat16", "float16"],
         Option("auto: float32 on a CPU, the checkpoint's own on a GPU.", MODEL),
     ] = "auto"
-    # these four are explained in tokensel.vlm.choose.Choices
+    # these six are explained in tokensel.vlm.choose.Choices
     budget: Annotated[
         Literal["image", "tile", "threshold"],
         Option(
@@ -169,6 +169,14 @@ class EvalConfig:
         Literal["compact", "original"],
         Option("Renumber the positions of the kept tokens, or keep the original ones.", BEFORE),
     ] = "original"
+    attention: Annotated[
+        Literal["plain", "proportional"],
+        Option("Kept tokens count for themselves, or for the dropped ones most like them, too.", BEFORE),
+    ] = "plain"
+    strength: Annotated[
+        float,
+        Option("Factor of what proportional attention adds: 0 for none.", BEFORE, least=0, example="0.5"),
+    ] = 1.0
     # at every keep that the two share or, written method@keep, at the one that is named
     compare: Annotated[
         tuple[str, ...],
@@ -195,6 +203,11 @@ class EvalConfig:
                     f"method {method}: give the folder or Hub id of a trained {row.learned} with "
                     f"--{row.learned}"
                 )
+            if self.attention != "plain" and row.chooses and (row.scorer is None or row.schedule):
+                raise TokenselError(
+                    f"method {method}: attention '{self.attention}' weighs the tokens that a scorer keeps "
+                    "and no schedule drops; leave the method out"
+                )
             if self.dyrate is None and row.uses_predictor:
                 raise TokenselError(
                     f"method {method}: give the folder or Hub id of a trained predictor with --dyrate"
@@ -214,13 +227,15 @@ class EvalConfig:
         """Plain JSON values, from which :meth:`from_dict` builds the same configuration."""
         return asdict(self)
 
-    def choices(self) -> dict[str, str]:
+    def choices(self) -> dict[str, Any]:
         """The fields of :class:`~tokensel.vlm.choose.Choices`."""
         return {
             "budget": self.budget,
             "thumbnail": self.thumbnail,
             "newline": self.newline,
             "positions": self.positions,
+            "attention": self.attention,
+            "strength": self.strength,
         }
 
     def learned(self, option: str, seed: int) -> str:

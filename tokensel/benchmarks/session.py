@@ -23,6 +23,7 @@ from tokensel.schedules import (
     make_schedule,
     schedule_options,
 )
+from tokensel.schedules.decoder import decoder_of
 from tokensel.scorers import LEARNED, Scorer, make_scorer
 from tokensel.utils.errors import TokenselError, check_layers
 from tokensel.utils.provenance import checkpoint_digest
@@ -122,12 +123,14 @@ class EvalSession:
         return make_schedule(row.schedule, **{name: value for name, value in given.items() if name in known})
 
     def check_fit(self) -> None:
-        """Check before any work that methods, selector, predictor and the layers of schedules fit the model.
+        """Check before any work that methods, attention, trained parts and layers of schedules fit the model.
 
         Raises:
             TokenselError: one of them does not.
         """
         model = self.vlm.model.config
+        if self.config.attention != "plain":
+            decoder_of(self.vlm.model)
         for method in self.config.methods:
             row = check_method(method)
             reads_cls = getattr(model, "vision_feature_select_strategy", None) == "default"

@@ -1,4 +1,4 @@
-"""The language models inside which tokens can be dropped; all rotate queries and keys in the same way."""
+"""The language models inside which tokens can be dropped or weighed; all rotate queries and keys alike."""
 
 from typing import Any, TypeAlias
 
@@ -58,8 +58,8 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     decoder: Any = getattr(core, "language_model", getattr(core, "text_model", core))
     if not isinstance(decoder, tuple(MODELS.values())):
         raise TokenselError(
-            f"the language model is a {decoder.config.model_type}: tokens can be dropped inside one of "
-            f"{', '.join(MODELS)}"
+            f"the language model is a {decoder.config.model_type}: tokens can be dropped or weighed inside "
+            f"one of {', '.join(MODELS)}"
         )
     attn = decoder.config._attn_implementation
     if attn not in ("sdpa", "eager"):

@@ -1,6 +1,8 @@
 """Which packed tokens stay: the budget per image or per tile, the thumbnail, the newlines."""
 
+import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,12 +39,19 @@ class Choices:
         newline: "keep" all, "drop" all, or "row": keep the newline of a row where a cell of the row stays.
         positions: "compact": kept tokens are renumbered without gaps; "original": every token keeps the
             position it has in the full sequence.
+        attention: "plain", or "proportional": every kept cell counts for the dropped cells that are most like
+            it, see :func:`~tokensel.vlm.bias.token_weights`. The bias is part of no input of the model:
+            ``vlm.generate`` adds it, and around ``model.generate`` :func:`~tokensel.vlm.bias.biased` does.
+        strength: the factor of that bias, at least 0: 0 for none, 1 for as much attention as that many tokens
+            would get.
     """
 
     budget: Literal["image", "tile", "threshold"] = "image"
     thumbnail: Literal["compete", "keep", "last", "drop"] = "compete"
     newline: Literal["keep", "drop", "row"] = "keep"
     positions: Literal["compact", "original"] = "original"
+    attention: Literal["plain", "proportional"] = "plain"
+    strength: float = 1.0
 
     @classmethod
     def of(cls, values: "dict[str, Any] | Choices | None") -> "Choices":
@@ -58,9 +67,20 @@ class Choices:
         for name, value in given.items():
             if name not in options:
                 raise TokenselError(f"'{name}' is not an option: choose among {', '.join(options)}")
-            if value not in options[name]:
+            if name == "strength":
+                given[name] = _check_strength(value)
+            elif value not in options[name]:
                 raise TokenselError(f"{name} is '{value}': choose one of {', '.join(options[name])}")
         return cls(**given)
+
+
+def _check_strength(value: Any) -> float:
+    """Return ``value`` as a ``float``; raises ``TokenselError`` unless it is a number of at least 0."""
+    # NaN fails every comparison and lands here too; True is a number only to Python
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0.0 <= number < math.inf:
+        raise TokenselError(f"strength is {value!r}: give a number of at least 0, such as 0.5")
+    return number
 
 
 def _quota(

@@ -88,9 +88,10 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
         choices: newline ("drop" leaves them out) and positions; budget and thumbnail have no effect here.
 
     Raises:
-        TokenselError: ``keep`` outside (0, 1], an unknown choice, or a model without tiles.
+        TokenselError: ``keep`` outside (0, 1], an unknown choice, attention that is not plain, or a model
+            without tiles.
     """
-    options, grid = Choices.of(choices), _grid(encoded, keep)
+    options, grid = _options(choices), _grid(encoded, keep)
     config = encoded.model.config
     patch, side = config.vision_config.patch_size, isqrt(encoded.layout.tokens)
     if grid == (side, side) or encoded.pixel_values is None:
@@ -116,15 +117,25 @@ def pool(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
         choices: as for :func:`downsample`.
 
     Raises:
-        TokenselError: ``keep`` outside (0, 1], or an unknown choice.
+        TokenselError: ``keep`` outside (0, 1], an unknown choice, or attention that is not plain.
     """
-    options, grid, side = Choices.of(choices), _grid(encoded, keep), isqrt(encoded.layout.tokens)
+    options, grid, side = _options(choices), _grid(encoded, keep), isqrt(encoded.layout.tokens)
     tokens = encoded.features.tokens
     if grid != (side, side):
         maps = tokens.transpose(1, 2).unflatten(2, (side, side))  # [tiles, channels, rows, columns]
         pooled = torch.nn.functional.adaptive_avg_pool2d(maps.float(), grid)
         tokens = pooled.flatten(2).transpose(1, 2).to(tokens)
     return _coarse(encoded, tokens, grid, options, side * side)
+
+
+def _options(choices: dict[str, Any]) -> Choices:
+    options = Choices.of(choices)
+    if options.attention != "plain":
+        raise TokenselError(
+            f"attention is '{options.attention}', which weighs the tokens that a scorer keeps: leave it out "
+            "where the image is made smaller"
+        )
+    return options
 
 
 def _grid(encoded: Encoded, keep: float) -> tuple[int, int]:

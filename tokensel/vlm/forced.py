@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from tokensel.schedules.attention import PADDING, RESPONSE, last_rows, token_types, type_mass
 from tokensel.schedules.decoder import Attention, attention_of, decoder_of
+from tokensel.utils.errors import TokenselError
+from tokensel.vlm.bias import biased
 from tokensel.vlm.reduce import Reduced
 
 __all__ = ["IGNORED", "Forced", "answer_mass", "force", "forced_logits"]
@@ -32,6 +34,7 @@ class Forced:
         types: of each column, see :data:`~tokensel.schedules.attention.TYPES`; -1 at padding.
         attn_mask: for each step, True at the columns that its token may attend to.
         labels: the token to predict at each step, ``IGNORED`` after a row's end.
+        attn_bias: of the prompt's columns, see :class:`~tokensel.vlm.reduce.Reduced`.
     """
 
     inputs: dict[str, Any]
@@ -40,6 +43,7 @@ class Forced:
     types: Int[Tensor, "rows columns"]
     attn_mask: Bool[Tensor, "rows steps columns"]
     labels: Int[Tensor, "rows steps"]
+    attn_bias: Float[Tensor, "rows prompt"] | None = None
 
     @property
     def steps(self) -> int:
@@ -84,6 +88,7 @@ def force(
         types=torch.cat([token_types(reduced.visual, prompt.bool()), response], 1),
         attn_mask=causal & mask.bool()[:, None],
         labels=tokens.masked_fill(~labelled, IGNORED),
+        attn_bias=reduced.attn_bias,
     )
 
 
@@ -97,7 +102,8 @@ def forced_logits(model: PreTrainedModel, forced: Forced) -> Float[Tensor, "rows
     Raises:
         TokenselError: a language model that is not in :data:`tokensel.schedules.decoder.MODELS`.
     """
-    states = decoder_of(model)(**forced.inputs, use_cache=False).last_hidden_state
+    with biased(model, forced.attn_bias):
+        states = decoder_of(model)(**forced.inputs, use_cache=False).last_hidden_state
     head = cast(nn.Module, model.get_output_embeddings())
     return head(states[:, -forced.steps :]).float()
 
@@ -112,8 +118,11 @@ def answer_mass(model: PreTrainedModel, forced: Forced) -> Float[Tensor, "layers
             that is.
 
     Raises:
-        TokenselError: a language model that is not in :data:`tokensel.schedules.decoder.MODELS`.
+        TokenselError: a language model that is not in :data:`tokensel.schedules.decoder.MODELS`, or prompts
+            with a bias, which this attention is computed without.
     """
+    if forced.attn_bias is not None:
+        raise TokenselError("prompts with attention 'proportional': give them with attention 'plain'")
     decoder = decoder_of(model)
     masses: list[Tensor] = []
 

@@ -16,6 +16,7 @@ from tokensel.schedules.options import check_options, check_window
 from tokensel.schedules.prune import Pruning, pruned
 from tokensel.schedules.schedule import Schedule
 from tokensel.utils.errors import TokenselError, check_count
+from tokensel.vlm.bias import biased
 from tokensel.vlm.reduce import Reduced
 
 __all__ = ["GenerationOutput", "generate"]
@@ -113,19 +114,24 @@ def generate(
 
     Raises:
         TokenselError: options under which a reduced prompt or a schedule cannot work, whether they come from
-            the call or from the checkpoint; a schedule that does not fit the model.
+            the call or from the checkpoint; a schedule that does not fit the model, or a prompt with a bias.
     """
     given = _Options(model, check_count("max_new_tokens", max_new_tokens, 64), options)
     given.check()
     context = nullcontext()
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TokenselError(f"schedule is {schedule!r}: make one with make_schedule()")
+    if schedule is not None and reduced.attn_bias is not None:
+        raise TokenselError(
+            f"{schedule.name} drops tokens inside the model, and attention is 'proportional': leave one of "
+            "the two out"
+        )
     if schedule is not None:
         check_options(given.effective)
         prompt = reduced.prompt
         check_window(schedule.name, decoder_of(model), prompt.visual.shape[1], max_new_tokens)
         context = pruned(model, prompt, schedule)
-    with context as pruning:
+    with context as pruning, biased(model, reduced.attn_bias):
         result: Any = cast(Any, model).generate(**reduced, generation_config=given.config, **given.other)
     whole = result if isinstance(result, ModelOutput) else None
     tokens = cast(Tensor, result if whole is None else whole["sequences"])

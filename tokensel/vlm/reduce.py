@@ -5,7 +5,7 @@ Nothing of the model is replaced. :func:`reduce_inputs` takes what the processor
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokensel.schedules.decoder import decoder_of
 from tokensel.schedules.prompt import Prompt
 from tokensel.scorers import Scorer
 from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError, check_keep
+from tokensel.vlm.bias import check_read, token_weights
 from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
 from tokensel.vlm.encode import encode
 from tokensel.vlm.encoded import Encoded
@@ -54,6 +56,8 @@ class Reduced(Mapping[str, Any]):
             batch; else ``None``.
         tiles: for a model without newlines the tile of each column, see
             :class:`~tokensel.schedules.prompt.Prompt`; else ``None``.
+        attn_bias: what every layer adds to the attention logits of each column, on the device of the
+            embeddings; ``None`` where there is nothing to add. See :func:`~tokensel.vlm.bias.biased`.
     """
 
     inputs: dict[str, Any]
@@ -68,6 +72,7 @@ class Reduced(Mapping[str, Any]):
     kept: Bool[Tensor, "tiles tokens"] | None = None
     tiles: Int[Tensor, "rows length 3"] | None = None
     grid: Int[Tensor, "tiles 2"] | None = None
+    attn_bias: Float[Tensor, "rows length"] | None = None
 
     def __getitem__(self, name: str) -> Any:
         value = self.inputs[name]
@@ -81,6 +86,15 @@ class Reduced(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def keys(self) -> KeysView[str]:
+        """The names of the inputs, which Python asks for when it unpacks ``**reduced``.
+
+        Raises:
+            TokenselError: the prompt has a bias, and is unpacked where nobody adds it.
+        """
+        check_read(self.attn_bias)
+        return self.inputs.keys()
 
     def __or__(self, other: Mapping[str, Any]) -> "Reduced":
         return replace(self, inputs={**self.inputs, **other})
@@ -211,6 +225,21 @@ def _tile_columns(
     return columns.to(visual.device)
 
 
+def _attn_bias(
+    encoded: Encoded, cells: Bool[Tensor, "packed"], kept: Bool[Tensor, "packed"], options: Choices
+) -> Float[Tensor, "packed"] | None:
+    """The bias of each packed token under proportional attention; ``None`` where it would be 0 everywhere.
+
+    Raises:
+        TokenselError: a language model that takes no bias.
+    """
+    if options.attention == "plain":
+        return None
+    decoder_of(encoded.model)  # raises, here rather than when the answer is generated
+    bias = options.strength * token_weights(encoded, cells).log()
+    return bias if bool(bias[kept].any()) else None
+
+
 def _pad_id(encoded: Encoded) -> int:
     """What stands at padding: the batch's own choice, so that an untouched batch stays what it was."""
     padding = encoded.input_ids[~encoded.attention_mask]
@@ -265,6 +294,12 @@ def reduce(
     features = encoded.merged(scorer, cells) if merges else None
     visual = encoded.family.project(encoded, kept, features)
     inputs, *marks = assemble(encoded, kept, visual, options.positions)
+    bias = _attn_bias(encoded, cells, kept, options)
+    if bias is not None:
+        # packed tokens and visual columns are in the same order; text gets none
+        bias = torch.zeros(marks[0].shape, device=marks[0].device).masked_scatter(
+            marks[0], bias[kept].to(marks[0].device)
+        )
     return Reduced(
         inputs,
         *marks,
@@ -276,6 +311,7 @@ def reduce(
         kept=layout.spread(cells),
         tiles=_tile_columns(layout, kept, marks[0]),
         grid=layout.grid,
+        attn_bias=bias,
     )
 
 

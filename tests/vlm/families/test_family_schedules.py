@@ -56,7 +56,7 @@ def test_a_language_model_in_which_it_cannot_be_right_gets_one_line(family, tmp_
     for call, line in (
         (
             lambda: vlm.generate(reduced, 2, schedule=SCHEDULES["fastv"]),
-            "tokens can be dropped inside one of",
+            "tokens can be dropped or weighed inside one of",
         ),
         (lambda: force(vlm.model, reduced, tokens, lengths), "use model.generate"),
     ):
