@@ -16,6 +16,7 @@ import torch
 import torch.utils.backend_registration as registration
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_map
 
 NAME = "standin"
 
@@ -73,8 +74,14 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and device is not None:
             if isinstance(args[0], torch.Tensor):
                 return args[0].to(**kwargs)
-            return func(*args, **kwargs | {"device": "cpu"}).to(device)
+            numbers = tree_map(_number, args[0])
+            return func(numbers, *args[1:], **kwargs | {"device": "cpu"}).to(device)
         return func(*args, **kwargs)
+
+
+def _number(value: Any) -> Any:
+    """The number that a tensor in a list holds, as PyTorch fetches it from a GPU."""
+    return value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
 
 
 @contextmanager

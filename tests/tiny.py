@@ -34,6 +34,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
+from tokensel.book.tiny import scale_up
 from tokensel.data.features import Features
 from tokensel.model.diffprune import DiffPrune, DiffPruneConfig
 from tokensel.model.selector import SelectorConfig, TokenSelector
@@ -122,15 +123,6 @@ def tiny_config(
     )
     config._attn_implementation = attn
     return config
-
-
-def scale_up(model: torch.nn.Module) -> None:
-    """Make every matrix an approximate isometry, so that images and positions show in the logits."""
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2 and "embed" not in name:
-            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-        elif "embed" in name or "newline" in name:
-            torch.nn.init.normal_(weight, std=0.5)
 
 
 def tiny_llava(

@@ -22,7 +22,7 @@ from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.model import Vlm
 from tokensel.vlm.reduce import Reduced, reduce
 
-__all__ = ["examine"]
+__all__ = ["before", "examine", "inside"]
 
 QUESTION = "What is in the image?"
 Verdicts = dict[str, str | None]  # by the name of a method: why it does not fit, None if it does

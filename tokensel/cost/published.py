@@ -41,7 +41,7 @@ SIGLIP: dict[str, Any] = dict(
     patch_size=14,
     vision_use_head=False,
 )
-MISTRAL = dict(
+MISTRAL: dict[str, Any] = dict(
     hidden_size=4096,
     intermediate_size=14336,
     num_hidden_layers=32,
@@ -53,7 +53,7 @@ MISTRAL = dict(
     sliding_window=None,
     rms_norm_eps=1e-5,
 )
-VICUNA = dict(
+VICUNA: dict[str, Any] = dict(
     hidden_size=4096,
     intermediate_size=11008,
     num_hidden_layers=32,
@@ -63,7 +63,7 @@ VICUNA = dict(
     max_position_embeddings=4096,
     rms_norm_eps=1e-5,
 )
-QWEN2_7B = dict(
+QWEN2_7B: dict[str, Any] = dict(
     hidden_size=3584,
     intermediate_size=18944,
     num_hidden_layers=28,
@@ -73,7 +73,7 @@ QWEN2_7B = dict(
     max_position_embeddings=32768,
     rope_theta=1e6,
 )
-QWEN2_HALF_B = dict(
+QWEN2_HALF_B: dict[str, Any] = dict(
     hidden_size=896,
     intermediate_size=4864,
     num_hidden_layers=24,

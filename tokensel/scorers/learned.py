@@ -90,8 +90,7 @@ class LearnedScorer:
         kind = config.model_type if tower in TOWERS else tower
         if not cls.any_tower and not _reads_layer(config):
             raise TokenselError(
-                f"scorer '{cls.name}': none is trained for a {kind}; choose another "
-                " scorer, such as diversity"
+                f"scorer '{cls.name}': none is trained for a {kind}; choose another scorer, such as diversity"
             )
 
     def check_model(self, config: PretrainedConfig) -> None:

@@ -14,7 +14,7 @@ from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm.encoded import Encoded, TowerOutput
 from tokensel.vlm.families.base import Family, Located, check_cls, tensor
-from tokensel.vlm.layout import plain_layout
+from tokensel.vlm.layout import Layout, plain_layout
 
 __all__ = ["Llava"]
 
@@ -37,14 +37,16 @@ class Llava(Family):
     def locate(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], ids: Int[Tensor, "rows length"]
     ) -> Located:
-        core: Any = model.base_model
-        vision, pixels = model.config.vision_config, tensor(inputs, "pixel_values")
-        images = 0 if pixels is None else len(pixels)
+        pixels = tensor(inputs, "pixel_values")
+        if pixels is None or not len(pixels):
+            return Located(self.tiles_layout(model.config, {"pixel_values": torch.zeros(0)}), None)
+        layout = self.tiles_layout(model.config, {"pixel_values": pixels})
+        return Located(layout, pixels.to(device_of(self.tower(model))))
+
+    def tiles_layout(self, config: Any, tiles: Mapping[str, Tensor]) -> Layout:
+        vision, images = config.vision_config, len(tiles["pixel_values"])
         side = vision.image_size // vision.patch_size
-        layout = plain_layout(torch.full((images, 2), side), [1] * images)
-        return Located(
-            layout, None if pixels is None or not images else pixels.to(device_of(core.vision_tower))
-        )
+        return plain_layout(torch.full((images, 2), side), [1] * images)
 
     def width(self, config: Any) -> int:
         return feature_width(config.vision_config, config.vision_feature_layer)
