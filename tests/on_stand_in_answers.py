@@ -154,6 +154,17 @@ def test_proportional_attention(device, attn):
     assert all(close(one, other) for one, other in zip(results[1][:3], results[0][:3], strict=True))
 
 
+@pytest.mark.parametrize("dropped", ["masked", "blank", "copied"])
+def test_something_else_in_the_place_of_dropped_tokens(device, dropped):
+    texts, logits = [], []
+    for vlm in pair(lambda: vlm_of("mistral"), device):
+        reduced = reduce_inputs(vlm.model, ask(vlm, ROWS), make_scorer("norm"), 0.3, dropped=dropped)
+        texts.append(vlm.generate(reduced, 3))
+        with biased(vlm.model, reduced.attn_bias):
+            logits.append(vlm.model(**reduced).logits.detach())
+    assert texts[0] == texts[1] and close(logits[1], logits[0])
+
+
 def test_vtw_chooses_its_layer(device):
     divergences = [
         withdrawal_divergence(vlm.model, [prompt(vlm, [0]), prompt(vlm, [1, 3])])

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from reference import vlm_of
 from tiny import GivenScores, ask, logits, onevision_processor, tiny_learned, tiny_onevision
 
+from tokensel.book.tiny import scale_up
 from tokensel.schedules import FastV, pruned
 from tokensel.scorers import SCORERS, make_scorer
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, downsample, encode, pool, reduce, reduce_inputs
-from tokensel.vlm.bias import biased, token_weights
+from tokensel.vlm.bias import biased
+from tokensel.vlm.dropped import token_weights
 from tokensel.vlm.forced import answer_mass, force, forced_logits
 from tokensel.vlm.native import switch_off
 
@@ -33,7 +35,7 @@ def load(name: str, attn: str = "sdpa") -> Vlm:
     if name in tiny_families.MAKERS:
         torch.manual_seed(0)
         model, processor = tiny_families.MAKERS[name]()
-        tiny_families.scale_up(model)
+        scale_up(model)
         model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=None)
         if attn != "sdpa":  # the default of all that have it
             model.set_attn_implementation(attn)
@@ -306,14 +308,14 @@ def test_what_cannot_be_right_gets_one_line():
 
     calls = [
         ("use vlm.generate, or model.generate inside", lambda: vlm.model.generate(**reduced)),
-        ("fastv drops tokens inside the model, and att", lambda: vlm.generate(reduced, 2, schedule=fastv)),
+        ("fastv drops tokens inside the model, which", lambda: vlm.generate(reduced, 2, schedule=fastv)),
         ("fastv drops tokens inside the model, which moves", schedule_inside),
         ("a bias of 2 rows", another_prompt),
         (r"layers is \[4\]: this model has 0 to 3", lambda: absent(layers=[4])),
         (r"heads is \[-1\]: this model has 0 to 3", lambda: absent(heads=[-1])),
         ("attention is 'flash': choose one of plain", lambda: reduce(encoded, norm, 0.3, attention="flash")),
-        ("which weighs the tokens that a scorer keeps", lambda: downsample(encoded, 0.3, **CURE)),
-        ("which weighs the tokens that a scorer keeps", lambda: pool(encoded, 0.3, **CURE)),
+        ("no token is dropped where the image is made", lambda: downsample(encoded, 0.3, **CURE)),
+        ("no token is dropped where the image is made", lambda: pool(encoded, 0.3, dropped="blank")),
     ]
     calls += [
         ("give a number of at least 0", partial(reduce, encoded, norm, 0.3, strength=value))

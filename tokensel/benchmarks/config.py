@@ -148,7 +148,7 @@ class EvalConfig:
         Literal["auto", "float32", "bfloat16", "float16"],
         Option("auto: float32 on a CPU, the checkpoint's own on a GPU.", MODEL),
     ] = "auto"
-    # these six are explained in tokensel.vlm.choose.Choices
+    # these seven are explained in tokensel.vlm.choose.Choices
     budget: Annotated[
         Literal["image", "tile", "threshold"],
         Option(
@@ -170,13 +170,17 @@ class EvalConfig:
         Option("Renumber the positions of the kept tokens, or keep the original ones.", BEFORE),
     ] = "original"
     attention: Annotated[
-        Literal["plain", "proportional"],
-        Option("Kept tokens count for themselves, or for the dropped ones most like them, too.", BEFORE),
+        Literal["plain", "proportional", "uniform"],
+        Option("Kept tokens count once, for the dropped ones most like them, or for equally many.", BEFORE),
     ] = "plain"
     strength: Annotated[
         float,
-        Option("Factor of what proportional attention adds: 0 for none.", BEFORE, least=0, example="0.5"),
+        Option("Factor of what such attention adds: 0 for nothing.", BEFORE, least=0, example="0.5"),
     ] = 1.0
+    dropped: Annotated[
+        Literal["removed", "masked", "blank", "copied"],
+        Option("Remove dropped tokens; or, to study it, mask them or fill their places.", BEFORE),
+    ] = "removed"
     # at every keep that the two share or, written method@keep, at the one that is named
     compare: Annotated[
         tuple[str, ...],
@@ -203,10 +207,11 @@ class EvalConfig:
                     f"method {method}: give the folder or Hub id of a trained {row.learned} with "
                     f"--{row.learned}"
                 )
-            if self.attention != "plain" and row.chooses and (row.scorer is None or row.schedule):
+            studied = self.attention != "plain" or self.dropped != "removed"
+            if studied and row.chooses and (row.scorer is None or row.schedule):
                 raise TokenselError(
-                    f"method {method}: attention '{self.attention}' weighs the tokens that a scorer keeps "
-                    "and no schedule drops; leave the method out"
+                    f"method {method}: attention '{self.attention}' and dropped '{self.dropped}' are for "
+                    "what a scorer drops, without a schedule; leave the method out"
                 )
             if self.dyrate is None and row.uses_predictor:
                 raise TokenselError(
@@ -236,6 +241,7 @@ class EvalConfig:
             "positions": self.positions,
             "attention": self.attention,
             "strength": self.strength,
+            "dropped": self.dropped,
         }
 
     def learned(self, option: str, seed: int) -> str:

@@ -129,7 +129,7 @@ class EvalSession:
             TokenselError: one of them does not.
         """
         model = self.vlm.model.config
-        if self.config.attention != "plain":
+        if self.config.attention != "plain" or self.config.dropped == "masked":
             decoder_of(self.vlm.model)
         for method in self.config.methods:
             row = check_method(method)

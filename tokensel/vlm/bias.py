@@ -1,9 +1,9 @@
-"""Proportional attention: a kept visual token counts for the dropped ones that it stands for.
+"""A bias on the attention to single tokens of a prompt, in a stock language model.
 
 A softmax over fewer keys gives each of them, and all text, a larger share. The bias ``log(w)`` on the logits
 of one key has the effect of ``w`` copies of that key and its value, so that the image keeps the weight that
 it had when it was whole (proportional attention, Bolya et al. 2022, arXiv 2210.09461, who weigh merged tokens
-inside a vision tower).
+inside a vision tower). The bias minus infinity hides a token.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,59 +13,18 @@ from threading import get_ident
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokensel.schedules.decoder import Decoder, attention_of, cache_of, decoder_of
 from tokensel.schedules.prune import Pruning
 from tokensel.utils.errors import TokenselError
-from tokensel.vlm.encoded import Encoded
 
-__all__ = ["biased", "check_read", "token_weights"]
-
-_PART = 1024  # dropped tokens that are compared at a time, which bounds the memory on a page of 27,000
+__all__ = ["biased", "check_read"]
 
 # the biases of the contexts that are open in this thread
 _OPEN: ContextVar[tuple[Tensor, ...]] = ContextVar("open_biases", default=())
-
-
-def token_weights(encoded: Encoded, kept: Bool[Tensor, "packed"]) -> Float[Tensor, "packed"]:
-    """How many visual tokens each kept one stands for: itself and the dropped ones nearest to it.
-
-    Nearest is by the cosine of the tower's features, before the projector, within one image; of equals the
-    first one wins. The weights of an image's kept cells sum to the number of its cells.
-
-    Args:
-        encoded: the batch.
-        kept: packed tokens that stay; newlines do not count, in whichever way they are marked.
-
-    Returns:
-        On the host; 1 at newlines and, where an image keeps nothing, everywhere; 0 at dropped cells.
-    """
-    layout = encoded.layout
-    cell, stays = layout.cell, kept[layout.cell]
-    weights = torch.ones(len(cell))
-    if bool(stays.all()):
-        return weights
-    tokens = encoded.features.tokens
-    source = layout.source[cell].to(tokens.device)
-    unit = nn.functional.normalize(tokens.flatten(0, 1)[source].float(), dim=-1)  # [cells, channels]
-    image, counts = layout.image[cell], torch.ones(len(stays))
-    for number in range(len(layout.tiles)):
-        targets = ((image == number) & stays).nonzero()[:, 0]
-        dropped = ((image == number) & ~stays).nonzero()[:, 0]
-        if not len(targets):
-            continue
-        counts[dropped] = 0.0
-        keys = unit[targets.to(unit.device)]
-        for part in dropped.split(_PART):
-            alike = unit[part.to(unit.device)] @ keys.T  # [dropped, targets]
-            # argmax leaves open which of several maxima it names; the first True of a comparison is the first
-            nearest = (alike == alike.amax(1, keepdim=True)).to(torch.uint8).argmax(1)
-            counts[targets] += torch.bincount(nearest.cpu(), minlength=len(targets))
-    weights[cell] = counts
-    return weights
 
 
 @contextmanager
@@ -149,7 +108,7 @@ class _Adding:
             config: Any = decoder.config
             acts = torch.zeros(config.num_attention_heads, dtype=torch.bool)
             acts[heads] = True
-            self.bias = self.bias * acts.to(bias.device)[:, None, None]
+            self.bias = torch.where(acts.to(bias.device)[:, None, None], self.bias, 0.0)
         self.made: tuple[Any, Tensor] | None = None  # the last mask, which most layers share, and of what
 
     def __call__(
@@ -216,7 +175,6 @@ def _added(mask: Tensor | None, bias: Tensor, queries: int, before: int) -> Tens
     if mask is None:
         ones = torch.ones(queries, bias.shape[-1], dtype=torch.bool, device=bias.device)
         mask = ones.tril(before)
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, least)
-    # a sum below the least number would be -inf, and a softmax over nothing else NaN
-    return (mask + bias).clamp(min=least)
+    added = torch.where(mask, bias, least) if mask.dtype == torch.bool else mask + bias
+    # a softmax over nothing but -inf would be NaN
+    return added.clamp(min=least)

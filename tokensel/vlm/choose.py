@@ -39,19 +39,24 @@ class Choices:
         newline: "keep" all, "drop" all, or "row": keep the newline of a row where a cell of the row stays.
         positions: "compact": kept tokens are renumbered without gaps; "original": every token keeps the
             position it has in the full sequence.
-        attention: "plain", or "proportional": every kept cell counts for the dropped cells that are most like
-            it, see :func:`~tokensel.vlm.bias.token_weights`. The bias is part of no input of the model:
+        attention: "plain"; "proportional": every kept cell counts for the dropped cells that are most like
+            it, see :func:`~tokensel.vlm.dropped.token_weights`; "uniform": every kept cell of an image counts
+            for equally many. What is added to the attention logits is no input of the model:
             ``vlm.generate`` adds it, and around ``model.generate`` :func:`~tokensel.vlm.bias.biased` does.
-        strength: the factor of that bias, at least 0: 0 for none, 1 for as much attention as that many tokens
-            would get.
+        strength: the factor of what is added, at least 0: 0 for nothing, 1 for as much attention as that many
+            tokens would get.
+        dropped: "removed" from the prompt, which saves time. The others are experiments, in which the prompt
+            has its full length: "masked": dropped tokens stand there and no one attends to them; "blank" or
+            "copied": something else stands in their place, see :func:`~tokensel.vlm.dropped.fill_dropped`.
     """
 
     budget: Literal["image", "tile", "threshold"] = "image"
     thumbnail: Literal["compete", "keep", "last", "drop"] = "compete"
     newline: Literal["keep", "drop", "row"] = "keep"
     positions: Literal["compact", "original"] = "original"
-    attention: Literal["plain", "proportional"] = "plain"
+    attention: Literal["plain", "proportional", "uniform"] = "plain"
     strength: float = 1.0
+    dropped: Literal["removed", "masked", "blank", "copied"] = "removed"
 
     @classmethod
     def of(cls, values: "dict[str, Any] | Choices | None") -> "Choices":

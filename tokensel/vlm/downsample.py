@@ -88,8 +88,8 @@ def downsample(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
         choices: newline ("drop" leaves them out) and positions; budget and thumbnail have no effect here.
 
     Raises:
-        TokenselError: ``keep`` outside (0, 1], an unknown choice, attention that is not plain, or a model
-            without tiles.
+        TokenselError: ``keep`` outside (0, 1], an unknown choice, one that is about dropped tokens, or
+            a model without tiles.
     """
     options, grid = _options(choices), _grid(encoded, keep)
     config = encoded.model.config
@@ -117,7 +117,7 @@ def pool(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
         choices: as for :func:`downsample`.
 
     Raises:
-        TokenselError: ``keep`` outside (0, 1], an unknown choice, or attention that is not plain.
+        TokenselError: ``keep`` outside (0, 1], an unknown choice, or one that is about dropped tokens.
     """
     options, grid, side = _options(choices), _grid(encoded, keep), isqrt(encoded.layout.tokens)
     tokens = encoded.features.tokens
@@ -130,10 +130,10 @@ def pool(encoded: Encoded, keep: float, **choices: Any) -> Reduced:
 
 def _options(choices: dict[str, Any]) -> Choices:
     options = Choices.of(choices)
-    if options.attention != "plain":
+    if options.attention != "plain" or options.dropped != "removed":
         raise TokenselError(
-            f"attention is '{options.attention}', which weighs the tokens that a scorer keeps: leave it out "
-            "where the image is made smaller"
+            f"attention is '{options.attention}' and dropped is '{options.dropped}': no token is dropped "
+            "where the image is made smaller; leave both out"
         )
     return options
 

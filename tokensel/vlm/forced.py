@@ -122,7 +122,7 @@ def answer_mass(model: PreTrainedModel, forced: Forced) -> Float[Tensor, "layers
             with a bias, which this attention is computed without.
     """
     if forced.attn_bias is not None:
-        raise TokenselError("prompts with attention 'proportional': give them with attention 'plain'")
+        raise TokenselError("prompts with a bias: give them with attention 'plain' and dropped 'removed'")
     decoder = decoder_of(model)
     masses: list[Tensor] = []
 

@@ -123,8 +123,8 @@ def generate(
         raise TokenselError(f"schedule is {schedule!r}: make one with make_schedule()")
     if schedule is not None and reduced.attn_bias is not None:
         raise TokenselError(
-            f"{schedule.name} drops tokens inside the model, and attention is 'proportional': leave one of "
-            "the two out"
+            f"{schedule.name} drops tokens inside the model, which moves the columns of this prompt's bias: "
+            "give attention='plain' and dropped='removed', or no schedule"
         )
     if schedule is not None:
         check_options(given.effective)

@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokensel.schedules.decoder import decoder_of
 from tokensel.schedules.prompt import Prompt
 from tokensel.scorers import Scorer
 from tokensel.utils.devices import device_of
 from tokensel.utils.errors import TokenselError, check_keep
-from tokensel.vlm.bias import check_read, token_weights
+from tokensel.vlm.bias import check_read
 from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
+from tokensel.vlm.dropped import bias_columns, fill_dropped, packed_bias
 from tokensel.vlm.encode import encode
 from tokensel.vlm.encoded import Encoded
 from tokensel.vlm.layout import Layout
@@ -225,21 +225,6 @@ def _tile_columns(
     return columns.to(visual.device)
 
 
-def _attn_bias(
-    encoded: Encoded, cells: Bool[Tensor, "packed"], kept: Bool[Tensor, "packed"], options: Choices
-) -> Float[Tensor, "packed"] | None:
-    """The bias of each packed token under proportional attention; ``None`` where it would be 0 everywhere.
-
-    Raises:
-        TokenselError: a language model that takes no bias.
-    """
-    if options.attention == "plain":
-        return None
-    decoder_of(encoded.model)  # raises, here rather than when the answer is generated
-    bias = options.strength * token_weights(encoded, cells).log()
-    return bias if bool(bias[kept].any()) else None
-
-
 def _pad_id(encoded: Encoded) -> int:
     """What stands at padding: the batch's own choice, so that an untouched batch stays what it was."""
     padding = encoded.input_ids[~encoded.attention_mask]
@@ -292,26 +277,25 @@ def reduce(
     # some scorers merge what is dropped into what is kept; with nothing dropped, there is nothing to merge
     merges = hasattr(scorer, "merge") and bool(cells.any()) and not torch.equal(cells, layout.cell)
     features = encoded.merged(scorer, cells) if merges else None
-    visual = encoded.family.project(encoded, kept, features)
-    inputs, *marks = assemble(encoded, kept, visual, options.positions)
-    bias = _attn_bias(encoded, cells, kept, options)
-    if bias is not None:
-        # packed tokens and visual columns are in the same order; text gets none
-        bias = torch.zeros(marks[0].shape, device=marks[0].device).masked_scatter(
-            marks[0], bias[kept].to(marks[0].device)
-        )
+    # tokens that stand in the prompt
+    stands = kept if options.dropped == "removed" else torch.ones_like(kept)
+    visual = encoded.family.project(encoded, stands, features)
+    if options.dropped in ("blank", "copied"):
+        visual = fill_dropped(encoded, cells, visual, options.dropped)
+    bias = packed_bias(encoded, cells, kept, options)
+    inputs, *marks = assemble(encoded, stands, visual, options.positions)
     return Reduced(
         inputs,
         *marks,
-        n_visual=encoded.per_row(cells),
+        n_visual=encoded.per_row(stands & layout.cell),
         n_visual_full=encoded.n_visual,
-        n_newline=encoded.per_row(kept & ~layout.cell),
+        n_newline=encoded.per_row(stands & ~layout.cell),
         n_tiles=encoded.n_tiles,
         cells=layout.tokens,
         kept=layout.spread(cells),
-        tiles=_tile_columns(layout, kept, marks[0]),
+        tiles=_tile_columns(layout, stands, marks[0]),
         grid=layout.grid,
-        attn_bias=bias,
+        attn_bias=None if bias is None else bias_columns(bias, stands, marks[0]),
     )
 
 
