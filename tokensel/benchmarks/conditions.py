@@ -3,12 +3,19 @@
 This file imports nothing heavy, so that options are checked at once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tokensel.utils.errors import TokenselError
 
-__all__ = ["Condition", "check_pairs", "parse_pairs", "split_keep"]
+__all__ = ["SERVED", "Condition", "check_pairs", "check_served", "parse_pairs", "split_keep"]
+
+SERVED: dict[str, float | None] = {"full": 1.0, "none": 0.0, "served": None}
+"""The methods of an evaluation through servers, and the keep of those that have one.
+
+``full`` asks a server to keep all tokens, ``none`` asks it without the image. ``served`` is the method that
+the server was started with, at each keep.
+"""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,6 +53,36 @@ def parse_pairs(pairs: Iterable[str]) -> list[tuple[str, str]]:
             raise TokenselError(f"compare is {pair!r}: give a number after @, such as fastv@0.3") from None
         parsed.append((method, against))
     return parsed
+
+
+def check_served(methods: Sequence[str], keeps: Sequence[float], server_keep: float | None) -> None:
+    """Check that servers can be asked under ``methods``.
+
+    Args:
+        methods: those of the evaluation.
+        keeps: its keeps.
+        server_keep: the one keep of the servers, or ``None`` where each request has its own.
+
+    Raises:
+        TokenselError: a method of the model's own process, or a keep that the servers do not have.
+    """
+    for method in methods:
+        if method not in SERVED:
+            raise TokenselError(
+                f"method {method}: give methods among {', '.join(SERVED)} with --server; which tokens served "
+                "keeps is decided where the server is started"
+            )
+    if server_keep is None:
+        return
+    if any(keep != server_keep for keep in keeps):
+        raise TokenselError(
+            f"keeps is {', '.join(f'{keep:g}' for keep in keeps)} but --server-keep is {server_keep:g}: "
+            "leave one of them out"
+        )
+    if "full" in methods and server_keep < 1:
+        raise TokenselError(
+            f"method full: servers that keep {server_keep:g} of every image cannot answer it; leave it out"
+        )
 
 
 def check_pairs(pairs: Iterable[str], conditions: Iterable[Condition]) -> None:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, no_type_check
 
-from tokensel.benchmarks.conditions import Condition, parse_pairs
+from tokensel.benchmarks.conditions import SERVED, Condition, check_served, parse_pairs
+from tokensel.benchmarks.server import parse_body, parse_url
 from tokensel.benchmarks.shards import Shard
 from tokensel.benchmarks.table import Benchmark, load_suite
 from tokensel.utils.errors import TokenselError, check_names
-from tokensel.utils.options import SEED_MOST, Option, check_fields, revision_option
+from tokensel.utils.options import SEED_MOST, Option, check_fields, fields_of, revision_option
 
 KEEPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 SHORT_KEEPS = KEEPS[:6]
@@ -16,7 +17,10 @@ SEED = "{seed}"  # in the name of a trained part
 
 # headings under which the command line lists the options
 DATA, MODEL, RUNNING, INSIDE = "Data", "Model", "Running", "Inside the language model"
-BEFORE, TABLES = "Before the language model", "Tables"
+BEFORE, TABLES, SERVERS = "Before the language model", "Tables", "Servers instead of a model"
+# what a server decides, so that an evaluation through servers cannot
+_OF_THE_MODEL = (MODEL, INSIDE, BEFORE)
+_OF_THE_PROCESS = ("batch_size", "seeds")
 
 
 @no_type_check  # check_fields does it, with a message for users
@@ -28,11 +32,13 @@ class EvalConfig:
         TokenselError: a value of another type or out of range; one line with field, value and what to give.
     """
 
-    model: Annotated[str, Option("Vision-language model: folder or Hub id.", MODEL)]
     suite: Annotated[
         str,
         Option("Module with a table BENCHMARKS; the paper's ten are tokensel.benchmarks.paper.", DATA),
     ]
+    model: Annotated[
+        str | None, Option("Vision-language model: folder or Hub id; or give --server.", MODEL)
+    ] = None
     revision: Annotated[str | None, revision_option(MODEL)] = None
     data: Annotated[
         str | None,
@@ -41,6 +47,7 @@ class EvalConfig:
     benchmarks: Annotated[
         tuple[str, ...], Option("Benchmarks of the suite, comma-separated; all by default.", DATA)
     ] = ()
+    # with servers: full, none and served, see tokensel.benchmarks.served
     # full, none, vtw, dyrate and sparsevlm leave no choice of a keep and are run once, the others per keep
     methods: Annotated[
         tuple[str, ...],
@@ -49,7 +56,7 @@ class EvalConfig:
             "apet, visionzip, cdpruner, diffprune, visionselector, any of these with lowest- in front, "
             "downsample, pool, native; inside the language model fastv, vtw, dyrate, fixed, exponential, "
             "pyramiddrop, feather, sparsevlm, priortr, clse, random-cut, fastocr; both in turn, as "
-            "selector+fastv.",
+            "selector+fastv. With --server: full, none, served.",
             RUNNING,
         ),
     ] = ("full", "none", "random", "selector")
@@ -181,6 +188,32 @@ class EvalConfig:
         Literal["removed", "masked", "blank", "copied"],
         Option("Remove dropped tokens; or, to study it, mask them or fill their places.", BEFORE),
     ] = "removed"
+    server: Annotated[
+        tuple[str, ...],
+        Option(
+            "OpenAI-compatible servers of one model, comma-separated URLs; they share the questions. An API "
+            "key is read from OPENAI_API_KEY.",
+            SERVERS,
+        ),
+    ] = ()
+    concurrency: Annotated[
+        int, Option("Requests that each server has at a time; changes the speed.", SERVERS, least=1)
+    ] = 32
+    server_keep: Annotated[
+        float | None,
+        Option(
+            "Fraction that the servers keep of every image, where requests cannot choose it; 1 where they "
+            "drop nothing. By default each request names its keep, in mm_processor_kwargs as vLLM takes it.",
+            SERVERS,
+            above=0,
+            most=1,
+            example="0.5",
+        ),
+    ] = None
+    body: Annotated[
+        str | None,
+        Option('Fields to add to every request, as JSON, such as {"add_special_tokens": true}.', SERVERS),
+    ] = None
     # at every keep that the two share or, written method@keep, at the one that is named
     compare: Annotated[
         tuple[str, ...],
@@ -196,10 +229,17 @@ class EvalConfig:
         check_fields(self)
         parse_pairs(self.compare)
         Shard.of(self.shard)
-        from tokensel.methods import check_method  # after what needs no heavy import
-
         if not self.methods:
             raise TokenselError("methods is empty: give at least one, such as full")
+        self._check_place()
+        if self.server:
+            check_served(self.methods, self.keeps, self.server_keep)
+            for url in self.server:
+                parse_url(url)
+            parse_body(self.body)
+            return
+        from tokensel.methods import check_method  # after what needs no heavy import
+
         for method in self.methods:
             row = check_method(method)
             if row.learned is not None and getattr(self, row.learned) is None:
@@ -216,6 +256,24 @@ class EvalConfig:
             if self.dyrate is None and row.uses_predictor:
                 raise TokenselError(
                     f"method {method}: give the folder or Hub id of a trained predictor with --dyrate"
+                )
+
+    def _check_place(self) -> None:
+        """Raise unless the model is either here or on servers, with the options of that place alone."""
+        if not self.server and self.model is None:
+            raise TokenselError("no model: give --model, a folder or Hub id, or --server, a URL")
+        for field in fields_of(self):
+            value, panel, name = getattr(self, field.name), field.option.panel, field.name.replace("_", "-")
+            if value == field.default:
+                continue
+            if self.server and (panel in _OF_THE_MODEL or field.name in _OF_THE_PROCESS):
+                raise TokenselError(
+                    f"{field.name} is {value!r} and --server is given: the model is on the server, so leave "
+                    f"--{name} out, or leave --server out"
+                )
+            if not self.server and panel == SERVERS:
+                raise TokenselError(
+                    f"{field.name} is {value!r} without --server: give --server, or leave --{name} out"
                 )
 
     @classmethod
@@ -257,6 +315,10 @@ class EvalConfig:
 
         A method that leaves no choice of a budget has one row: ``none`` at keep 0, the others at keep 1.
         """
+        if self.server:
+            keeps = {method: self.keeps if fixed is None else (fixed,) for method, fixed in SERVED.items()}
+            rows = [Condition(method, float(k), self.seed) for method in self.methods for k in keeps[method]]
+            return list(dict.fromkeys(rows))
         from tokensel.methods import check_method
 
         conditions = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokensel.benchmarks.conditions import Condition
 from tokensel.benchmarks.questions import Questions
 from tokensel.benchmarks.records import Record, read_records
-from tokensel.benchmarks.session import EvalSession
+from tokensel.benchmarks.session import Session
 from tokensel.benchmarks.shards import Shard
 from tokensel.cost.answers import Work
 from tokensel.utils.provenance import json_digest
@@ -48,7 +48,7 @@ class RecordFile:
 
 
 def load_records(
-    session: EvalSession, questions: Questions, folder: Path, shard: Shard, *, locked: bool = False
+    session: Session, questions: Questions, folder: Path, shard: Shard, *, locked: bool = False
 ) -> dict[Condition, RecordFile]:
     """The existing records of each condition, after a check that they belong to these questions.
 

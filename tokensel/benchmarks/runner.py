@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -24,11 +24,12 @@ from tokensel.benchmarks.results import (
     score_rows,
     write_table,
 )
-from tokensel.benchmarks.session import EvalSession
+from tokensel.benchmarks.served import ServedSession, ask_servers
+from tokensel.benchmarks.session import EvalSession, Session
 from tokensel.benchmarks.shards import Shard, is_first_here
 from tokensel.utils.files import write_json
 from tokensel.utils.progress import progress_bar
-from tokensel.utils.provenance import command_line, environment
+from tokensel.utils.provenance import command_line
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -75,13 +76,13 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
         Where the tables are.
 
     Raises:
-        TokenselError: the model, the selector or the data does not fit, or nothing can be written; the
-            message says which.
+        TokenselError: the model, the selector or the data does not fit, nothing can be written, or servers
+            left questions without an answer; the message says which.
     """
     started = time.perf_counter()
     shard = Shard.of(config.shard)
     benchmarks = config.suite_benchmarks()
-    session = EvalSession(config)
+    session, answer = _open(config)
     config = session.config  # with the keeps of this model
     if config.compare != EvalConfig.compare:  # the default compares methods that need not be run
         check_pairs(config.compare, config.conditions())
@@ -104,7 +105,8 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
                     files[i] = load_records(session, part, records, shard, locked=True)
                     if shard.count == 1:
                         bar.update(before - count_missing(part, files[i]))
-                    computed += answer_missing(session, part, files[i], shard, bar)
+                    computed += answer(part, files[i], shard, bar)
+    session.check_answered()
     if shard.count > 1:
         files = [load_records(session, part, records, shard) for part in questions]
         if left := sum(map(count_missing, questions, files)):
@@ -121,15 +123,23 @@ def evaluate(config: EvalConfig, progress: bool = True) -> Evaluation:
     return _write_tables(session, questions, files, provenance, computed)
 
 
-def _provenance(session: EvalSession, questions: list[Questions]) -> dict[str, Any]:
+def _open(config: EvalConfig) -> tuple[Session, Callable[..., int]]:
+    """The model in this process or behind servers, and the function that asks it what is missing."""
+    if config.server:
+        served = ServedSession(config)
+        return served, partial(ask_servers, served)
+    session = EvalSession(config)
+    return session, partial(answer_missing, session)
+
+
+def _provenance(session: Session, questions: list[Questions]) -> dict[str, Any]:
     """What was run, on what, and when."""
-    config, vlm = session.config, session.vlm
+    config = session.config
     return {
-        "model": {"name": config.model, "digest": session.model_digest, "dtype": str(vlm.model.dtype)},
+        **session.provenance(),
         "data": {part.benchmark.name: len(part) for part in questions}
         | {"suite": config.suite, "split": config.split},
         "sources": {part.benchmark.name: part.source for part in questions if part.source},
-        **environment(vlm.model.device),
         "seed": config.seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
@@ -138,7 +148,7 @@ def _provenance(session: EvalSession, questions: list[Questions]) -> dict[str, A
 
 
 def _write_tables(
-    session: EvalSession,
+    session: Session,
     questions: list[Questions],
     files: Files,
     provenance: dict[str, Any],
@@ -151,10 +161,11 @@ def _write_tables(
     for part, part_files in zip(questions, files):
         benchmark = part.benchmark
         scores = question_scores(part, part_files)
-        costs = {
+        means = {
             condition: session.mean_cost(condition, [file.work[name] for name in part.ids])
             for condition, file in part_files.items()
         }
+        costs = {condition: mean for condition, mean in means.items() if mean is not None}
         table = ScoreTable.of(benchmark, scores, part.clusters, part.categories)
         rows += score_rows(model, benchmark, table.scores, costs, seed=seed, strata=table.strata)
         differences += difference_rows(model, benchmark, table.scores, pairs, seed=seed, strata=table.strata)

@@ -1,5 +1,6 @@
 """The model under evaluation with its scorers and schedules, and what identifies the answers it gives."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -26,18 +27,63 @@ from tokensel.schedules import (
 from tokensel.schedules.decoder import decoder_of
 from tokensel.scorers import LEARNED, Scorer, make_scorer
 from tokensel.utils.errors import TokenselError, check_layers
-from tokensel.utils.provenance import checkpoint_digest
+from tokensel.utils.provenance import checkpoint_digest, environment
 from tokensel.utils.source import code_digest
 from tokensel.vlm import Vlm, load_vlm
 from tokensel.vlm.families import family_of
 
-__all__ = ["ANSWERING", "EvalSession"]
+__all__ = ["ANSWERING", "EvalSession", "Session"]
 
 ANSWERING = ("tokensel.methods", "tokensel.vlm.load")
 """Every answer depends on these and all that they import, and on the classes of its scorer and schedule."""
 
 
-class EvalSession:
+class Session(ABC):
+    """What an evaluation asks: a model in this process, or one behind servers.
+
+    Attributes:
+        config: the configuration, with the keeps that suit the model where none were given.
+        name: the model's name in the table.
+        model_digest: identifies the model; evaluations of the same model wait for each other.
+    """
+
+    config: EvalConfig
+    name: str
+    model_digest: str
+
+    @abstractmethod
+    def check_fit(self) -> None:
+        """Check before any work that the configuration fits the model.
+
+        Raises:
+            TokenselError: it does not.
+        """
+
+    @abstractmethod
+    def mean_cost(self, condition: Condition, work: Sequence[Work]) -> tuple[float, float] | None:
+        """FLOPs and bytes of keys and values of an answer under a condition, averaged over the answers.
+
+        ``None`` where they cannot be counted.
+        """
+
+    @abstractmethod
+    def identity(self, condition: Condition) -> dict[str, str]:
+        """Everything that an answer under a condition depends on, apart from question, seed and keep."""
+
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]:
+        """Which model answered, and the machine and packages that were used."""
+
+    @abstractmethod
+    def check_answered(self) -> None:
+        """Check that every question that was asked has its answer.
+
+        Raises:
+            TokenselError: some have none; how many, and why.
+        """
+
+
+class EvalSession(Session):
     """Loads the model and trained parts when they are needed, and each scorer once for all keeps.
 
     Attributes:
@@ -53,8 +99,10 @@ class EvalSession:
         Raises:
             TokenselError: the model cannot be loaded.
         """
-        dtype = None if config.dtype == "auto" else config.dtype
-        self.vlm: Vlm = load_vlm(config.model, local_device(config.device), dtype, revision=config.revision)
+        if config.model is None:
+            raise TokenselError("the model is needed in this process: give model, a folder or Hub id")
+        self._model, dtype = config.model, None if config.dtype == "auto" else config.dtype
+        self.vlm: Vlm = load_vlm(self._model, local_device(config.device), dtype, revision=config.revision)
         keeps = config.keeps or (SHORT_KEEPS if self.vlm.native else KEEPS)
         self.config = replace(config, keeps=keeps)
         self._scorers: dict[tuple[str, int], Scorer] = {}
@@ -169,7 +217,7 @@ class EvalSession:
     @cached_property
     def model_digest(self) -> str:
         """Identifies the model's files."""
-        return checkpoint_digest(self.config.model, getattr(self.vlm.model.config, "_commit_hash", None))
+        return checkpoint_digest(self._model, getattr(self.vlm.model.config, "_commit_hash", None))
 
     @cached_property
     def predictor_digest(self) -> str:
@@ -196,3 +244,11 @@ class EvalSession:
             learned = f"{self.predictor_digest} {schedule.newline}" if row.uses_predictor else None
             identity["schedule"] = learned or repr(schedule)
         return identity
+
+    def provenance(self) -> dict[str, Any]:
+        model = self.vlm.model
+        facts = {"name": self._model, "digest": self.model_digest, "dtype": str(model.dtype)}
+        return {"model": facts, **environment(model.device)}
+
+    def check_answered(self) -> None:
+        """Here nothing can be left without an answer: what goes wrong ends the evaluation."""
