@@ -31,7 +31,8 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     vlm.families.idefics3.Idefics3.cut vlm.families.idefics3.Idefics3.tiles_layout
     vlm.families.gemma.Gemma3.cut vlm.families.gemma.Gemma3.tiles_layout vlm.families.gemma.PaliGemma.cut
     vlm.families.base.tensor vlm.families.internvl.InternVl.locate vlm.families.llava.Llava.locate
-    vlm.families.llava.Llava.tiles_layout cost.published_families.image_grids
+    vlm.families.llava.Llava.tiles_layout vlm.families.mistral3.Mistral3.cut
+    vlm.families.mistral3.Mistral3.tiles_layout cost.published_families.image_grids
     vlm.families.qwen_vl.QwenVl.positions vlm.layout.Layout.real vlm.layout.plain_layout
     vlm.layout.Layout.cell
     vlm.layout.Layout.image_of_tile vlm.layout.Layout.slots vlm.layout.Layout.spread vlm.layout.Layout.valid

@@ -16,6 +16,7 @@ KNOWN = {
     "HuggingFaceTB/SmolVLM-Instruct": (2.25, 13, 13 * 81),
     "google/gemma-3-4b-it": (4.30, 1, 256),
     "google/paligemma2-3b-mix-448": (3.03, 1, 1024),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": (24.01, 1, 28 * 37),
 }
 
 

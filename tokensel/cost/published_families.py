@@ -19,7 +19,10 @@ from transformers import (
     InternVLConfig,
     LlamaConfig,
     LlavaConfig,
+    Mistral3Config,
+    MistralConfig,
     PaliGemmaConfig,
+    PixtralVisionConfig,
     PretrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
@@ -30,6 +33,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -109,6 +113,18 @@ def _paligemma() -> PretrainedConfig:
     return PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=2304)
 
 
+def _mistral3() -> PretrainedConfig:
+    text: dict[str, Any] = dict(hidden_size=5120, intermediate_size=32768, num_hidden_layers=40, head_dim=128)
+    text |= dict(num_attention_heads=32, num_key_value_heads=8, vocab_size=131072, sliding_window=None)
+    vision: dict[str, Any] = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
+    vision |= dict(num_attention_heads=16, image_size=1540, patch_size=14)
+    return Mistral3Config(
+        text_config=MistralConfig(**text),
+        vision_config=PixtralVisionConfig(**vision),
+        tie_word_embeddings=False,
+    )
+
+
 def _square(make: Callable[..., Any], side: int, **options: Any) -> Any:
     return make(size={"height": side, "width": side}, **options)
 
@@ -138,6 +154,10 @@ PUBLISHED_FAMILIES: dict[str, PublishedModel] = {
     ),
     "google/gemma-3-4b-it": PublishedModel(_gemma3, lambda: _square(Gemma3ImageProcessorPil, 896)),
     "google/paligemma2-3b-mix-448": PublishedModel(_paligemma, lambda: _square(SiglipImageProcessorPil, 448)),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": PublishedModel(
+        _mistral3,
+        lambda: PixtralImageProcessorPil(size={"longest_edge": 1540}, patch_size={"height": 28, "width": 28}),
+    ),
 }
 
 

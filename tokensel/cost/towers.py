@@ -1,7 +1,7 @@
 """FLOPs of the vision towers of all families, their projectors included, by formula."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -27,6 +27,8 @@ class Tower:
         cls: 1 if there is a CLS token.
         window: rows, and columns, of tokens in an attention window; 0 without windows.
         full: layers whose attention has no windows, where others have.
+        joined: whether the images of a prompt, padded to the largest of them, pass the tower as one sequence,
+            in which a mask hides them from each other. Its attention is counted whole.
     """
 
     width: int
@@ -39,6 +41,7 @@ class Tower:
     cls: int = 0
     window: int = 0
     full: int = 0
+    joined: bool = False
 
     def flops(self, rows: int, columns: int) -> int:
         """FLOPs over one tile.
@@ -131,6 +134,13 @@ def _llava(config: Any) -> Tower:
     return _clip(config, count_projector(config, 1) // 2, cls=cls, depth=layers_read(config))
 
 
+def _mistral3(config: Any) -> Tower:
+    width, text = config.vision_config.hidden_size, config.text_config.hidden_size
+    patches = config.spatial_merge_size**2
+    tower = _clip(config, projector=patches * width**2 + width * text + text**2, patches=patches)
+    return replace(tower, matrices=3, joined=True)  # the MLP of its layers has a gate
+
+
 TOWERS = {
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
@@ -141,6 +151,7 @@ TOWERS = {
     "gemma3": _gemma3,
     "paligemma": _paligemma,
     "llava": _llava,
+    "mistral3": _mistral3,
 }
 
 
@@ -170,4 +181,9 @@ def count_tower(config: PretrainedConfig, grids: Sequence[Sequence[int]]) -> int
         TokenselError: as :func:`tower_of`.
     """
     tower = tower_of(config)
+    if tower.joined and len(grids):
+        rows, columns = ([int(grid[axis]) for grid in grids] for axis in (0, 1))
+        tokens = sum(high * wide for high, wide in zip(rows, columns))
+        padding = (len(grids) * max(rows) * max(columns) - tokens) * tower.patches
+        return tower.flops(1, tokens) + 2 * padding * tower.values * tower.width
     return sum(tower.flops(*map(int, grid)) for grid in grids)

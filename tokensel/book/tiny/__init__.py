@@ -15,6 +15,7 @@ from tokensel.book.tiny.gemma import gemma3, paligemma
 from tokensel.book.tiny.idefics3 import idefics3, smolvlm
 from tokensel.book.tiny.internvl import internvl
 from tokensel.book.tiny.llava import llava
+from tokensel.book.tiny.mistral3 import mistral3
 from tokensel.book.tiny.qwen import qwen2_5_vl, qwen2_vl, qwen3_vl
 from tokensel.utils.errors import check_names
 
@@ -31,6 +32,7 @@ MAKERS: dict[str, Callable[[], Pair]] = {
     "smolvlm": smolvlm,
     "gemma3": gemma3,
     "paligemma": paligemma,
+    "mistral3": mistral3,
 }
 
 

@@ -10,6 +10,7 @@ from tokensel.vlm.families.internvl import InternVl
 from tokensel.vlm.families.llava import Llava
 from tokensel.vlm.families.llava_next import LlavaNext
 from tokensel.vlm.families.llava_onevision import LlavaOnevision
+from tokensel.vlm.families.mistral3 import Mistral3
 from tokensel.vlm.families.qwen3_vl import Qwen3Vl
 from tokensel.vlm.families.qwen_vl import QwenVl
 
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": Idefics3(),
     "gemma3": Gemma3(),
     "paligemma": PaliGemma(),
+    "mistral3": Mistral3(),
 }
 
 
