@@ -1,5 +1,7 @@
 """Prompts, answers and evaluations where the model is on a device of its own: all as on the host."""
 
+import base64
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +32,7 @@ from tokensel.methods import Batch, methods, prepare
 from tokensel.schedules import Clse, FastOcr, FastV
 from tokensel.schedules.vtw import withdrawal_divergence
 from tokensel.scorers import SCORERS, make_scorer
+from tokensel.serving import embeddings_field, prompt_embeddings
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, count_tokens, encode, load_encoder, load_vlm, reduce, reduce_inputs
 from tokensel.vlm.bias import biased
@@ -299,6 +302,16 @@ def test_an_evaluation_writes_the_same_table(device, tmp_path):
         for where in ("cpu", NAME)
     ]
     assert tables[0] == tables[1]
+
+
+def test_prompts_leave_the_device_when_they_are_sent(device):
+    here, there = pair(llava_next, device)
+    rows, expected = (
+        prompt_embeddings(vlm.model, ask(vlm, [0, 3]), make_scorer("norm"), 0.3) for vlm in (there, here)
+    )
+    assert all(close(row, of_host) for row, of_host in zip(rows, expected, strict=True))
+    sent = torch.load(io.BytesIO(base64.b64decode(embeddings_field(rows[0]))), weights_only=True)
+    assert torch.equal(sent, rows[0].cpu())
 
 
 def test_inputs_may_be_on_either_side(device):

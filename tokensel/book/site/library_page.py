@@ -9,6 +9,7 @@ GROUPS = {
     "Training": ("training",),
     "Choosing tokens": ("scorers", "budget", "methods"),
     "Inside LLaVA": ("vlm", "schedules"),
+    "Serving": ("serving",),
     "Evaluation": ("benchmarks",),
     "Cost": ("cost", "profiling"),
     "Figures": ("figures",),
