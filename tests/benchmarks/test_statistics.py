@@ -1,8 +1,10 @@
 """Intervals: coverage, pairing, and a table whose bytes depend on the scores alone."""
 
 import csv
+import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from tokensel.benchmarks.results import (
     score_rows,
     write_table,
 )
-from tokensel.benchmarks.statistics import bootstrap
+from tokensel.benchmarks.statistics import average, bootstrap
 from tokensel.utils.errors import TokenselError
 
 BENCHMARK = Benchmark("words", "reading", "anls", 8, lambda split, n: None, lambda row: row["question"])
@@ -119,3 +121,26 @@ def test_the_long_table_has_the_columns_of_the_contract(tmp_path):
 def test_pairs_that_are_none(pair):
     with pytest.raises(TokenselError, match="compare is"):
         parse_pairs([pair])
+
+
+def test_more_seeds_of_the_same_questions_do_not_narrow_an_interval():
+    rng = np.random.default_rng(5)
+    seeds = rng.random((60, 3))
+
+    def rows(name, columns):
+        scores = {Condition("random", 0.3, seed): column for seed, column in enumerate(columns.T)}
+        return score_rows("m", dataclasses.replace(BENCHMARK, name=name), scores)
+
+    alike = pd.DataFrame(rows("one", np.repeat(seeds[:, :1], 3, axis=1)))
+    single = average(alike.iloc[:1], "method").loc["random"]
+    assert average(alike, "method").loc["random", "reach"] == pytest.approx(single["reach"])
+
+    # at least as wide as the interval of the mean over the seeds, question by question
+    _, low, high = bootstrap(seeds.mean(1, keepdims=True))
+    found = average(pd.DataFrame(rows("one", seeds)), ["method", "keep"]).iloc[0]
+    assert found["score"] == pytest.approx(100 * seeds.mean())
+    assert found["reach"] >= 50 * (high - low)[0]
+
+    # other questions do: two benchmarks of equal width combine as independent means
+    two = pd.concat([alike, alike.assign(benchmark="two")])
+    assert average(two, "group")["reach"].iloc[0] == pytest.approx(single["reach"] / 2**0.5)

@@ -1,5 +1,6 @@
 """The explorer's dictionary, the page made of it, and the live one, with a tiny model."""
 
+import copy
 import io
 import json
 import re
@@ -81,6 +82,23 @@ def test_error_is_measured_in_the_distance_to_the_mean_token(exploration):
     centred = (tokens - tokens.mean((0, 1))).square().sum(-1).mean().sqrt()
     by_hand = (judge(tokens, ~kept) - tokens).norm(dim=-1) / centred
     torch.testing.assert_close(none, by_hand.detach())
+
+
+def test_error_is_measured_where_the_judge_was_trained(parts):
+    vlm, examples, scorers, judge = parts
+    judge = copy.deepcopy(judge)
+    judge.reconstructor.config.metric = "projector"
+    exploration = Exploration(vlm, examples, scorers, judge)
+    tokens = exploration.encoded.features.tokens
+    kept = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+    with torch.no_grad():
+        project = vlm.model.model.multi_modal_projector
+        real, restored = project(tokens), project(judge(tokens, kept))
+    centred = (real - real.mean((0, 1))).square().sum(-1).mean().sqrt()
+    torch.testing.assert_close(exploration.errors(kept), (restored - real).norm(dim=-1) / centred)
+    judge.reconstructor.config.metric = "reader"
+    with pytest.raises(TokenselError, match="metric 'reader'"):
+        Exploration(vlm, examples, scorers, judge)
 
 
 def test_page_holds_the_dictionary_and_a_still(data):

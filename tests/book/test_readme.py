@@ -109,7 +109,13 @@ def test_table_has_a_row_a_group_and_replaces_the_old_one(tmp_path):
         and "recorded 2026-11-21 on cpu (two), torch.float32, in `" in text
     )
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert text.count(readme.BEGIN) == 1 and "9 questions a task" in text
+    assert text.count(readme.BEGIN) == 1 and "9 questions a task, seed 0;" in text
+    once = long_table()
+    more = [once, *(once[once["method"] == "selector"].assign(seed=seed) for seed in (1, 2))]
+    pd.concat(more).to_csv(results, index=False)
+    readme.write(page, results)
+    text = page.read_text(encoding="utf-8")
+    assert "9 questions a task, seeds 0, 1, 2;" in text and "55.0 ± 2.1" in text
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

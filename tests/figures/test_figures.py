@@ -145,6 +145,12 @@ def test_a_recorded_sweep_is_said_to_be_one_and_drawn_under_the_live_points(tmp_
     assert lost == pytest.approx(100 * full - 55.0) and low < lost < high
     with pytest.raises(TokenselError, match=r"no results for random on reading at keep 0\.25"):
         alone.estimate("reading", "random", 0.25)
+    assert "seeds" not in both.source
+    again = [both.table, *(both.table.query("method == 'random'").assign(seed=seed) for seed in (1, 2))]
+    pd.concat(again).to_csv(recorded, index=False)
+    seeds = Sweep.beside(live, recorded)
+    assert "400 questions a point, mean over seeds 0, 1, 2 of random, in" in seeds.source
+    assert seeds.estimate("reading", "random", 0.5) == pytest.approx(both.estimate("reading", "random", 0.5))
     both.plot("general", ["random"])
     assert not plt.get_fignums()  # no benchmark of that group
     both.plot("reading", ["random", "selector"])

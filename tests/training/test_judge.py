@@ -85,6 +85,23 @@ def test_the_selector_is_a_policy_and_is_not_trained():
             kept(features, policy, keep)
 
 
+def test_what_was_trained_beside_noise_is_given_noise():
+    features = random_features()
+    trained = train(small_config(gate="throttle"), features=features)
+    joint = MaskedAutoencoder.of(trained.selector, trained.reconstructor)
+    dropped = torch.zeros(features.tokens.shape[:2], dtype=torch.bool)
+    with torch.no_grad():
+        restored = joint(features.tokens, dropped)
+        assert torch.equal(restored, joint(features.tokens, dropped))  # always the same noise
+        alone = joint(features.tokens[3:4], dropped[3:4])
+        torch.testing.assert_close(alone[0], restored[3])  # whatever the other tiles are
+        assert not restored.allclose(restored[:, :1])  # and not one vector for all tokens
+        trained.selector.masked.vector.fill_(7.0)  # which no gate but the paper's has trained
+        assert torch.equal(restored, joint(features.tokens, dropped))
+        paper = MaskedAutoencoder(trained.selector.masked, trained.reconstructor)
+        assert not torch.equal(restored, paper(features.tokens, dropped))
+
+
 def test_padding_is_not_judged():
     features = random_features()
     features.valid = torch.ones(40, 9, dtype=torch.bool)

@@ -72,7 +72,9 @@ def _resample(
 def average(table: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
     """Mean score over the benchmarks of each group of rows, with half the width of its 95 % interval.
 
-    The intervals combine as those of independent means do, since no question belongs to two benchmarks.
+    The intervals of benchmarks combine as those of independent means do, since no question belongs to two of
+    them. Several rows of one benchmark, such as those of several seeds, answer the same questions: the mean
+    of their widths is taken, which is never too narrow for their mean.
 
     Args:
         table: the long table of results, scores 0..1, see :data:`tokensel.benchmarks.results.TABLE`.
@@ -81,10 +83,9 @@ def average(table: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
     Returns:
         ``score`` and ``reach``, 0 to 100, one row for each group in the table's order.
     """
-    rows = table.assign(
-        reach=(100 * (table["ci_high"] - table["ci_low"]) / 2) ** 2, score=100 * table["score"]
-    )
-    groups = rows.groupby(by, sort=False).agg(
-        score=("score", "mean"), reach=("reach", "sum"), n=("score", "size")
-    )
-    return pd.DataFrame({"score": groups["score"], "reach": groups["reach"] ** 0.5 / groups["n"]})
+    names = [by] if isinstance(by, str) else by
+    rows = table.assign(reach=50 * (table["ci_high"] - table["ci_low"]), score=100 * table["score"])
+    each = rows.groupby([*names, "benchmark"], sort=False)[["score", "reach"]].mean()
+    groups = each.assign(reach=each["reach"] ** 2).groupby(by, sort=False)
+    means = groups.agg(score=("score", "mean"), reach=("reach", "sum"), n=("score", "size"))
+    return pd.DataFrame({"score": means["score"], "reach": means["reach"] ** 0.5 / means["n"]})

@@ -12,6 +12,7 @@ from tokensel.data.features import Features
 from tokensel.model.reconstructor import ReconstructorConfig, TokenReconstructor
 from tokensel.model.selector import MaskedEmbedding, SelectorConfig, TokenSelector
 from tokensel.utils.errors import TokenselError
+from tokensel.utils.seeds import generator
 
 
 class Autoencoder(nn.Module):
@@ -51,11 +52,16 @@ class Autoencoder(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """A reconstructor with a masked embedding of its own, for masks of any policy (Eq. 1)."""
+    """A reconstructor with a masked embedding of its own, for masks of any policy (Eq. 1).
 
-    def __init__(self, masked: MaskedEmbedding, reconstructor: TokenReconstructor):
+    Attributes:
+        noisy: put noise in the place of dropped tokens, as the gate "throttle" does in training; always the
+            same, so that a mask has one error.
+    """
+
+    def __init__(self, masked: MaskedEmbedding, reconstructor: TokenReconstructor, noisy: bool = False):
         super().__init__()
-        self.masked, self.reconstructor = masked, reconstructor
+        self.masked, self.reconstructor, self.noisy = masked, reconstructor, noisy
 
     @classmethod
     def new(
@@ -68,7 +74,7 @@ class MaskedAutoencoder(nn.Module):
     @classmethod
     def of(cls, selector: TokenSelector, reconstructor: TokenReconstructor) -> "MaskedAutoencoder":
         """A selector's embedding with the reconstructor trained beside it; shared, not copied."""
-        return cls(selector.masked, reconstructor)
+        return cls(selector.masked, reconstructor, noisy=selector.config.gate == "throttle")
 
     def forward(
         self,
@@ -79,7 +85,12 @@ class MaskedAutoencoder(nn.Module):
         """Reconstruct all tokens from those where ``mask`` is True."""
         if valid is not None:
             features = features.masked_fill(~valid[..., None], 0.0)
-        return self.reconstructor(self.masked(features, mask.to(features.dtype)), valid)
+        noise = None
+        if self.noisy:
+            # the same for every tile, so that an error does not depend on the others of its batch
+            noise = torch.randn(features.shape[1:], generator=generator(0, "dropped tokens"))
+            noise = noise.to(features).expand_as(features)
+        return self.reconstructor(self.masked(features, mask.to(features.dtype), noise), valid)
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Fix mean and standard deviation of each channel in both models."""

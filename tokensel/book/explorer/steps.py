@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tokensel.benchmarks.metrics import METRICS
 from tokensel.figures import overlays, style
 from tokensel.scorers import Scorer
 from tokensel.training.autoencoder import MaskedAutoencoder
+from tokensel.training.metrics import Metric, MetricSource, make_metric
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Reduced, Vlm, encode, reduce
 
@@ -52,7 +53,8 @@ class Exploration:
     have one entry for each view, the thumbnail first, then the full image. In ``kept`` it is a text with one
     letter for each cell, row by row (``1`` kept, ``0`` dropped, ``-`` letterbox, which never becomes a
     token). In ``error`` it is as many whole numbers: the distance between a token and its reconstruction, in
-    percent of the distance between a typical token and the mean token.
+    percent of the distance between a typical token and the mean token; both distances are measured where the
+    judge was trained, behind the model's projector for example.
 
     Args:
         vlm: the model to ask.
@@ -62,7 +64,8 @@ class Exploration:
         max_new_tokens: the longest answer, in tokens.
 
     Raises:
-        TokenselError: no examples, or a judge that does not fit the model's features.
+        TokenselError: no examples, or a judge that does not fit the model's features or was trained under
+            the metric "reader", which is measured on images of its own.
     """
 
     def __init__(
@@ -81,6 +84,12 @@ class Exploration:
         self.encoded = encode(vlm.model, vlm.inputs([example.image for example in self.examples], prompts))
         processor = vlm.processor.image_processor
         statistics = (processor.image_mean, processor.image_std)
+        # the judge stays where the caller loaded it, which need not be where the model runs
+        self.features = self.encoded.features.to(judge.reconstructor.device)
+        self.features = replace(self.features, tokens=self.features.tokens.float())
+        self.metric = self._metric()
+        measured = self.metric(self.features.real())
+        self.typical = (measured - measured.mean(0)).square().sum(-1).mean().sqrt()
         self.tiled = [overlays.tiled_image(self.encoded, n, statistics) for n in range(len(self.examples))]
 
     def step(self, method: str, keep: float) -> list[dict[str, Any]]:
@@ -154,11 +163,21 @@ class Exploration:
         Returns:
             The distances, on the host.
         """
-        spread = self.judge.reconstructor.trunk.std
-        # the judge stays where the caller loaded it, which need not be where the model runs
-        tokens = self.encoded.features.tokens.to(spread.device).float()
-        errors = (self.judge(tokens, kept.to(spread.device)) - tokens).norm(dim=-1) / spread.norm()
-        return errors.cpu()
+        tokens = self.features.tokens
+        restored = self.judge(tokens, kept.to(tokens.device))
+        return ((self.metric(restored) - self.metric(tokens)).norm(dim=-1) / self.typical).cpu()
+
+    def _metric(self) -> Metric:
+        """Where the judge was trained to be close."""
+
+        def sensitivity() -> Tensor:
+            raise TokenselError(
+                "the judge was trained under the metric 'reader': give one of another, such as projector"
+            )
+
+        source = MetricSource(lambda: [self.features], lambda: self.vlm, sensitivity)
+        name = self.judge.reconstructor.config.metric or "features"
+        return make_metric(name, source, self.features.tokens.device)
 
     def _answers(self, reduced: Reduced) -> list[dict[str, Any]]:
         answers = self.vlm.generate(reduced, self.max_new_tokens)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pandas as pd
 
 from tokensel.benchmarks.statistics import average
-from tokensel.figures import curves
+from tokensel.figures import curves, style
 from tokensel.utils.errors import TokenselError
 
 
@@ -63,7 +63,7 @@ class Sweep:
         dated = provenance(path)["date"][:10]
         then = (
             f"**recorded** {dated} by `python -m tokensel evaluate`, "
-            f"{table['n'].min()} questions a point, in `{recorded}`. "
+            f"{table['n'].min()} questions a point{_seeds(table)}, in `{recorded}`. "
         )
         return cls(here, table, path, f"Lines: {then}Open points: {now}Bands and bars are 95 % intervals.")
 
@@ -111,6 +111,17 @@ class Sweep:
         if rows.empty:
             raise TokenselError(f"no results for {method} on {group} at keep {keep:g}: evaluate them first")
         return float(average(rows, "group")["reach"].iloc[0])
+
+
+def _seeds(table: pd.DataFrame) -> str:
+    """Which methods have several seeds, for the sentence that says where a table is from."""
+    seeds = table.groupby("method", sort=False)["seed"].unique()
+    several = {method: each for method, each in seeds.items() if len(each) > 1}
+    if not several:
+        return ""
+    names = " and ".join(style.label(str(method)) for method in several)
+    values = sorted({int(seed) for each in several.values() for seed in each})
+    return f", mean over seeds {', '.join(map(str, values))} of {names}"
 
 
 def _rows(table: pd.DataFrame, **values: str | float) -> pd.DataFrame:

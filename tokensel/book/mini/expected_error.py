@@ -20,8 +20,8 @@ from tokensel.model.reconstructor import TokenReconstructor
 from tokensel.model.selector import TokenSelector
 from tokensel.scorers import SCORERS
 from tokensel.scorers.ranks import falling_ranks
+from tokensel.training.autoencoder import MaskedAutoencoder
 from tokensel.training.metrics import Metric
-from tokensel.utils.seeds import generator
 
 __all__ = ["ExpectedErrorScorer", "as_method"]
 
@@ -45,7 +45,8 @@ class ExpectedErrorScorer:
             selector, reconstructor: trained together.
             metric: maps features to the space where they were trained to be close.
         """
-        self.selector, self.reconstructor, self.metric = selector, reconstructor, metric
+        self.selector, self.metric = selector, metric
+        self.judge = MaskedAutoencoder.of(selector, reconstructor)
         self.thresholds: list[float] = []
 
     @torch.no_grad()
@@ -61,12 +62,7 @@ class ExpectedErrorScorer:
         return _interpolated(errors, torch.tensor(shares, device=tokens.device), ranks)
 
     def _error(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "tiles"]:
-        noise = None
-        if self.selector.config.gate == "throttle":
-            noise = torch.randn(tokens.shape[1:], generator=generator(0, "expected error")).to(tokens)
-            noise = noise.expand_as(tokens)
-        restored = self.reconstructor(self.selector.masked(tokens, mask.float(), noise))
-        return distance(self.metric(restored), self.metric(tokens))
+        return distance(self.metric(self.judge(tokens, mask)), self.metric(tokens))
 
     def calibrate(self, features: Features) -> None:
         """Measure the thresholds on tiles: the scores above which 1, 2, ... 99 % of their tokens lie."""

@@ -42,6 +42,11 @@ def results_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def _seeds(table: pd.DataFrame) -> str:
+    seeds = sorted(table.loc[table["method"].isin(METHODS), "seed"].unique())
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
 def write(readme: Path, results: Path) -> None:
     """Replace the lines between the marks in ``readme`` by the table of ``results``.
 
@@ -61,7 +66,7 @@ def write(readme: Path, results: Path) -> None:
     table, origin = pd.read_csv(results), json.loads(provenance.read_text(encoding="utf-8"))
     note = (
         f"`{origin['model']['name']}` on its own tasks: mean score, 0 to 100, ± half of the 95 % interval, "
-        f"{table['n'].to_numpy().min()} questions a task, seed {origin['seed']}; "
+        f"{table['n'].to_numpy().min()} questions a task, {_seeds(table)}; "
         f"recorded {origin['date'][:10]} "
         f"on {origin['device']}, {origin['model']['dtype']}, in `{results}`. No figure of the paper."
     )
