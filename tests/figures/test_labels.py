@@ -16,6 +16,8 @@ from test_figures import table
 from tiny import ask, tiny_vlm
 
 from tokensel.figures import curves, overlays, style
+from tokensel.methods import methods
+from tokensel.schedules import SCHEDULES
 from tokensel.scorers import SCORERS
 from tokensel.vlm import encode
 
@@ -185,6 +187,9 @@ def test_methods_of_the_tables_have_colours_of_their_own_and_others_get_a_defaul
     named = [name for name in (*SCORERS, "full", "none", "downsample", "native") if name in style.COLOURS]
     assert len({style.colour(name) for name in named}) == len(named) >= 9
     new = "my_new_scorer"
+    all_methods = [*methods(), *SCHEDULES, "selector+fastv", "oracle", "drawn"]
+    pairs = {name: (style.colour(name), style.marker(name)) for name in all_methods}
+    assert len(set(pairs.values())) == len(pairs) > 25
     assert style.colour(new) in style.SPARE_COLOURS and style.marker(new) in style.SPARE_MARKERS
     assert not {*style.SPARE_COLOURS} & {*style.COLOURS.values()}
     assert style.label(new) == "my new scorer"

@@ -1,6 +1,7 @@
 """One plotting style for the book: colours that colour-blind readers can tell apart, type that can be read.
 
-A method that is not in the tables below gets a colour, a marker and a label made from its name.
+A method that is not in ``COLOURS`` gets a spare colour and marker by its place in ``LABELS``, one that is in
+neither by its name.
 """
 
 import zlib
@@ -31,15 +32,15 @@ COLOURS = {
     "diversity": BLACK,
     "downsample": GREY,
     "native": "#882255",  # wine, of Tol's palette
-    "fastv": BLUE,
+    "fastv": "#332288",  # indigo, of Tol's palettes as the spare ones
     "vtw": RED,
-    "dyrate": BLACK,
+    "dyrate": "#117733",
     "fixed": SKY,
     "exponential": PURPLE,
     "selector+fastv": "#8C6D31",
 }
 # for methods without a colour of their own; of Tol's palettes
-SPARE_COLOURS = ("#332288", "#44AA99", "#999933", "#AA4499", "#117733", "#CC6677")
+SPARE_COLOURS = ("#44AA99", "#999933", "#AA4499", "#CC6677", "#661100", "#6699CC")
 MARKERS = {
     "selector": "o",
     "random": "s",
@@ -54,8 +55,8 @@ MARKERS = {
     "fastv": "s",
     "vtw": "X",
     "dyrate": "P",
-    "fixed": "^",
-    "exponential": "v",
+    "fixed": ">",
+    "exponential": "<",
     "selector+fastv": "D",
 }
 SPARE_MARKERS = ("p", "h", "<", ">", "d", "8")
@@ -87,18 +88,28 @@ LABELS = {
     "priortr": "PriorTR",
     "clse": "CLSE",
     "random-cut": "late random cut",
+    "oracle": "oracle",
+    "drawn": "what is drawn",
     "selector+fastv": "selector, then FastV",
 }
 
 
 def colour(method: str) -> str:
     """The fixed colour of a method."""
-    return COLOURS.get(method) or SPARE_COLOURS[zlib.crc32(method.encode()) % len(SPARE_COLOURS)]
+    return COLOURS.get(method) or SPARE_COLOURS[_spare(method)[0]]
 
 
 def marker(method: str) -> str:
-    """The fixed marker of a method."""
-    return MARKERS.get(method) or SPARE_MARKERS[zlib.crc32(method.encode()) // 7 % len(SPARE_MARKERS)]
+    """The fixed marker of a method; together with its colour no other method of ``LABELS`` has it."""
+    return MARKERS.get(method) or SPARE_MARKERS[_spare(method)[1]]
+
+
+def _spare(method: str) -> tuple[int, int]:
+    """Which spare colour and marker: each colour once with the first marker after its own, and so on."""
+    names = [name for name in LABELS if name not in COLOURS]
+    place = names.index(method) if method in names else zlib.crc32(method.encode())
+    turn, column = divmod(place, len(SPARE_COLOURS))
+    return column, (column + turn) % len(SPARE_MARKERS)
 
 
 def label(method: str) -> str:

@@ -1,7 +1,7 @@
 """Every choice of a training, with its reason where the paper leaves it open. Imports no heavy package.
 
-The selectors that ship with the book were trained with these defaults; what differs for towers of 128
-channels is in data/README.md.
+The selectors that ship with the book were trained with these defaults, for fewer steps of fewer tiles, see
+data/README.md.
 """
 
 import json
@@ -139,13 +139,11 @@ class TrainConfig:
         ),
     ] = _CHOSEN_BY_GATE
 
-    # none of the optimisation is in the paper; 10,000 steps of 64 images are six epochs of 100K images (the
-    # shipped selector of three layers had 600 steps)
+    # none of the optimisation is in the paper; 10,000 steps of 64 images are six epochs of 100K images
     steps: Annotated[int, Option("Optimiser steps.", OPTIMISATION, least=1)] = 10_000
     # of all processes together, so that their number changes nothing
     batch_size: Annotated[int, Option("Tiles a step, of all processes together.", OPTIMISATION, least=1)] = 64
-    # what the paper's group used for a later feature reconstructor; the warm-up is from the same work. The
-    # shipped selectors were trained at 1e-3
+    # what the paper's group used for a later feature reconstructor; the warm-up is from the same work
     lr: _LearningRate = 3e-4
     # after it the learning rate follows a cosine to 0
     warmup: _Warmup = 0.05
