@@ -30,9 +30,10 @@ from tokensel.model.reconstructor import TokenReconstructor
 from tokensel.model.selector import TokenSelector
 from tokensel.training.autoencoder import Autoencoder, Statistics
 from tokensel.training.config import TrainConfig
+from tokensel.training.first_tiles import first_batches
 from tokensel.training.metrics import METRICS, Metric, open_metric
 from tokensel.training.processes import Processes
-from tokensel.training.train import first_batches, open_loader, train
+from tokensel.training.train import open_loader, train
 from tokensel.utils.errors import TokenselError, check_names
 from tokensel.utils.files import write_json, write_text
 from tokensel.utils.provenance import command_line, environment
