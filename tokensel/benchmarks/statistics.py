@@ -85,7 +85,12 @@ def average(table: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
     """
     names = [by] if isinstance(by, str) else by
     rows = table.assign(reach=50 * (table["ci_high"] - table["ci_low"]), score=100 * table["score"])
-    each = rows.groupby([*names, "benchmark"], sort=False)[["score", "reach"]].mean()
-    groups = each.assign(reach=each["reach"] ** 2).groupby(by, sort=False)
-    means = groups.agg(score=("score", "mean"), reach=("reach", "sum"), n=("score", "size"))
-    return pd.DataFrame({"score": means["score"], "reach": means["reach"] ** 0.5 / means["n"]})
+    each = rows.groupby([*names, "benchmark"], sort=False).agg(
+        score=("score", "mean"), reach=("reach", "mean")
+    )
+    groups = (
+        each.assign(reach=each["reach"] ** 2)
+        .groupby(by, sort=False)
+        .agg(score=("score", "mean"), reach=("reach", "sum"), n=("score", "size"))
+    )
+    return pd.DataFrame({"score": groups["score"], "reach": groups["reach"] ** 0.5 / groups["n"]})
