@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_proportional import BATCHES, MODELS, batches, encoded_pages, everywhere, generated, load
+from test_proportional import BATCHES, MODELS, batches, drawn_kept, encoded_pages, everywhere, generated, load
 from tiny import ask, logits
 
 from tokensel.scorers import make_scorer
@@ -91,8 +91,7 @@ def test_uniform_attention_gives_every_kept_cell_of_an_image_an_equal_share_of_i
 def test_the_nearest_kept_cell_is_of_the_same_image_and_for_a_kept_one_itself(data, name):
     encoded = encoded_pages(name)
     layout = encoded.layout
-    seed, keep = data.draw(st.integers(0, 10**6)), data.draw(st.floats(0.0, 1.0))
-    kept = torch.rand(len(layout.cell), generator=torch.Generator().manual_seed(seed)) < keep
+    kept = drawn_kept(data, encoded)
     nearest, places = nearest_kept(encoded, kept), torch.arange(len(kept))
     cells = kept & layout.cell
     assert torch.equal(layout.image[nearest], layout.image)

@@ -241,8 +241,7 @@ def test_layers_and_heads_that_are_left_out_see_no_bias(attn):
 def test_weights_of_an_image_sum_to_its_visual_tokens(data, name):
     encoded = encoded_pages(name)
     layout = encoded.layout
-    seed, keep = data.draw(st.integers(0, 10**6)), data.draw(st.floats(0.0, 1.0))
-    kept = (torch.rand(len(layout.cell), generator=torch.Generator().manual_seed(seed)) < keep) & layout.cell
+    kept = drawn_kept(data, encoded) & layout.cell
     weights = token_weights(encoded, kept)
     tokens = encoded.features.tokens.flatten(0, 1)
     for image in range(len(layout.tiles)):
@@ -266,6 +265,12 @@ def test_weights_of_an_image_sum_to_its_visual_tokens(data, name):
 def encoded_pages(name: str):
     vlm = load(name)
     return encode(vlm.model, ask(vlm, [[0], None, [2, 4], [1]]))
+
+
+def drawn_kept(data, encoded):
+    """Packed tokens that hypothesis keeps, newlines among them."""
+    seed, keep = data.draw(st.integers(0, 10**6)), data.draw(st.floats(0.0, 1.0))
+    return torch.rand(len(encoded.layout.cell), generator=torch.Generator().manual_seed(seed)) < keep
 
 
 @pytest.mark.parametrize("scorer", SCORERS)

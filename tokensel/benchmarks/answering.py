@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from tokensel.benchmarks.conditions import Condition
 from tokensel.benchmarks.questions import Questions, image_digest, stable_keys
-from tokensel.benchmarks.record_files import RecordFile, missing_questions
+from tokensel.benchmarks.record_files import RecordFile, begin_record, missing_questions
 from tokensel.benchmarks.records import Record, append_records
 from tokensel.benchmarks.session import EvalSession
 from tokensel.benchmarks.shards import Shard
@@ -104,15 +104,7 @@ def _answer(
     n_visual, n_visual_full = reduced.n_visual.tolist(), reduced.n_visual_full.tolist()
     return [
         {
-            "question_id": questions.ids[i],
-            "model": session.name,
-            "benchmark": benchmark.name,
-            "method": condition.method,
-            "keep": condition.keep,
-            "seed": condition.seed,
-            "question": questions.prompts[i],
-            "answers": questions.answers[i],
-            "image": image_digests[place],
+            **begin_record(questions, i, condition, session.name, image_digests[place]),
             "prediction": output.texts[place],
             "n_visual": n_visual[place],
             "n_visual_full": n_visual_full[place],

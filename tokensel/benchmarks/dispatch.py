@@ -13,7 +13,7 @@ __all__ = ["Request", "ask_all"]
 
 ATTEMPTS = 10  # for a request, and for a server that answers nothing: together about four minutes of pauses
 PAUSE = 1.0  # seconds before the second attempt; each further pause is twice as long
-LONGEST = 60  # pauses grow to so many times the first
+LONGEST = 60  # the longest pause, in multiples of the first
 
 
 @dataclass(eq=False)
@@ -42,7 +42,7 @@ def ask_all(
 ) -> Iterator[tuple[Request, Reply | ServerError]]:
     """Send requests to servers, as many at a time as they may have, and give the answers as they come.
 
-    A request that fails is sent again after a pause that grows, to another server if one is well. A server
+    A request that fails is sent again after a pause that grows, to another server if one is healthy. A server
     that fails is left alone for a pause that grows, or until it answers a request that it still has. A
     request is given up after ``ATTEMPTS`` failures, and all are when no server answered for as many rounds.
 
@@ -90,7 +90,7 @@ class _Queue:
             if isinstance(reply, ServerError) and reply.again:
                 if self._failed_again(request, server, sent, reply):
                     yield request, reply
-            else:  # a server that refuses a request is well, too
+            else:  # a server that refuses a request is healthy, too
                 server.failures, server.ready = 0, 0.0
                 yield request, reply
 
@@ -102,7 +102,7 @@ class _Queue:
         for server in sorted(self.servers, key=lambda server: server.pending):
             if server.pending >= self.concurrency or server.ready > now:
                 continue
-            # After a failure a new request shows whether the server is well. Otherwise a request that fails
+            # After a failure a new request shows whether the server is healthy. Otherwise one that fails
             # on every server would make all of them look dead.
             request = self._failed_for(server, now) if server.failures == 0 else None
             request = request or self._new() or self._failed_for(server, now)
@@ -118,7 +118,7 @@ class _Queue:
         return request
 
     def _failed_for(self, server: Server, now: float) -> Request | None:
-        """A failed request whose pause is over; one that failed on this server only if no other is well."""
+        """A failed request whose pause is over; one of this server's only if no other is healthy."""
         others = any(other.failures == 0 for other in self.servers if other is not server)
         for request in self.failed:
             if request.ready <= now and not (others and request.failed_on is server):
@@ -161,5 +161,5 @@ class _Queue:
 
 
 def _pause(failures: int) -> float:
-    """Seconds to wait after so many failures in a row."""
+    """Seconds to wait after a number of failures in a row."""
     return PAUSE * min(2 ** (failures - 1), LONGEST)

@@ -13,7 +13,14 @@ from tokensel.benchmarks.shards import Shard
 from tokensel.cost.answers import Work
 from tokensel.utils.provenance import json_digest
 
-__all__ = ["RecordFile", "count_missing", "load_records", "missing_questions", "question_scores"]
+__all__ = [
+    "RecordFile",
+    "begin_record",
+    "count_missing",
+    "load_records",
+    "missing_questions",
+    "question_scores",
+]
 
 _SPOT_CHECKS = 16  # images of recorded questions that are compared before an evaluation resumes
 
@@ -80,6 +87,29 @@ def load_records(
     for i in sorted(images)[:: max(1, len(images) // _SPOT_CHECKS)]:
         questions.check_image(i, images[i])
     return files
+
+
+def begin_record(questions: Questions, i: int, condition: Condition, model: str, image: str | None) -> Record:
+    """What a record says of its question and condition, before the answer.
+
+    Args:
+        questions: those of a benchmark.
+        i: the question's number.
+        condition: under which it is asked.
+        model: the model's name in the table.
+        image: the digest of the question's image.
+    """
+    return {
+        "question_id": questions.ids[i],
+        "model": model,
+        "benchmark": questions.benchmark.name,
+        "method": condition.method,
+        "keep": condition.keep,
+        "seed": condition.seed,
+        "question": questions.prompts[i],
+        "answers": questions.answers[i],
+        "image": image,
+    }
 
 
 def missing_questions(questions: Questions, file: RecordFile) -> list[int]:

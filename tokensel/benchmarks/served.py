@@ -24,7 +24,7 @@ from tokensel.benchmarks.conditions import Condition
 from tokensel.benchmarks.config import KEEPS, EvalConfig
 from tokensel.benchmarks.dispatch import Request, ask_all
 from tokensel.benchmarks.questions import Questions, image_digest
-from tokensel.benchmarks.record_files import RecordFile, missing_questions
+from tokensel.benchmarks.record_files import RecordFile, begin_record, missing_questions
 from tokensel.benchmarks.records import Record, append_records
 from tokensel.benchmarks.server import Reply, Server, ServerError, parse_body, parse_url
 from tokensel.benchmarks.session import Session
@@ -230,15 +230,7 @@ def _record(
     """The condition of an answer, and its record; what cannot be known here is ``None``."""
     i, condition, digest = request.subject
     return condition, {
-        "question_id": questions.ids[i],
-        "model": session.name,
-        "benchmark": questions.benchmark.name,
-        "method": condition.method,
-        "keep": condition.keep,
-        "seed": condition.seed,
-        "question": questions.prompts[i],
-        "answers": questions.answers[i],
-        "image": digest,
+        **begin_record(questions, i, condition, session.name, digest),
         "prediction": reply.text,
         "n_visual": None,
         "n_visual_full": None,
