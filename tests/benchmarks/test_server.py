@@ -1,8 +1,6 @@
 """Evaluation through servers: the same tables as in this process, whatever the servers go through."""
 
-import base64
 import csv
-import io
 import itertools
 import json
 import sys
@@ -10,122 +8,18 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import suite_tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
+from rule_server import NAME, RuleServer, parts
 from suite_tiny import answers
 
 from tokensel import cli
 from tokensel.benchmarks import dispatch, server
 from tokensel.benchmarks.config import EvalConfig
-from tokensel.benchmarks.dispatch import Request, ask_all
-from tokensel.benchmarks.questions import image_digest
 from tokensel.benchmarks.runner import evaluate
-from tokensel.benchmarks.server import Reply, Server, ServerError, parse_url
 from tokensel.utils.errors import TokenselError
-
-NAME = "tiny-llava"
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Chat completions by the rule of the server, and what goes wrong with them."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format, *args):
-        pass
-
-    def reply(self, content, status=200):
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(data)
-        self.close_connection = True
-
-    def do_GET(self):
-        assert self.path == "/v1/models"
-        self.reply({"data": [{"id": name, "owned_by": "rule"} for name in self.server.names]})
-
-    def do_POST(self):
-        assert self.path == "/v1/chat/completions"
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.bodies.append(body)
-            self.server.headers.append(self.headers)
-            self.server.open += 1
-            self.server.peak = max(self.server.peak, self.server.open)
-            fault = self.server.fault(body, len(self.server.bodies))
-        try:
-            self.answer(body, fault)
-        except BrokenPipeError:  # the client did not wait
-            self.close_connection = True
-
-    def answer(self, body, fault):
-        text, tokens = self.server.rule(body)
-        message = {"role": "assistant", "content": text}
-        answer = {
-            "choices": [{"message": message, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": tokens, "completion_tokens": len(text)},
-        }
-        if fault == "late":
-            time.sleep(2 * server.TIMEOUT)
-        elif fault == "unfinished":
-            answer["choices"][0] |= {"finish_reason": "abort", "message": message | {"content": ""}}
-        elif fault == "no text":
-            message["content"] = None
-        elif fault == "no choices":
-            answer = {"choices": []}
-        elif fault == "no object":
-            answer = ["choices"]
-        elif fault == "no usage":
-            del answer["usage"]
-        with self.server.lock:
-            self.server.open -= 1
-        if isinstance(fault, int):
-            self.reply({"error": {"message": f"fault\n{fault}"}}, fault)
-        elif fault == "no JSON":
-            self.reply(b"<html>Bad gateway</html>")
-        elif fault in ("hang up", "cut") or self.server.dead:
-            if fault == "cut":
-                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{")
-            self.close_connection = True
-        else:
-            self.reply(answer)
-
-
-class RuleServer(ThreadingHTTPServer):
-    """A server on loopback that answers by ``rule(body) -> (text, tokens of the prompt)``."""
-
-    request_queue_size = 64
-
-    def __init__(self, rule, port=0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.rule, self.names, self.fault = rule, [NAME], lambda body, number: None
-        self.bodies, self.headers, self.open, self.peak, self.dead = [], [], 0, 0, False
-        self.lock = threading.Lock()
-        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self.thread.start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def kill(self):
-        """No answer any more, to requests that are open neither."""
-        self.dead = True
-        self.shutdown()
-        self.socket.close()
-
-    def asked(self):
-        """The requests for answers: without those that check whether the keep is followed."""
-        return [body for body in self.bodies if body["max_tokens"] > 1]
 
 
 @pytest.fixture
@@ -152,18 +46,6 @@ def hurry(monkeypatch):
     monkeypatch.setattr(server, "TIMEOUT", 30.0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-def parts(body):
-    """Image digests, text and keep of a request; no keep without an image."""
-    (turn,) = body["messages"]
-    *images, text = turn["content"]
-    decoded = []
-    for image in images:
-        head, data = image["image_url"]["url"].split(",")
-        assert head == "data:image/png;base64"
-        decoded.append(image_digest(Image.open(io.BytesIO(base64.b64decode(data)))))
-    return decoded, text["text"], body.get("mm_processor_kwargs", {}).get("keep")
 
 
 @pytest.fixture(scope="module")
@@ -472,54 +354,3 @@ def test_servers_that_cannot_be_used_are_one_line(config, oracle, serve):
     one.fault = lambda body, number: 500
     assert f"{one.url}/v1: 500: fault 500" in refused(one)
     assert not answers(config.out)
-
-
-@given(st.text() | st.from_regex(r"https?://[a-z0-9:@?#/\[\].-]*", fullmatch=True))
-@settings(deadline=None)
-def test_an_address_is_one_that_can_be_asked_or_one_line(text):
-    try:
-        url = parse_url(text)
-    except TokenselError as error:
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert (
-            url.lower().startswith(("http://", "https://")) and url.endswith("/v1") and parse_url(url) == url
-        )
-
-
-class Drawn(Server):
-    """A server whose answers are drawn: True is an answer, False passes, None is a refusal."""
-
-    def __init__(self, url, outcomes):
-        super().__init__(url)
-        self.outcomes, self.most = list(outcomes), 0
-
-    def chat(self, body):
-        self.most = max(self.most, self.pending)
-        outcome = self.outcomes.pop() if self.outcomes else True
-        if outcome:
-            return Reply(str(body["number"]), None, None, self.url)
-        raise ServerError("drawn", again=outcome is not None)
-
-
-OUTCOMES = st.lists(st.sampled_from([True, False, None]), max_size=40)
-
-
-@given(st.lists(OUTCOMES, min_size=1, max_size=3), st.integers(0, 30), st.integers(1, 4))
-@settings(deadline=None, max_examples=40)
-def test_every_request_is_answered_or_given_up_once(drawn, count, concurrency):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "PAUSE", 1e-5)
-        servers = [Drawn(str(i), outcomes) for i, outcomes in enumerate(drawn)]
-        outcomes = list(ask_all(servers, (Request({"number": i}, i) for i in range(count)), concurrency))
-    ended = [request.subject for request, _ in outcomes]
-    assert len(set(ended)) == len(ended)
-    for request, reply in outcomes:
-        if isinstance(reply, Reply):
-            assert reply.text == str(request.subject)
-        else:
-            assert not reply.again or request.failures <= dispatch.ATTEMPTS
-    lost = all(one.failures >= dispatch.ATTEMPTS for one in servers)
-    assert len(ended) == count or lost
-    assert not any(one.pending for one in servers)
-    assert all(one.most <= concurrency for one in servers)
