@@ -36,6 +36,7 @@ from tokensel.serving import embeddings_field, prompt_embeddings
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, count_tokens, encode, load_encoder, load_vlm, reduce, reduce_inputs
 from tokensel.vlm.bias import biased
+from tokensel.vlm.followup import follow_up
 from tokensel.vlm.forced import answer_mass, force, forced_logits
 from tokensel.vlm.horizon import measure_horizon
 from tokensel.vlm.kept import kept_by_place, kept_cells
@@ -189,6 +190,17 @@ def test_the_horizon_and_where_tokens_are_kept(device):
         shares.append(torch.stack([kept_by_place(marks, encoded.layout.centres[:, 0], 4) for marks in kept]))
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
     assert torch.equal(*shares)
+
+
+def test_a_second_question_on_the_kept_cache(device):
+    for schedule in (None, FastV(2, 0.4)):
+        asked = [
+            follow_up(vlm, prompt(vlm, ROWS, 0.5 if schedule is None else 1.0), ["who", "why?"], 3, schedule)
+            for vlm in pair(lambda: vlm_of("llama"), device)
+        ]
+        assert asked[1].output.tokens.device.type == NAME and asked[1].spans.device.type == "cpu"
+        assert torch.equal(asked[0].spans, asked[1].spans)
+        assert (asked[0].first, asked[0].second) == (asked[1].first, asked[1].second)
 
 
 @pytest.mark.parametrize("make", [llava_next, llava_onevision])

@@ -131,11 +131,17 @@ class NearTie(Exception):
 
 @torch.no_grad()
 def masked_reference(
-    vlm: Vlm, reduced, schedule, steps: int = STEPS, ties_raise: bool = False
+    vlm: Vlm,
+    reduced,
+    schedule,
+    steps: int = STEPS,
+    ties_raise: bool = False,
+    written: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy decoding where nothing is removed or cached: dropped columns are hidden from the later layers.
 
-    The tokens of a step, the prompt being step 0, do not see what went at that step or before.
+    The tokens of a step, the prompt being step 0, do not see what went at that step or before. With
+    ``written`` [rows, steps] these tokens are read instead of the likeliest ones.
     """
     lm = vlm.model.get_decoder()
     layers = lm.layers
@@ -211,7 +217,7 @@ def masked_reference(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **more
         ).last_hidden_state[:, -1]
         logits.append(vlm.model.lm_head(hidden))
-        tokens.append(logits[-1].argmax(-1))
+        tokens.append(logits[-1].argmax(-1) if written is None else written[:, step])
         embeds = torch.cat([embeds, lm.embed_tokens(tokens[-1])[:, None]], 1)
         mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
         positions = torch.cat([positions, positions[..., -1:] + 1], -1)

@@ -150,13 +150,18 @@ def unrotated(lm, layer: int, hidden: torch.Tensor, allowed: torch.Tensor) -> to
 
 @torch.no_grad()
 def staged_reference(
-    vlm: Vlm, reduced, schedule, steps: int = STEPS, grids: list[list[tuple[int, int]]] | None = None
+    vlm: Vlm,
+    reduced,
+    schedule,
+    steps: int = STEPS,
+    grids: list[list[tuple[int, int]]] | None = None,
+    written: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy decoding where dropped columns are hidden from the later layers; tokens and logits.
 
     The prompt is read once more for every cut. Where a schedule evicts, the tokens of the answer do not see
     what was dropped in any layer. ``grids`` are rows and columns of each row's tiles, for a model without
-    newlines.
+    newlines. With ``written`` [rows, steps] these tokens are read instead of the likeliest ones.
     """
     lm = vlm.model.get_decoder()
     more = reduced.for_decoder  # embeddings, and with Qwen3-VL what it adds after its first layers
@@ -227,9 +232,9 @@ def staged_reference(
                 recycled.setdefault(layer, []).extend((number, column, state) for column, state in back)
             gone = [c for c in row.columns if c not in row.left]
             gone_from[number, gone] = gone_from[number, gone].clamp(max=layer)
-    for _ in range(steps):
+    for step in range(steps):
         logits.append(vlm.model.lm_head(run().last_hidden_state[:, -1]))
-        tokens.append(logits[-1].argmax(-1))
+        tokens.append(logits[-1].argmax(-1) if written is None else written[:, step])
         embeds = torch.cat([embeds, lm.embed_tokens(tokens[-1])[:, None]], 1)
         mask = torch.cat([mask, mask.new_ones(batch, 1)], 1)
         positions = torch.cat([positions, positions[..., -1:] + 1], -1)

@@ -14,7 +14,7 @@ from tokensel.benchmarks.questions import stable_keys
 from tokensel.book.mini.canvas import QA, Box, Page
 from tokensel.book.mini.suite import ROWS, asked_page
 from tokensel.book.mini.words import SPLITS
-from tokensel.book.mini.world import DRAW
+from tokensel.book.mini.world import CONTROLS, DRAW
 from tokensel.data.features import Features
 from tokensel.scorers import SCORERS
 from tokensel.utils.errors import TokenselError
@@ -88,7 +88,8 @@ def register_oracles() -> None:
 @cache
 def _questions() -> dict[int, tuple[str, str, int]]:
     """Task, split and index of every question by the key that an evaluation gives its image."""
-    places = [(task, split, index) for task in DRAW for split in SPLITS for index in range(ROWS)]
+    tasks = (*DRAW, *CONTROLS)
+    places = [(task, split, index) for task in tasks for split in SPLITS for index in range(ROWS)]
     keys = torch.tensor(stable_keys([f"{task}-{split}-{index}" for task, split, index in places]))
     # the first tile of the first image of a row
     return dict(zip(mix(mix(keys, 0), 0).tolist(), places, strict=True))

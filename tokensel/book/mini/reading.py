@@ -1,11 +1,14 @@
 """Images of text: forms, charts, posters, words in a scene, and pages of text."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 
 from tokensel.book.mini.canvas import FONTS, QA, SIZES, Canvas, Page, dark_color, paper, pick
-from tokensel.book.mini.words import ALPHABET, COLORS, FIELDS, TITLES, distinct, number, word
+from tokensel.book.mini.words import ALPHABET, COLORS, FIELDS, TITLES, distinct, nonsense, number, word
+
+Value = Callable[[np.random.Generator, str, int], str]
 
 
 def _value(rng: np.random.Generator, split: str, room: int) -> str:
@@ -13,6 +16,16 @@ def _value(rng: np.random.Generator, split: str, room: int) -> str:
     if rng.random() < 0.5:
         return word(rng, split, 3, min(room, 5))
     return number(rng, split, 2, min(room, 4))
+
+
+def _word(rng: np.random.Generator, split: str, room: int) -> str:
+    """A word of at most ``room`` characters."""
+    return word(rng, split, 3, min(room, 5))
+
+
+def _nonsense(rng: np.random.Generator, split: str, room: int) -> str:
+    """Random letters in place of the word that :func:`_word` draws here; ``rng`` moves on as it does there."""
+    return nonsense(_word(rng, split, room), split)
 
 
 def _lines(
@@ -41,7 +54,7 @@ def _clutter(rng: np.random.Generator, canvas: Canvas, most: int = 3) -> None:
             )
 
 
-def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+def form(rng: np.random.Generator, split: str, size: tuple[int, int], draw_value: Value = _value) -> Page:
     """A form: field names with their values beside or below them (mirrors DocVQA)."""
     canvas = Canvas(paper(rng, size))
     _clutter(rng, canvas)
@@ -63,12 +76,12 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
             break
         if not stacked:
             room = (canvas.width - column - 2) // advance
-            value = _value(rng, split, room)
+            value = draw_value(rng, split, room)
             canvas.text(margin, top, key, font, (advance, points), dark)
             canvas.text(column, top, value, value_font, (advance, points), dark_color(rng))
             floor = top + points + 1
         else:
-            value = _value(rng, split, min(5, (canvas.width - margin - 6) // advance))
+            value = draw_value(rng, split, min(5, (canvas.width - margin - 6) // advance))
             below = canvas.snap_y(top + points + 1, points)
             if below + points > canvas.height:
                 break
@@ -81,6 +94,16 @@ def form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         questions.append(QA(f"what is the {key}?", [value], kind, evidence=seen))
         practice.append((f"what is {value}?", key))
     return canvas.finish(questions, practice)
+
+
+def word_form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """A form of which every value is a word."""
+    return form(rng, split, size, _word)
+
+
+def nonsense_form(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """The same form, with random letters in place of each word."""
+    return form(rng, split, size, _nonsense)
 
 
 def chart(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:

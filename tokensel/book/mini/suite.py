@@ -11,7 +11,7 @@ import numpy as np
 
 from tokensel.benchmarks.table import Benchmark
 from tokensel.book.mini.canvas import QA, Page
-from tokensel.book.mini.world import draw_page
+from tokensel.book.mini.world import draw_page, task_seed
 
 ROWS = 1000  # of a split by default; any number can be drawn
 FEATURES = datasets.Features(
@@ -30,7 +30,7 @@ FEATURES = datasets.Features(
 def asked_page(task: str, split: str, index: int) -> tuple[Page, QA]:
     """Page ``index`` of a task and the question about it, all categories on the page equally likely."""
     page = draw_page(task, split, index)
-    rng = np.random.default_rng([zlib.crc32(b"question"), zlib.crc32(task.encode()), index])
+    rng = np.random.default_rng([zlib.crc32(b"question"), task_seed(task), index])
     kinds = sorted({qa.category for qa in page.questions})
     kind = kinds[int(rng.integers(len(kinds)))]
     asked = [qa for qa in page.questions if qa.category == kind]
@@ -40,13 +40,18 @@ def asked_page(task: str, split: str, index: int) -> tuple[Page, QA]:
 def question(task: str, split: str, index: int) -> dict[str, Any]:
     """Row ``index`` of a task, in the columns of the benchmarks."""
     page, qa = asked_page(task, split, index)
+    return as_row(page, qa, task, f"{task}-{split}-{index}")
+
+
+def as_row(page: Page, qa: QA, task: str, name: str) -> dict[str, Any]:
+    """A question about a page in the columns of the benchmarks; ``name`` is its id."""
     file = io.BytesIO()
     page.image.save(file, "PNG")
     return {
         "image": {"bytes": file.getvalue(), "path": None},
         "question": qa.question,
         "answers": qa.answers,
-        "question_id": f"{task}-{split}-{index}",
+        "question_id": name,
         "task": task,
         "category": qa.category,
         "options": qa.options,

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,6 +57,19 @@ def word(rng: np.random.Generator, split: str, low: int = 3, high: int = 5) -> s
             for place in range(length)
         )
         if belongs(text, split) and text not in FIELDS and text not in TITLES:
+            return text
+
+
+def nonsense(like: str, split: str) -> str:
+    """Random letters, as many as ``like`` has and decided by it, that belong to ``split`` and are no word.
+
+    In a :func:`word` vowels and consonants take turns; here, somewhere, two of a kind stand side by side.
+    """
+    rng = np.random.default_rng([zlib.crc32(b"nonsense"), zlib.crc32(like.encode())])
+    while True:
+        text = "".join(LETTERS[int(place)] for place in rng.integers(len(LETTERS), size=len(like)))
+        kinds = [letter in VOWELS for letter in text]
+        if any(one == two for one, two in pairwise(kinds)) and belongs(text, split):
             return text
 
 

@@ -23,6 +23,9 @@ DRAW = {
     "describe": general.scene,
 }
 
+# Tasks that no model is trained on and no sweep asks: they isolate one thing.
+CONTROLS = {"words": reading.word_form, "nonsense": reading.nonsense_form}
+
 # Page sizes (height, width) that LLaVA-NeXT's processor tiles without resampling, so that text stays crisp.
 SIZES = ((128, 128), (96, 128), (128, 96), (112, 128), (64, 128), (128, 64))
 SHARES = (0.4, 0.15, 0.1, 0.15, 0.12, 0.08)
@@ -32,7 +35,7 @@ def draw_page(task: str, split: str, index: int, size: tuple[int, int] | None = 
     """Draw page ``index`` of ``task``.
 
     Args:
-        task: a key of ``DRAW``.
+        task: a key of ``DRAW`` or of ``CONTROLS``.
         split: train, validation or test; their images never meet, nor do their answers of four letters or
             more.
         index: any non-negative integer.
@@ -41,15 +44,21 @@ def draw_page(task: str, split: str, index: int, size: tuple[int, int] | None = 
     Raises:
         TokenselError: an unknown task or split.
     """
-    if task not in DRAW:
-        raise TokenselError(f"no task {task!r} in the small world: choose one of {', '.join(DRAW)}")
+    draw = DRAW | CONTROLS
+    if task not in draw:
+        raise TokenselError(f"no task {task!r} in the small world: choose one of {', '.join(draw)}")
     if split not in SPLITS:
         raise TokenselError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
     drawn = SIZES[0] if size is None else size
     for attempt in range(100):
-        rng = np.random.default_rng([zlib.crc32(task.encode()), SPLITS.index(split), index, attempt])
+        rng = np.random.default_rng([task_seed(task), SPLITS.index(split), index, attempt])
         drawn = size or SIZES[int(rng.choice(len(SIZES), p=SHARES))]
-        page = DRAW[task](rng, split, drawn)
+        page = draw[task](rng, split, drawn)
         if page.questions and page.questions[0].answers[0]:
             return page
     raise TokenselError(f"{task} cannot be drawn on a page of {drawn[0]}x{drawn[1]} pixels")
+
+
+def task_seed(task: str) -> int:
+    """The seed of a task's pages; nonsense stands on the pages of the words."""
+    return zlib.crc32(("words" if task == "nonsense" else task).encode())
