@@ -77,6 +77,7 @@ def test_every_method_is_timed_part_by_part(model, config):
             "apet",
             "visionzip",
             "cdpruner",
+            "scope",
             "diffprune",
             "visionselector",
         ):

@@ -15,10 +15,11 @@ from tokensel.scorers.cdpruner import greedy_order
 from tokensel.scorers.lowest import LOWEST, Lowest
 from tokensel.scorers.merging import merge_nearest
 from tokensel.scorers.ranks import falling_ranks, ranks_in_groups
+from tokensel.scorers.scope import coverage_order
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import encode, pool, reduce
 
-FIELD = ("dart", "hired", "apet", "visionzip", "cdpruner")
+FIELD = ("dart", "hired", "apet", "visionzip", "cdpruner", "scope")
 
 
 def tokens(seed: int, rows: int = 2, count: int = 12, channels: int = 16) -> torch.Tensor:
@@ -57,7 +58,7 @@ def test_padding_changes_no_rank(seed, count):
         "cls_attention": torch.rand(2, 12, generator=generator),
     }
     short = {name: value[:, :count] for name, value in more.items()}
-    for name in ("dart", "apet", "cdpruner", "hired"):
+    for name in ("dart", "apet", "cdpruner", "hired", "scope"):
         scorer = make_scorer(name)
         long = scorer(Features(padded, valid=valid, **more))[:, :count]
         alone = scorer(Features(padded[:, :count], **short))
@@ -67,6 +68,57 @@ def test_padding_changes_no_rank(seed, count):
 def test_ranks_in_groups_by_hand():
     values, group = torch.tensor([[5.0, 7.0, 7.0, 1.0, 9.0]]), torch.tensor([[1, 0, 0, 1, 1]])
     assert ranks_in_groups(values, group).tolist() == [[1, 0, 1, 2, 0]]
+
+
+# SCOPE
+
+
+@given(seed=st.integers(0, 10**6), power=st.sampled_from([0.0, 1.0, 2.0]))
+@settings(deadline=None, max_examples=15)
+def test_scope_takes_what_adds_most_to_the_coverage_times_its_saliency(seed, power):
+    features, saliency = tokens(seed), torch.rand(2, 12, generator=torch.Generator().manual_seed(seed))
+    scores = make_scorer("scope", saliency=power)(Features(features, cls_attention=saliency))
+    for row in range(2):
+        unit = [token / token.norm() for token in features[row].double()]
+        order = scores[row].argsort(descending=True).tolist()
+
+        def coverage(chosen, unit=unit):
+            return sum(max([0.0, *(float(unit[i] @ unit[j]) for j in chosen)]) for i in range(12))
+
+        for step in range(12):
+            taken = order[:step]
+            worth = {
+                j: (coverage([*taken, j]) - coverage(taken)) * float(saliency[row, j]) ** power
+                for j in order[step:]
+            }
+            # two tokens that cover each other alone add equally much
+            assert worth[order[step]] == pytest.approx(max(worth.values()), abs=1e-5)
+
+
+def test_scope_knows_no_units_and_follows_a_permutation():
+    features, saliency = tokens(5), torch.rand(2, 12, generator=torch.Generator().manual_seed(5))
+    scores = make_scorer("scope")(Features(features, cls_attention=saliency))
+    assert torch.equal(make_scorer("scope")(Features(8 * features, cls_attention=saliency / 4)), scores)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(6))
+    other = make_scorer("scope")(Features(features[:, order], cls_attention=saliency[:, order]))
+    assert torch.equal(other, scores[:, order])
+
+
+def test_scope_takes_a_copy_after_all_that_is_new_and_then_the_more_salient_copy():
+    base = torch.eye(6)[None].repeat(1, 2, 1)  # every token twice
+    saliency = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06]])
+    order = coverage_order(base, saliency)[0].tolist()
+    assert order == [5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 6]
+    none = coverage_order(base, torch.zeros(1, 12))[0].tolist()
+    assert none == list(range(12)), "without saliency nobody is worth more than another"
+
+
+def test_scope_without_attention_or_with_a_power_that_is_none_is_one_line():
+    with pytest.raises(TokenselError, match="'scope' has no CLS attention"):
+        make_scorer("scope")(Features(tokens(0)))
+    for power in (-1.0, float("nan"), 100.0):
+        with pytest.raises(TokenselError, match="saliency is"):
+            make_scorer("scope", saliency=power)
 
 
 # DART

@@ -53,8 +53,8 @@ class EvalConfig:
         tuple[str, ...],
         Option(
             "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, dart, hired, "
-            "apet, visionzip, cdpruner, diffprune, visionselector, any of these with lowest- in front, "
-            "downsample, pool, native; inside the language model fastv, vtw, dyrate, fixed, exponential, "
+            "apet, visionzip, cdpruner, scope, diffprune, visionselector, any of these with lowest- before "
+            "it, downsample, pool, native; inside the language model fastv, vtw, dyrate, fixed, exponential, "
             "pyramiddrop, feather, sparsevlm, priortr, clse, random-cut, fastocr; both in turn, as "
             "selector+fastv. With --server: full, none, served.",
             RUNNING,

@@ -70,6 +70,7 @@ LABELS = {
     "hired": "HiRED",
     "apet": "ApET",
     "visionzip": "VisionZip",
+    "scope": "SCOPE",
     "cdpruner": "CDPruner",
     "diffprune": "DiffPrune",
     "visionselector": "VisionSelector",

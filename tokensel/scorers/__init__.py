@@ -32,6 +32,7 @@ from tokensel.scorers.hired import HiredScorer
 from tokensel.scorers.lowest import LOWEST, Lowest
 from tokensel.scorers.norm import NormScorer
 from tokensel.scorers.random import RandomScorer
+from tokensel.scorers.scope import ScopeScorer
 from tokensel.scorers.selector import SelectorScorer
 from tokensel.scorers.uniform import UniformScorer
 from tokensel.scorers.visionselector import VisionSelectorScorer
@@ -83,6 +84,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "apet": ApetScorer,
     "visionzip": VisionZipScorer,
     "cdpruner": CdprunerScorer,
+    "scope": ScopeScorer,
     "diffprune": DiffPruneScorer,
     "visionselector": VisionSelectorScorer,
 }

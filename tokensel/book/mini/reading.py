@@ -24,7 +24,7 @@ def _word(rng: np.random.Generator, split: str, room: int) -> str:
 
 
 def _nonsense(rng: np.random.Generator, split: str, room: int) -> str:
-    """Random letters in place of the word that :func:`_word` draws here; ``rng`` moves on as it does there."""
+    """Random letters in place of the word that :func:`_word` draws; ``rng`` moves on as it does there."""
     return nonsense(_word(rng, split, room), split)
 
 
