@@ -75,7 +75,10 @@ class View:
 
     @property
     def question(self) -> Bool[Tensor, "rows left"]:
-        """True at the text after the last visual token; at all text of a row without an image."""
-        visual = self.columns.visual
-        after = visual.flip(1).cumsum(1).flip(1) == 0  # no visual token here nor further right
-        return after & self.columns.real
+        """True at the text after the last visual token of the whole prompt; at all text of a row without any.
+
+        Not after the last one that is left: some families have text between the tokens of an image.
+        """
+        # no visual token here nor further right
+        after = self.prompt.visual.flip(1).cumsum(1).flip(1) == 0
+        return after.gather(1, self.order) & self.columns.real
