@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from tokensel.cost.count import count_layer, count_projector, layers_read
 from tokensel.utils.errors import TokenselError
+from tokensel.vlm.families import family_key
 
 __all__ = ["Tower", "count_tower", "tower_of"]
 
@@ -141,6 +142,12 @@ def _mistral3(config: Any) -> Tower:
     return replace(tower, matrices=3, joined=True)  # the MLP of its layers has a gate
 
 
+def _pixtral(config: Any) -> Tower:
+    width, text = config.vision_config.hidden_size, config.text_config.hidden_size
+    return replace(_clip(config, width * text + text**2), matrices=3, joined=True)
+
+
+# by the keys of tokensel.vlm.families.FAMILIES
 TOWERS = {
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
@@ -152,6 +159,7 @@ TOWERS = {
     "paligemma": _paligemma,
     "llava": _llava,
     "mistral3": _mistral3,
+    "pixtral": _pixtral,
 }
 
 
@@ -161,11 +169,10 @@ def tower_of(config: PretrainedConfig) -> Tower:
     Raises:
         TokenselError: a model whose tower is not in :data:`TOWERS`.
     """
-    if config.model_type not in TOWERS:
-        raise TokenselError(
-            f"the tower of a {config.model_type} cannot be counted: give one of {', '.join(TOWERS)}"
-        )
-    return TOWERS[config.model_type](config)
+    key = family_key(config)
+    if key not in TOWERS:
+        raise TokenselError(f"the tower of a {key} cannot be counted: give one of {', '.join(TOWERS)}")
+    return TOWERS[key](config)
 
 
 def count_tower(config: PretrainedConfig, grids: Sequence[Sequence[int]]) -> int:

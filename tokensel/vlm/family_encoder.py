@@ -17,7 +17,7 @@ from tokensel.data.images import as_image
 from tokensel.utils.errors import CheckpointError, TokenselError
 from tokensel.utils.loading import hub_options, quiet
 from tokensel.vlm.encoded import Encoded
-from tokensel.vlm.families import FAMILIES, family_of
+from tokensel.vlm.families import FAMILIES, family_key, family_of
 
 __all__ = ["FamilyEncoder", "load_encoder"]
 
@@ -35,7 +35,7 @@ def load_encoder(
     """
     with tower_errors(name):
         config = AutoConfig.from_pretrained(name, **hub_options(name, **hub))
-    family = FAMILIES.get(config.model_type)
+    family = FAMILIES.get(family_key(config))
     if family is None or (family.reads_layer and config.vision_config.model_type in TOWERS):
         return VisionEncoder.from_pretrained(name, device, dtype, **hub)
     return FamilyEncoder.from_pretrained(name, device, dtype, **hub)

@@ -43,7 +43,7 @@ def grids_by_hand(vlm: Vlm, inputs, rows: list[list[int]]) -> list[list[tuple[in
     if "image_grid_thw" in inputs:
         merged = iter((inputs["image_grid_thw"][:, 1:] // 2).tolist())
         return [[tuple(next(merged)) for _ in row] for row in rows]
-    if "image_sizes" in inputs:  # Mistral 3, in pixels; a token is 8 pixels wide
+    if "image_sizes" in inputs:  # Mistral 3 and Pixtral, in pixels; a token is 8 pixels wide
         merged = iter((inputs["image_sizes"] // 8).tolist())
         return [[tuple(next(merged)) for _ in row] for row in rows]
     side = 6 if vlm.model.config.model_type == "llava" else 3

@@ -1,10 +1,15 @@
-"""The processor of Mistral 3 without torchvision: its placeholders, and what it saves."""
+"""The processor of Mistral 3 and Pixtral without torchvision: its placeholders, and what it saves."""
 
+import pytest
 import tiny_families
 import torch
 from tiny import noise_image
+from transformers import AutoConfig
 
 from tokensel.book.tiny.mistral3 import PIXTRAL
+from tokensel.utils.errors import TokenselError
+from tokensel.vlm import load_vlm
+from tokensel.vlm.families import family_key, family_of
 from tokensel.vlm.families.mistral3 import PixtralProcessor
 
 
@@ -33,3 +38,20 @@ def test_what_is_saved_is_read_again(tmp_path):
     assert one.keys() == two.keys() and all(
         torch.equal(torch.as_tensor(one[k]), torch.as_tensor(two[k])) for k in one
     )
+
+
+def test_a_pixtral_is_told_from_a_llava_by_its_tower(tmp_path):
+    for family, name in (("pixtral", "Pixtral"), ("llava", "LLaVA-1.5")):
+        tiny_families.save(family, tmp_path / family)
+        config = AutoConfig.from_pretrained(tmp_path / family)
+        assert config.model_type == "llava"
+        assert family_key(config) == family and family_of(config).name == name
+
+
+def test_a_pixtral_that_leaves_out_a_cls_token_is_refused(tmp_path):
+    vlm = tiny_families.loaded("pixtral", tmp_path)
+    vlm.model.config.vision_feature_select_strategy = "default"
+    vlm.model.save_pretrained(tmp_path)
+    with pytest.raises(TokenselError, match="loses its first patch") as caught:
+        load_vlm(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -16,12 +16,13 @@ from tokensel.book.tiny.idefics3 import idefics3, smolvlm
 from tokensel.book.tiny.internvl import internvl
 from tokensel.book.tiny.llava import llava
 from tokensel.book.tiny.mistral3 import mistral3
+from tokensel.book.tiny.pixtral import pixtral
 from tokensel.book.tiny.qwen import qwen2_5_vl, qwen2_vl, qwen3_vl
 from tokensel.utils.errors import check_names
 
 __all__ = ["MAKERS", "save_tiny", "scale_up", "write"]
 
-# by the model_type of the configuration
+# by the keys of tokensel.vlm.families.FAMILIES
 MAKERS: dict[str, Callable[[], Pair]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
@@ -33,6 +34,7 @@ MAKERS: dict[str, Callable[[], Pair]] = {
     "gemma3": gemma3,
     "paligemma": paligemma,
     "mistral3": mistral3,
+    "pixtral": pixtral,
 }
 
 

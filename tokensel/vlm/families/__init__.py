@@ -11,12 +11,13 @@ from tokensel.vlm.families.llava import Llava
 from tokensel.vlm.families.llava_next import LlavaNext
 from tokensel.vlm.families.llava_onevision import LlavaOnevision
 from tokensel.vlm.families.mistral3 import Mistral3
+from tokensel.vlm.families.pixtral import Pixtral
 from tokensel.vlm.families.qwen3_vl import Qwen3Vl
 from tokensel.vlm.families.qwen_vl import QwenVl
 
-__all__ = ["FAMILIES", "Family", "Located", "check_tiled", "family_of"]
+__all__ = ["FAMILIES", "Family", "Located", "check_tiled", "family_key", "family_of"]
 
-# by the model_type of the configuration
+# by family_key(), which is the model_type of the configuration but for Pixtral
 FAMILIES: dict[str, Family] = {
     "llava_next": LlavaNext(),
     "llava_onevision": LlavaOnevision(),
@@ -30,7 +31,17 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Gemma3(),
     "paligemma": PaliGemma(),
     "mistral3": Mistral3(),
+    "pixtral": Pixtral(),
 }
+
+
+def family_key(config: Any) -> str:
+    """Under which key a configuration has its row in :data:`FAMILIES`, if it has one.
+
+    That is its ``model_type``. Only Pixtral shares its own with LLaVA-1.5, and goes by that of its tower.
+    """
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return "pixtral" if (config.model_type, tower) == ("llava", "pixtral") else config.model_type
 
 
 def family_of(config: Any, name: str = "the model") -> Family:
@@ -43,12 +54,12 @@ def family_of(config: Any, name: str = "the model") -> Family:
     Raises:
         TokenselError: a model of another family.
     """
-    if config.model_type not in FAMILIES:
+    if family_key(config) not in FAMILIES:
         known = ", ".join(dict.fromkeys(family.name for family in FAMILIES.values()))
         raise TokenselError(
             f"{name} is a {config.model_type}, which is none of the families known here: give one of {known}"
         )
-    return FAMILIES[config.model_type]
+    return FAMILIES[family_key(config)]
 
 
 def check_tiled(config: Any, what: str) -> None:

@@ -52,8 +52,12 @@ class Mistral3(Family):
         extras = {"image_sizes": sizes}
         return Located(self.tiles_layout(model.config, extras), flat, extras=extras)
 
+    def merge(self, config: Any) -> int:
+        """Rows, and columns, of the patches that become one token."""
+        return config.spatial_merge_size
+
     def tiles_layout(self, config: Any, tiles: Mapping[str, Tensor]) -> Layout:
-        grid = tiles["image_sizes"] // (config.vision_config.patch_size * config.spatial_merge_size)
+        grid = tiles["image_sizes"] // (config.vision_config.patch_size * self.merge(config))
         return plain_layout(grid, [1] * len(grid))
 
     def cut(self, image_processor: Any, image: Image, whole: bool) -> list[dict[str, Tensor]]:
@@ -62,7 +66,7 @@ class Mistral3(Family):
         return [{"pixel_values": out["pixel_values"].flatten(), "image_sizes": sizes}]
 
     def width(self, config: Any) -> int:
-        return config.vision_config.hidden_size * config.spatial_merge_size**2
+        return config.vision_config.hidden_size * self.merge(config) ** 2
 
     def images(self, encoded: Encoded) -> list[Float[Tensor, "3 _ _"]]:
         """The images of a batch that has some, ``[3, height, width]`` each, without padding."""
@@ -76,11 +80,11 @@ class Mistral3(Family):
 
     def run(self, encoded: Encoded) -> TowerOutput:
         config, sizes = encoded.model.config, encoded.extras["image_sizes"]
-        merge, layer = config.spatial_merge_size, config.vision_feature_layer
+        merge, layer = self.merge(config), config.vision_feature_layer
         high, wide = sizes.amax(0).tolist()
         images = [pad(i, (0, wide - i.shape[2], 0, high - i.shape[1])) for i in self.images(encoded)]
         padded = torch.stack(images)
-        out = encoded.core.get_image_features(padded, sizes.to(padded.device), return_dict=True)
+        out = encoded.core.get_image_features(padded, image_sizes=sizes.to(padded.device), return_dict=True)
         hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
         grids, groups = sizes // config.vision_config.patch_size, []
         # [1, patches of all images, channels], image after image
