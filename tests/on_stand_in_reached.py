@@ -34,6 +34,7 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     vlm.families.llava.Llava.tiles_layout vlm.families.mistral3.Mistral3.cut
     vlm.families.mistral3.Mistral3.tiles_layout cost.published_families.image_grids
     vlm.families.qwen_vl.QwenVl.positions vlm.layout.Layout.real vlm.layout.plain_layout
+    vlm.families.base.Family.placeholders vlm.families.qwen_vl.QwenVl.placeholders
     vlm.layout.Layout.cell
     vlm.layout.Layout.image_of_tile vlm.layout.Layout.slots vlm.layout.Layout.spread vlm.layout.Layout.valid
     vlm.layout.mark_cells vlm.layout.read_layout vlm.native.count_tokens schedules.prompt.Prompt.map_cells
@@ -58,11 +59,11 @@ MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data
     training.optim.adamw training.processes.Processes.parallel
     utils.devices.device_of vlm.families.base.Family.tower vlm.families.qwen_vl.QwenVl.tower
     vlm.families.idefics3.Idefics3.tower
-    vlm.families.base.Family.check vlm.families.llava.Llava.check
+    vlm.families.base.Family.check vlm.families.llava.Llava.check vlm.families.pixtral.Pixtral.check
     vlm.families.llava_next.LlavaNext.check vlm.families.llava_onevision.switch_off
 """
 PASSED_ON = """training.metrics.in_features
-    vlm.families.base.Family.embed vlm.families.qwen3_vl.Qwen3Vl.embed
+    vlm.families.base.Family.embed vlm.families.qwen3_vl.Qwen3Vl.embed vlm.families.qwen_vl.QwenVl.deeper
     profiling.timing.Stamps.put schedules.fastv.FastV.entering schedules.rates.Exponential.entering
     schedules.rates.Fixed.entering schedules.clse.Clse.entering schedules.feather.Feather.entering
     schedules.priortr.PriorTR.entering schedules.pyramiddrop.PyramidDrop.entering

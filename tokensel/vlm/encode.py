@@ -28,20 +28,23 @@ def encode(
     Args:
         model: a model of one of the families in :data:`tokensel.vlm.families.FAMILIES`.
         inputs: what its processor returns: ``input_ids``, ``attention_mask`` and, where there are images,
-            ``pixel_values`` and what goes with them; tensors, arrays or lists, on any device.
+            ``pixel_values`` and what goes with them; tensors, arrays or lists, on any device. Qwen2-VL,
+            Qwen2.5-VL and Qwen3-VL also take ``pixel_values_videos``: a clip is treated as one image whose
+            tiles are its steps of time, each of two frames. The other families' videos that arrive as
+            ``pixel_values`` (InternVL, SmolVLM) are images, one a frame.
         keys: a stable number for each row, the seed of its random selection; by default one is made from the
             pixels, so that an image is treated alike in every batch.
 
     Raises:
-        TokenselError: a model of no known family, the inputs hold a video or are incomplete, the placeholders
-            do not match the images, or keys and rows differ in number.
+        TokenselError: a model of no known family, the inputs are incomplete or hold a video that the family
+            cannot reduce, the placeholders do not match the images, or keys and rows differ in number.
     """
     family = family_of(model.config, type(model).__name__)
     family.check(model)
-    if inputs.get("pixel_values_videos") is not None:
+    if inputs.get("pixel_values_videos") is not None and not family.videos:
         raise TokenselError(
-            "videos cannot be reduced: give their frames as images, or the inputs to model.generate as they "
-            "are"
+            f"videos cannot be reduced in {family.name}: give their frames as images, or the inputs to "
+            "model.generate as they are"
         )
     # read on the host, and before the device is given anything to do: one short wait in place of many later
     ids, mask = (host_tensor(inputs, name) for name in ("input_ids", "attention_mask"))
@@ -52,7 +55,7 @@ def encode(
         if len(keys) != len(ids):
             raise TokenselError(f"{len(keys)} keys for {len(ids)} rows: give one for each row")
         keys = torch.as_tensor(keys, dtype=torch.long).cpu()
-    places = ((ids == model.config.image_token_id) & mask).nonzero()
+    places = (torch.isin(ids, family.placeholders(model.config)) & mask).nonzero()
     located = family.locate(model, inputs, ids)
     layout = located.layout
     if len(places) != len(layout.source):

@@ -177,7 +177,8 @@ class Encoded:
         The words are the text after the last image of a row, the template included, as their embeddings enter
         the language model; where there is none, all text of the row.
         """
-        image = (self.input_ids == self.model.config.image_token_id) & self.attention_mask
+        visual = torch.isin(self.input_ids, self.family.placeholders(self.model.config))
+        image = visual & self.attention_mask
         text = self.attention_mask & ~image
         after = text & (image.flip(1).cumsum(1).flip(1) == 0)
         words = torch.where(after.any(1, keepdim=True), after, text)

@@ -187,7 +187,7 @@ def assemble(
     order = stay.to(torch.uint8).argsort(dim=1, stable=True)[:, stay.shape[1] - length :]
     mask = stay.gather(1, order)
     ids = encoded.input_ids.gather(1, order).masked_fill(~mask, _pad_id(encoded))
-    slots = (ids == encoded.model.config.image_token_id) & mask
+    slots = torch.isin(ids, encoded.family.placeholders(encoded.model.config)) & mask
     device = device_of(encoded.model.get_input_embeddings())
     out = encoded.family.place(encoded, ids, slots, visual, kept) | {
         # always given: without it, gaps in the positions would be read as several packed sequences

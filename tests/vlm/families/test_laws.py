@@ -183,7 +183,10 @@ def test_what_cannot_be_right_is_refused_in_one_line(vlm):
     several_axes = encoded.positions is not None
     calls = [
         (lambda: downsample(encoded, 0.5), "know LLaVA.s tiles"),
-        (lambda: encode(vlm.model, {**inputs, "pixel_values_videos": torch.zeros(1)}), "videos cannot"),
+        (
+            lambda: encode(vlm.model, {**inputs, "pixel_values_videos": torch.zeros(1)}),
+            "without video_grid_thw" if encoded.family.videos else "videos cannot be reduced in",
+        ),
     ]
     if several_axes:
         calls.append((lambda: reduce(encoded, positions="compact"), "use 'original'"))

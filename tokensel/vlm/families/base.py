@@ -84,6 +84,8 @@ class Family(ABC):
         carried: outputs of the processor, among ``extras``, that are shortened and passed with the prompt.
         reads_layer: whether its features are a layer of a CLIP or SigLIP tower, named in the configuration.
         ragged: whether an image gives as many tokens as its size asks for, not whole tiles of one size.
+        videos: whether ``pixel_values_videos`` can be reduced; a clip is then one image with a tile for each
+            step of time.
     """
 
     name = ""
@@ -95,6 +97,11 @@ class Family(ABC):
     carried: tuple[str, ...] = ()
     reads_layer = False
     ragged = False
+    videos = False
+
+    def placeholders(self, config: Any) -> Int[Tensor, "kinds"]:
+        """Ids of the tokens that stand for visual tokens in ``input_ids``, on the host."""
+        return torch.tensor([config.image_token_id])
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 - most families can trace every model
         """Raise ``TokenselError`` if this model's visual tokens cannot be traced."""

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from tokensel.vlm.encoded import Encoded, TowerOutput
+from tokensel.vlm.encoded import Encoded
 from tokensel.vlm.families.base import Family, text_embeds
 from tokensel.vlm.families.qwen_vl import QwenVl
 
@@ -23,11 +23,8 @@ class Qwen3Vl(QwenVl):
     name = "Qwen3-VL"
     way = "embeddings of the shortened prompt and mm_encoder_outputs for its images go to model.generate"
 
-    def run(self, encoded: Encoded) -> TowerOutput:
-        out = self.encode(encoded)
-        made = self.grouped(encoded, out)
-        made.deeper = [torch.cat(list(layer)) for layer in out.deepstack_features]
-        return made
+    def deeper(self, out: Any) -> list[Float[Tensor, "tokens width"]]:
+        return [torch.cat(list(layer)) for layer in out.deepstack_features]
 
     def embed(self, encoded: Encoded, tokens: Float[Tensor, "kept channels"]) -> Float[Tensor, "kept width"]:
         return Family.embed(self, encoded, tokens)  # raises: what enters further on is not merged along
@@ -41,8 +38,9 @@ class Qwen3Vl(QwenVl):
         kept: Bool[Tensor, "packed"],
     ) -> dict[str, Any]:
         """Placeholders stay in the prompt; the model puts the kept tokens there, and adds the deeper ones."""
+        # a token of a clip enters as one of an image: its position tells the model its time
+        embeds = text_embeds(encoded, ids.masked_fill(slots, encoded.model.config.image_token_id))
         # generate repeats the features of a row with it, so they are split at the rows
-        embeds = text_embeds(encoded, ids)
         sizes = [size for size in slots.sum(1).tolist() if size]
         if not sizes:
             return {"inputs_embeds": embeds}
