@@ -28,7 +28,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": dict(hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112)
     | dict(depth=2),
     "internvl": dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=2)
-    | dict(side=448, patch_size=(14, 14)),
+    | dict(side=112, patch_size=(14, 14)),
 }
 
 

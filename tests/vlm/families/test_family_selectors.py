@@ -5,7 +5,9 @@ import tiny_families
 import torch
 from tiny import noise_image
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
+from tokensel import cli
 from tokensel.data.encoders import VisionEncoder
 from tokensel.model.positions import position_codes, sincos
 from tokensel.model.selector import SelectorConfig, TokenSelector
@@ -118,18 +120,28 @@ def test_what_a_ragged_encoder_cannot_do_gets_one_line(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "width"), [("qwen2_5_vl", 1280), ("internvl", 1024)])
-def test_a_selector_at_the_true_width_of_a_tower(family, width, tmp_path):
+def test_a_selector_is_trained_on_64_images_at_the_true_width_of_a_tower(family, width, tmp_path):
+    """Two layers of the tower, and small images; by the command, from files, each image once."""
     tiny_families.save(family, tmp_path / "model", wide=True)
-    images = [noise_image(112, 140, seed=0), noise_image(168, 84, seed=1)]
-    options = OPTIONS | {"steps": 2, "batch_size": 2, "heads": None}
-    train(TrainConfig(encoder=str(tmp_path / "model"), out=str(tmp_path), **options), images=images)
+    (tmp_path / "images").mkdir()
+    for seed in range(64):
+        size = (56, 84) if seed % 2 else (84, 56)
+        noise_image(*size, seed=seed).save(tmp_path / "images" / f"{seed}.png")
+    words = ["train", "--images", tmp_path / "images", "--encoder", tmp_path / "model", "--out", tmp_path]
+    words += ["--steps", 4, "--batch-size", 16, "--statistics-tiles", 16, "--layers", 1, "--device", "cpu"]
+    done = CliRunner().invoke(cli.app, [*map(str, words), "--no-progress"])
+    assert done.exit_code == 0, done.output
     scorer = make_scorer("selector", selector=str(tmp_path / "selector"))
     assert scorer.model.config.width == width
-    reduced = reduce(
-        asked(load_vlm(tmp_path / "model", device="cpu"), [[images[0]], [images[1]]]), scorer, 0.3
-    )
-    expected = (0.3 * reduced.n_visual_full + 0.5).long()
-    assert torch.equal(reduced.n_visual, expected)
+    vlm = load_vlm(tmp_path / "model", device="cpu")
+    reduced = reduce(asked(vlm, [[noise_image(112, 140)], [noise_image(168, 84)]]), scorer, 0.3)
+    assert torch.equal(reduced.n_visual, (0.3 * reduced.n_visual_full + 0.5).long())
+    assert len(vlm.generate(reduced, 2)) == 2
+    other = {"qwen2_5_vl": "internvl", "internvl": "qwen2_5_vl"}[family]
+    wrong = tiny_families.loaded(other, tmp_path / "other")
+    with pytest.raises(TokenselError, match=r"was trained for features of tower .* give the") as caught:
+        reduce(asked(wrong, [[IMAGES[0]]]), scorer, 0.3)
+    assert "\n" not in str(caught.value)
 
 
 def test_codes_of_a_grid_tell_rows_and_columns():
