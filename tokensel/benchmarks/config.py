@@ -155,7 +155,7 @@ class EvalConfig:
         Literal["auto", "float32", "bfloat16", "float16"],
         Option("auto: float32 on a CPU, the checkpoint's own on a GPU.", MODEL),
     ] = "auto"
-    # these seven are explained in tokensel.vlm.choose.Choices
+    # these eight are explained in tokensel.vlm.choose.Choices
     budget: Annotated[
         Literal["image", "tile", "threshold"],
         Option(
@@ -188,6 +188,10 @@ class EvalConfig:
         Literal["removed", "masked", "blank", "copied"],
         Option("Remove dropped tokens; or, to study it, mask them or fill their places.", BEFORE),
     ] = "removed"
+    neighbours: Annotated[
+        int,
+        Option("Cells to each side in its row that each brings along; the budget stays.", BEFORE, least=0),
+    ] = 0
     server: Annotated[
         tuple[str, ...],
         Option(
@@ -300,6 +304,7 @@ class EvalConfig:
             "attention": self.attention,
             "strength": self.strength,
             "dropped": self.dropped,
+            "neighbours": self.neighbours,
         }
 
     def learned(self, option: str, seed: int) -> str:

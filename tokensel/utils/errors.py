@@ -71,18 +71,20 @@ def check_type(name: str, value: Any, kind: type | tuple[type, ...], give: str) 
         raise TokenselError(f"{name} is {' '.join(repr(value).split())[:100]}: give {give}")
 
 
-def check_count(name: str, value: Any, example: int) -> int:
-    """Return ``value`` as an ``int`` if it is a whole number of at least 1, of any library.
+def check_count(name: str, value: Any, example: int, least: int = 1) -> int:
+    """Return ``value`` as an ``int`` if it is a whole number of at least ``least``, of any library.
 
     Raises:
         TokenselError: it is not.
     """
     try:
-        count = 0 if isinstance(value, bool) else operator.index(value)  # refuses 2.5 and "5"
+        count = least - 1 if isinstance(value, bool) else operator.index(value)  # refuses 2.5 and "5"
     except TypeError:
-        count = 0
-    if count < 1:
-        raise TokenselError(f"{name} is {value!r}: give a whole number of at least 1, such as {example}")
+        count = least - 1
+    if count < least:
+        raise TokenselError(
+            f"{name} is {value!r}: give a whole number of at least {least}, such as {example}"
+        )
     return count
 
 

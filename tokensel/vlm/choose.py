@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokensel.budget import fraction_count, top_count
-from tokensel.utils.errors import TokenselError
+from tokensel.utils.errors import TokenselError, check_count
 from tokensel.vlm.layout import Layout
 
 __all__ = ["Choices", "adaptive_cells", "add_newlines", "choose_cells"]
@@ -36,6 +36,9 @@ class Choices:
             "drop": only high-resolution cells are kept, where there are any. All four keep the same number,
             as far as there are enough cells. Where a threshold decides, with ``keep=None`` or the budget
             "threshold", "last" equals "compete".
+        neighbours: how many cells to each side of it in its row every cell brings along. A cell is then worth
+            as much as the best of those around it, so that what stays are runs of a row, with fewer gaps in
+            what is read as one. The budget is the same.
         newline: "keep" all, "drop" all, or "row": keep the newline of a row where a cell of the row stays.
         positions: "compact": kept tokens are renumbered without gaps; "original": every token keeps the
             position it has in the full sequence.
@@ -57,6 +60,7 @@ class Choices:
     attention: Literal["plain", "proportional", "uniform"] = "plain"
     strength: float = 1.0
     dropped: Literal["removed", "masked", "blank", "copied"] = "removed"
+    neighbours: int = 0
 
     @classmethod
     def of(cls, values: "dict[str, Any] | Choices | None") -> "Choices":
@@ -74,9 +78,17 @@ class Choices:
                 raise TokenselError(f"'{name}' is not an option: choose among {', '.join(options)}")
             if name == "strength":
                 given[name] = _check_strength(value)
+            elif name == "neighbours":
+                given[name] = check_count("neighbours", value, 2, least=0)
             elif value not in options[name]:
                 raise TokenselError(f"{name} is '{value}': choose one of {', '.join(options[name])}")
-        return cls(**given)
+        options = cls(**given)
+        if options.neighbours and options.budget == "threshold":
+            raise TokenselError(
+                f"neighbours is {options.neighbours} and budget 'threshold': a threshold is measured on "
+                "single cells; give the budget 'image' or 'tile', or no neighbours"
+            )
+        return options
 
 
 def _check_strength(value: Any) -> float:
@@ -103,6 +115,29 @@ def _quota(
     return (share[0] - share[1]).long()
 
 
+def _best_around(layout: Layout, scores: Float[Tensor, "packed"], count: int) -> Float[Tensor, "packed"]:
+    """The best score among each cell and ``count`` cells to each side of it in its row."""
+    if not count:
+        return scores
+    together = layout.behind[1:]  # a cell and the one before it
+    for _ in range(count):
+        before, after = scores[:-1], scores[1:]
+        further = scores.clone()
+        further[1:] = torch.where(together, torch.maximum(after, before), after)
+        further[:-1] = torch.where(together, torch.maximum(further[:-1], after), further[:-1])
+        scores = further
+    return scores
+
+
+def _among_neighbours(layout: Layout, scores: Float[Tensor, "packed"], count: int) -> Tensor:
+    """Scores that order the cells by the best around them, and equals among those by their own."""
+    if not count or bool(scores.isnan().any()):  # a NaN has no order: who ranks the cells refuses it
+        return scores
+    around = _best_around(layout, scores, count)
+    (_, around), (own_levels, own) = (values.unique(return_inverse=True) for values in (around, scores))
+    return (around * len(own_levels) + own).unique(return_inverse=True)[1].double()
+
+
 def _only_thumbnail(
     thumbnail: Bool[Tensor, "cells"], image: Int[Tensor, "cells"], images: int
 ) -> Bool[Tensor, "cells"]:
@@ -120,7 +155,7 @@ def choose_cells(
         layout: where the packed tokens come from.
         scores: one for each packed token; those of newlines are ignored.
         keep: fraction of the visual cells of an image (after unpadding) to keep, in (0, 1].
-        choices: budget and thumbnail.
+        choices: budget, thumbnail and neighbours.
 
     Returns:
         True for kept cells; False at newlines.
@@ -152,7 +187,7 @@ def choose_cells(
             amount = _quota(members.sum(1), layout.image_of_tile, amount)
         return top_count(ranked, amount, members)
 
-    ranked = grid(scores[cell])
+    ranked = grid(_among_neighbours(layout, scores, choices.neighbours)[cell])
     if choices.thumbnail == "compete":
         chosen = best(torch.ones_like(thumbnail), amount)
     elif choices.thumbnail == "drop":
@@ -170,7 +205,7 @@ def adaptive_cells(
     layout: Layout, scores: Float[Tensor, "packed"], choices: Choices
 ) -> Bool[Tensor, "packed"]:
     """Keep every cell that scores above zero, however many that are; the thumbnail as ``choices`` say."""
-    kept = (scores > 0) & layout.cell
+    kept = (_best_around(layout, scores, choices.neighbours) > 0) & layout.cell
     if choices.thumbnail == "keep":
         return kept | layout.thumbnail
     if choices.thumbnail == "drop":

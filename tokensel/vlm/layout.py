@@ -87,6 +87,20 @@ class Layout:
         return rows, slot, lengths
 
     @property
+    def behind(self) -> Bool[Tensor, "packed"]:
+        """True for a cell that stands right behind another cell of its row, in the prompt as in the image."""
+        cell = self.cell
+        column, part = torch.zeros(len(cell)), self.thumbnail.long()
+        column[cell] = self.centres[:, 1]
+        if self.grid is not None:  # tiles that are not joined have rows of their own
+            part = self.source // self.tokens
+        behind = torch.zeros_like(cell)
+        behind[1:] = cell[1:] & cell[:-1] & (column[1:] > column[:-1])
+        for same in (self.image, part):
+            behind[1:] &= same[1:] == same[:-1]
+        return behind
+
+    @property
     def centres(self) -> Float[Tensor, "cells 2"]:
         """Middle of each visual cell in its image, as fractions of height and width, without letterbox.
 
