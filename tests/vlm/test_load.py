@@ -2,7 +2,7 @@
 
 import pytest
 from tiny import noise_image, tiny_llava, tiny_selector, tiny_vlm
-from transformers import Blip2Config
+from transformers import Blip2Config, Qwen3_5Config
 
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
@@ -60,3 +60,11 @@ def test_a_model_of_another_family_is_refused(vlm, tmp_path):
     Blip2Config().save_pretrained(tmp_path)
     with pytest.raises(TokenselError, match="is a blip-2, which is none of the families known here"):
         load_vlm(tmp_path)
+
+
+def test_a_model_in_which_dropping_is_not_hiding_is_refused_with_the_reason(vlm, tmp_path):
+    vlm.processor.save_pretrained(tmp_path)
+    Qwen3_5Config().save_pretrained(tmp_path)
+    with pytest.raises(TokenselError, match=r"is a qwen3_5: .* linear attention.* a Qwen3-VL") as caught:
+        load_vlm(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -34,6 +34,13 @@ FAMILIES: dict[str, Family] = {
     "pixtral": Pixtral(),
 }
 
+_LINEAR = (
+    "most of its language layers are linear attention, which folds all tokens into one state, so that to "
+    "drop a token is not to hide it"
+)
+# models that would take a shortened prompt, and why it would not be what is promised here
+UNFIT = {"qwen3_5": _LINEAR, "qwen3_5_moe": _LINEAR}
+
 
 def family_key(config: Any) -> str:
     """Under which key a configuration has its row in :data:`FAMILIES`, if it has one.
@@ -54,6 +61,10 @@ def family_of(config: Any, name: str = "the model") -> Family:
     Raises:
         TokenselError: a model of another family.
     """
+    if config.model_type in UNFIT:
+        raise TokenselError(
+            f"{name} is a {config.model_type}: {UNFIT[config.model_type]}; give another, such as a Qwen3-VL"
+        )
     if family_key(config) not in FAMILIES:
         known = ", ".join(dict.fromkeys(family.name for family in FAMILIES.values()))
         raise TokenselError(
