@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import suite_tiny
+import tiny_families
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_selector
@@ -160,3 +161,24 @@ def test_each_process_of_several_has_a_gpu_of_its_own(monkeypatch):
             monkeypatch.setenv("LOCAL_RANK", rank)
         Tokensel("no/such-model", **({} if device is None else {"device": device}))
     assert asked == [None, "cuda:0", "cuda:3", "cuda:1"]
+
+
+QWEN = "<|vision_start|>{}<|vision_end|>"
+
+
+@pytest.mark.parametrize(("family", "around"), [("qwen2_5_vl", QWEN), ("qwen3_vl", QWEN), ("internvl", "{}")])
+def test_other_families_are_asked_in_their_own_prompts(family, around, tmp_path, monkeypatch):
+    tiny_families.save(family, tmp_path)
+    plain = Tokensel(str(tmp_path), device="cpu", method="norm", keep=0.4, batch_size=3)
+    plain.task_dict = {"task": {"test": documents()}}
+    asked = requests((4, 4, 4, 4))
+    answers = plain.generate_until(asked)
+    for document, answer in zip(documents(), answers):
+        batch = Batch(plain.vlm, [document["pictures"] or None], [document["text"]])
+        assert answer == plain.vlm.generate(prepare(batch, "norm", 0.4), 4)[0]
+    # two images where the question mentions them, as the model's template writes images
+    request, place = asked[2], around.format(plain.vlm.processor.image_token)
+    request.args = ("first <image>, then <image>?", *request.args[1:])
+    (prompt,) = prompts_of(plain, request, monkeypatch)
+    assert prompt == plain.vlm.prompt("QUESTION", 0).replace("QUESTION", f"first {place}, then {place}?")
+    assert place in plain.vlm.prompt("QUESTION", 1)

@@ -76,6 +76,9 @@ class Vlm:
                     f"the question {question!r} contains {token}, which stands for {article} {kind}: write "
                     "it in another way, and pass images separately"
                 )
+        if marked:
+            token, mark = self.processor.image_token, family_of(self.model.config, self.name).mark
+            question = question.replace(mark(token), token).replace(token, mark(token))
         before = 0 if marked else int(image)
         content = [{"type": "image"}] * before + [{"type": "text", "text": question}]
         turns = [{"role": "user", "content": content}]

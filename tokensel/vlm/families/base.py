@@ -103,6 +103,10 @@ class Family(ABC):
         """Ids of the tokens that stand for visual tokens in ``input_ids``, on the host."""
         return torch.tensor([config.image_token_id])
 
+    def mark(self, token: str) -> str:
+        """An image in the text of a prompt: its placeholder ``token`` and what the model wants around it."""
+        return token
+
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 - most families can trace every model
         """Raise ``TokenselError`` if this model's visual tokens cannot be traced."""
 

@@ -40,6 +40,9 @@ class QwenVl(Family):
     def placeholders(self, config: Any) -> Int[Tensor, "kinds"]:
         return torch.tensor([config.image_token_id, config.video_token_id])
 
+    def mark(self, token: str) -> str:
+        return f"<|vision_start|>{token}<|vision_end|>"
+
     def locate(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], ids: Int[Tensor, "rows length"]
     ) -> Located:
