@@ -1,14 +1,16 @@
 # make book: the book in _build/html/index.html      make test: all tests, and the chapters run a second time
 # Both make .venv from requirements.lock first; a second run starts at once.
+# make serving: the plugin for vLLM in a running engine, in .venv-serving from requirements-serving.lock.
 # On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves a large download.
 
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+SERVE  := .venv-serving
 
 .DEFAULT_GOAL := book
-.PHONY: book test lint unit chapters browser links env lock clean
+.PHONY: book test lint unit chapters serving browser links env lock clean
 
 book: env
 	$(PY) -m tokensel book build
@@ -30,6 +32,22 @@ chapters: env
 	$(PY) -m tokensel book run
 	TOKENSEL_UNWATCHED=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --nbval --nbval-sanitize-with tests/nbval.cfg \
 	  --nbval-cell-timeout 1500 -o timeout=1500 _build/chapters
+
+# Starts servers on this machine and asks them. Their tests see nothing of the others, whose packages are missing here.
+serving: $(SERVE)/.ready
+	PYTHONPATH=tests/serving_engine OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest --confcutdir tests/serving_engine tests/serving_engine
+
+# vLLM wants older releases than the book, so it has an environment of its own; no dependency is left to be resolved.
+$(SERVE)/.ready: requirements-serving.lock pyproject.toml
+	@test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	@cmp -s requirements-serving.lock $(SERVE)/requirements-serving.lock || { \
+	  echo "installing requirements-serving.lock into $(SERVE) (about 2.6 GB)"; \
+	  $(SERVE)/bin/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps \
+	    -r requirements-serving.lock 2> $(SERVE)/pip.log && cp requirements-serving.lock $(SERVE)/; } || { \
+	  echo "error: requirements-serving.lock cannot be installed (see $(SERVE)/pip.log): it needs a network, Python 3.11 on" \
+	    "Linux for x86, and PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2; exit 1; }
+	@$(SERVE)/bin/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --no-build-isolation -e .
+	@touch $@
 
 # The built book in an installed Chromium: a missing book or browser is an error here, and a skip in `make unit`.
 browser: env

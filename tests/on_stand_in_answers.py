@@ -33,6 +33,7 @@ from tokensel.schedules import Clse, FastOcr, FastV
 from tokensel.schedules.vtw import withdrawal_divergence
 from tokensel.scorers import SCORERS, make_scorer
 from tokensel.serving import embeddings_field, prompt_embeddings
+from tokensel.serving.pruning import Pruner
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, count_tokens, encode, load_encoder, load_vlm, reduce, reduce_inputs
 from tokensel.vlm.bias import biased
@@ -324,6 +325,21 @@ def test_prompts_leave_the_device_when_they_are_sent(device):
     assert all(close(row, of_host) for row, of_host in zip(rows, expected, strict=True))
     sent = torch.load(io.BytesIO(base64.b64decode(embeddings_field(rows[0]))), weights_only=True)
     assert torch.equal(sent, rows[0].cpu())
+
+
+def test_an_engine_on_the_device_embeds_the_same_tokens(device):
+    embeds = []
+    for vlm in pair(llava_next, device):
+        inputs, core = ask(vlm, [0, 3]), vlm.model.base_model
+        vlm.model.config.tokensel = {"model": "tiny", "scorer": "norm"}
+
+        def tower(pixels: torch.Tensor, vlm=vlm) -> torch.Tensor:
+            encoded = replace(encode(vlm.model, ask(vlm, [0])), pixel_values=pixels)
+            return encoded.family.run(encoded).tokens
+
+        pruner = Pruner(vlm.model.config, tower, core.multi_modal_projector, core.image_newline)
+        embeds.append(pruner.embed(inputs["pixel_values"], inputs["image_sizes"], [0.5, 0.3]))
+    assert all(close(there, here) for here, there in zip(*embeds, strict=True))
 
 
 def test_inputs_may_be_on_either_side(device):

@@ -37,6 +37,7 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     vlm.families.base.Family.placeholders vlm.families.qwen_vl.QwenVl.placeholders
     vlm.layout.Layout.cell
     vlm.layout.Layout.image_of_tile vlm.layout.Layout.slots vlm.layout.Layout.spread vlm.layout.Layout.valid
+    serving.counting.layout_of
     vlm.layout.mark_cells vlm.layout.read_layout vlm.native.count_tokens schedules.prompt.Prompt.map_cells
     schedules.prompt.Prompt.map_row schedules.prompt.Prompt.real schedules.prompt.Prompt.repeat
     schedules.prompt.Prompt.gather schedules.feather.grid_cells schedules.grids.grids
@@ -74,13 +75,17 @@ PASSED_ON = """training.metrics.in_features
     vlm.reduce.Reduced.copy vlm.bias.check_read
     schedules.choosing.Choosing.remember_input vlm.reduce.Reduced.prompt"""
 ON_HOST = {f"tokensel.{name}" for name in f"{LAYOUT} {CPU_DATA} {MODULES} {PASSED_ON}".split()}
-ON_META = {"tokensel.cost.published.hollow"}  # shapes without values, on no device at all
+# shapes without values, on no device at all
+ON_META = {"tokensel.cost.published.hollow", "tokensel.serving.counting.skeleton"}
+ENGINES = "tokensel.serving.vllm_"  # modules that only a running engine imports
 
 
 def public_functions() -> Iterator[tuple[str, FunctionType]]:
     """Public functions and methods of the library, by module and qualified name."""
     for info in pkgutil.walk_packages(tokensel.__path__, "tokensel."):
         if info.name.endswith("__main__") or (".book" in info.name and not info.name.startswith(ROOMS)):
+            continue
+        if info.name.startswith(ENGINES):
             continue
         module = importlib.import_module(info.name)
         names = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])

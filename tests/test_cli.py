@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from tokensel import cli
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.profiling.config import CostConfig
+from tokensel.serving.config import ServeConfig
 from tokensel.training.config import AnswersConfig, DyRateConfig, TrainConfig
 from tokensel.utils.errors import TokenselError
 
+COMMANDS = ("train", "train-answers", "dyrate", "evaluate", "cost", "serve", "doctor")
 HELP = {"TERM": "dumb", "COLUMNS": "200"}
 
 
@@ -37,11 +39,11 @@ def test_help_lists_the_commands_without_loading_torch():
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "train-answers", "dyrate", "evaluate", "cost", "doctor", "mini", "book"):
+    for command in (*COMMANDS, "mini", "book"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "train-answers", "dyrate", "evaluate", "cost", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_line_of_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -82,6 +84,7 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
         (cli.dyrate, DyRateConfig, set()),
         (cli.evaluate, EvalConfig, {"whole", "progress"}),
         (cli.cost, CostConfig, {"training", "progress"}),
+        (cli.serve, ServeConfig, {"context"}),
     ],
 )
 def test_options_and_defaults_are_those_of_the_configuration(command, config, renamed):
@@ -95,6 +98,26 @@ def test_options_and_defaults_are_those_of_the_configuration(command, config, re
             kind = type(fields[name][0]) if fields[name] else str
             default = cli._list(name, default, kind)
         assert default == fields[name], name
+
+
+def test_what_the_command_does_not_know_is_passed_on_to_the_engine(monkeypatch):
+    seen = []
+    monkeypatch.setattr("tokensel.serving.launch.serve", lambda *given: seen.append(given))
+    words = [
+        "serve",
+        "--model",
+        "tiny",
+        "--port",
+        "8000",
+        "--keep",
+        "0.3",
+        "--enforce-eager",
+        "--",
+        "--seed",
+        "3",
+    ]
+    assert run(*words).exit_code == 0
+    assert seen == [(ServeConfig("tiny", keep=0.3), ["--port", "8000", "--enforce-eager", "--seed", "3"])]
 
 
 def test_values_reach_the_configuration(monkeypatch):

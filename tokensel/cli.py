@@ -1,4 +1,4 @@
-"""``python -m tokensel``: train, train-answers, dyrate, evaluate, cost, doctor, mini, book.
+"""``python -m tokensel``: train, train-answers, dyrate, evaluate, cost, serve, doctor, mini, book.
 
 The options of a command are the fields of its configuration. Heavy packages are imported when a command runs.
 """
@@ -18,6 +18,7 @@ from typer.main import get_group
 from tokensel.benchmarks import config as evaluation
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.profiling.config import DATA, MODEL, RUNNING, CostConfig
+from tokensel.serving.config import ServeConfig
 from tokensel.training.config import OBJECTIVE, AnswersConfig, DyRateConfig, TrainConfig
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.options import Field, fields_of, revision_option
@@ -57,7 +58,9 @@ def _fail(error: TokenselError) -> None:
     sys.exit(1)
 
 
-def _command(config: type, *required: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _command(
+    config: type, *required: str, **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command whose options are the fields of ``config`` and its own parameters.
 
     The function is called with a dictionary of the fields' values, then with its own parameters.
@@ -65,6 +68,7 @@ def _command(config: type, *required: str) -> Callable[[Callable[..., None]], Ca
     Args:
         config: a configuration, see :mod:`tokensel.utils.options`.
         required: fields that the command line must name although they have a default.
+        settings: of click's context, for a command that reads it.
     """
     fields = fields_of(config)
 
@@ -78,7 +82,7 @@ def _command(config: type, *required: str) -> Callable[[Callable[..., None]], Ca
         # typer reads names, types and defaults from here
         command.__signature__ = inspect.Signature(parameters)
         command.__name__, command.__doc__ = run.__name__, run.__doc__
-        return app.command()(command)
+        return app.command(context_settings=settings)(command)
 
     return register
 
@@ -212,6 +216,20 @@ def cost(
     _quiet()
     path = measure(config, progress)
     typer.echo("\n".join([*lines(json.loads(path.read_text(encoding="utf-8"))), str(path)]))
+
+
+@_command(ServeConfig, ignore_unknown_options=True, allow_extra_args=True)
+def serve(values: dict[str, Any], context: typer.Context) -> None:
+    """Start vLLM's OpenAI-compatible server for a model, with fewer visual tokens of every image.
+
+    Options that are not listed here are passed on to vLLM, such as `--port 8000`; after `--`, all are. With
+    vLLM's `--trust-request-mm-kwargs` a request may name its own: `"mm_processor_kwargs": {"keep": 0.3}`.
+    """
+    config = ServeConfig(**values)
+    from tokensel.serving.launch import serve as run
+
+    _quiet()
+    run(config, context.args)
 
 
 @app.command()

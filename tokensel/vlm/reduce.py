@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from tokensel.schedules.prompt import Prompt
 from tokensel.scorers import Scorer
 from tokensel.utils.devices import device_of
-from tokensel.utils.errors import TokenselError, check_keep
+from tokensel.utils.errors import TokenselError
 from tokensel.vlm.bias import check_read
-from tokensel.vlm.choose import Choices, adaptive_cells, add_newlines, choose_cells
+from tokensel.vlm.choose import Choices
 from tokensel.vlm.dropped import bias_columns, fill_dropped, packed_bias
 from tokensel.vlm.encode import encode
 from tokensel.vlm.encoded import Encoded
 from tokensel.vlm.layout import Layout
+from tokensel.vlm.visual import choose_tokens, embed_tokens
 
 __all__ = ["Reduced", "assemble", "reduce", "reduce_inputs"]
 
@@ -260,26 +261,10 @@ def reduce(
     """
     options = Choices.of(choices)
     layout = encoded.layout
-    if scorer is not None and not hasattr(scorer, "adaptive"):
-        raise TokenselError(f"scorer is {scorer!r}: make one with make_scorer()")
-    if scorer is None and keep != 1.0:
-        raise TokenselError(f"keep is {keep} but there is no scorer to rank the tokens: pass scorer=")
-    if scorer is not None and keep is None and not scorer.adaptive:
-        raise TokenselError(f"scorer '{scorer.name}' has no threshold of its own: give keep, such as 0.3")
-    scores = torch.zeros(len(layout.source)) if scorer is None else encoded.score(scorer)
-    if keep is None:
-        cells = adaptive_cells(layout, scores, options)
-    elif options.budget == "threshold" and keep != 1.0:
-        cells = adaptive_cells(layout, scores - _threshold(scorer, keep), options)
-    else:
-        cells = choose_cells(layout, scores, keep, options)
-    kept = add_newlines(layout, cells, options.newline)
-    # some scorers merge what is dropped into what is kept; with nothing dropped, there is nothing to merge
-    merges = hasattr(scorer, "merge") and bool(cells.any()) and not torch.equal(cells, layout.cell)
-    features = encoded.merged(scorer, cells) if merges else None
+    cells, kept = choose_tokens(encoded, scorer, keep, options)
     # tokens that stand in the prompt
     stands = kept if options.dropped == "removed" else torch.ones_like(kept)
-    visual = encoded.family.project(encoded, stands, features)
+    visual = embed_tokens(encoded, scorer, cells, stands)
     if options.dropped in ("blank", "copied"):
         visual = fill_dropped(encoded, cells, visual, options.dropped)
     bias = packed_bias(encoded, cells, kept, options)
@@ -297,19 +282,6 @@ def reduce(
         grid=layout.grid,
         attn_bias=None if bias is None else bias_columns(bias, stands, marks[0]),
     )
-
-
-def _threshold(scorer: Any, keep: float) -> float:
-    """The score above which a scorer keeps a fraction of the tokens on average.
-
-    Raises:
-        TokenselError: the scorer knows none, or ``keep`` is not in (0, 1].
-    """
-    if not hasattr(scorer, "threshold"):
-        raise TokenselError(
-            f"scorer '{scorer.name}' has no threshold: choose budget image or tile, or scorer selector"
-        )
-    return scorer.threshold(check_keep(keep))
 
 
 def reduce_inputs(

@@ -1,0 +1,155 @@
+"""A running vLLM gives the answers of the adapter, token for token, whatever else it is asked at the time."""
+
+import base64
+import io
+import json
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("vllm", reason="vllm is not installed: these tests run by `make serving`")
+
+from tokensel.book.mini.world import draw_page
+from tokensel.scorers import make_scorer
+from tokensel.vlm import Vlm, load_vlm, reduce_inputs
+
+KEEPS = (1.0, 0.5, 0.3, 0.1)
+TASKS = {"forms": (20, 8), "transcribe": (5, 64)}  # how many questions, and how many new tokens
+NEW = {task: new for task, (_, new) in TASKS.items()}
+
+
+@lru_cache
+def asked(task: str, index: int) -> tuple[Image.Image, str]:
+    """A page of the small world and a question about it."""
+    page = draw_page(task, "test", index)
+    return page.image, page.questions[index % len(page.questions)].question
+
+
+QUESTIONS = [(task, index) for task, (count, _) in TASKS.items() for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def vlm() -> Vlm:
+    torch.set_num_threads(1)
+    return load_vlm("data/mini/llava-next", "cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(vlm) -> dict[tuple[str, int, float], tuple[list[int], int]]:
+    """New tokens and length of the prompt by question and keep, from the adapter with compact positions."""
+    selector = make_scorer("selector", selector="data/mini/selector")
+    answers = {}
+    for task, index in QUESTIONS:
+        image, question = asked(task, index)
+        inputs = vlm.inputs([image], [vlm.prompt(question)])
+        for keep in KEEPS:
+            reduced = reduce_inputs(vlm.model, inputs, selector, keep, positions="compact")
+            out = vlm.generate_output(reduced, NEW[task])
+            answers[task, index, keep] = (
+                out.tokens[0, : int(out.lengths[0])].tolist(),
+                int(reduced["attention_mask"].sum()),
+            )
+    return answers
+
+
+def part(image: Image.Image | bytes) -> dict[str, Any]:
+    """An image, or the bytes of something else, as a part of a message."""
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        image = file.getvalue()
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(image).decode()}"},
+    }
+
+
+def body(parts: list[dict[str, Any]], new: int, keep: float | None = None) -> dict[str, Any]:
+    """The request for a greedy answer; without a keep, that of the server counts."""
+    asked: dict[str, Any] = {
+        "model": "data/mini/llava-next",
+        "messages": [{"role": "user", "content": parts}],
+        "max_tokens": new,
+        "temperature": 0.0,
+        "add_special_tokens": True,  # the chat template of the small model begins without one
+        "return_token_ids": True,
+    }
+    return asked if keep is None else asked | {"mm_processor_kwargs": {"keep": keep}}
+
+
+def post(url: str, request: dict[str, Any], timeout: float = 250) -> dict[str, Any]:
+    data = json.dumps(request).encode()
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{url}/v1/chat/completions", data, headers), timeout=timeout
+    ) as response:
+        return json.load(response)
+
+
+def answer(url: str, task: str, index: int, keep: float | None) -> tuple[list[int], int]:
+    """New tokens, and the length of the prompt."""
+    image, question = asked(task, index)
+    reply = post(url, body([part(image), {"type": "text", "text": question}], NEW[task], keep))
+    return reply["choices"][0]["token_ids"], reply["usage"]["prompt_tokens"]
+
+
+def test_one_request_at_a_time_is_answered_as_by_the_adapter(llava_next, expected):
+    for task, index in [("forms", 0), ("transcribe", 0)]:
+        for keep in KEEPS:
+            assert answer(llava_next.url, task, index, keep) == expected[task, index, keep]
+
+
+def test_sixteen_clients_with_mixed_images_and_keeps_are_answered_as_by_the_adapter(llava_next, expected):
+    # neighbours differ in image and keep, so that a step of the engine mixes both
+    many = len(QUESTIONS)
+    rows = [(*QUESTIONS[(3 * i + j) % many], keep) for i in range(many) for j, keep in enumerate(KEEPS)]
+    assert set(rows) == set(expected)
+    with ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(lambda row: answer(llava_next.url, *row), rows))
+    wrong = [row for row, given in zip(rows, answers, strict=True) if given != expected[row]]
+    assert not wrong
+    assert len({length for _, length in answers}) > 8, "the prompts have many lengths"
+
+
+def test_without_a_keep_in_the_request_that_of_the_server_counts(llava_next, expected):
+    assert answer(llava_next.url, "forms", 1, None) == expected["forms", 1, 0.5]
+
+
+def test_at_keep_1_the_answers_are_those_of_the_stock_model(vlm, expected):
+    # the engine's answers are compared with these above
+    for task, index in QUESTIONS:
+        image, question = asked(task, index)
+        inputs = vlm.inputs([image], [vlm.prompt(question)])
+        tokens = vlm.model.generate(**inputs, max_new_tokens=NEW[task], do_sample=False)
+        new = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+        assert new == expected[task, index, 1.0][0]
+        assert inputs["input_ids"].shape[1] == expected[task, index, 1.0][1]
+
+
+def test_bad_requests_are_refused_and_the_engine_lives_on(llava_next, expected):
+    image, question = asked("forms", 2)
+    text = {"type": "text", "text": question}
+    refused = [
+        body([part(b"no image"), text], 8),
+        body([part(image), text], 8, keep=0.0),
+        body([part(image), text], 8, keep=1.5),
+        body([part(image), text], 8) | {"mm_processor_kwargs": {"keep": "half"}},
+    ]
+    for request in refused:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            post(llava_next.url, request)
+        with caught.value as error:
+            assert error.code in (400, 422), error.read()
+    alone = post(llava_next.url, body([text], 8))  # a text without an image
+    assert alone["choices"][0]["finish_reason"] in ("stop", "length")
+    for keep in KEEPS:  # clients that do not wait
+        with pytest.raises(TimeoutError):
+            post(llava_next.url, body([part(image), text], 64, keep), timeout=0.01)
+    assert answer(llava_next.url, "forms", 3, 0.3) == expected["forms", 3, 0.3]
+    assert llava_next.process.poll() is None
