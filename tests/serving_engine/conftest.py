@@ -19,13 +19,15 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+SELECTORS = {"llava-next": "selector", "llava-onevision": "selector-onevision"}  # in data/mini, by model
 START = 280  # seconds that a server may take to start on a busy machine
 
 
 class Engine:
-    """A running server: its address, and what it printed."""
+    """A running server: its model and selector, its address, and what it printed."""
 
-    def __init__(self, arguments: list[str], log: Path):
+    def __init__(self, model: str, log: Path):
+        self.model, self.selector = f"data/mini/{model}", f"data/mini/{SELECTORS[model]}"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -35,8 +37,10 @@ class Engine:
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
             "VLLM_NO_USAGE_STATS": "1",
         }
-        command = [sys.executable, "-m", "tokensel", "serve", *arguments]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
+        command = [sys.executable, "-m", "tokensel", "serve", "--model", self.model, "--keep", "0.5"]
+        command += ["--selector", self.selector, "--trust-request-mm-kwargs", "--enforce-eager"]
+        command += ["--max-model-len", "2048", "--max-num-batched-tokens", "128", "--dtype", "float32"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
@@ -70,12 +74,10 @@ class Engine:
                 continue
 
 
-@pytest.fixture(scope="session")
-def llava_next(tmp_path_factory) -> Iterator[Engine]:
-    """data/mini/llava-next at keep 0.5, its prompts read in pieces."""
-    arguments = ["--model", "data/mini/llava-next", "--selector", "data/mini/selector", "--keep", "0.5"]
-    arguments += ["--max-model-len", "2048", "--max-num-batched-tokens", "128", "--trust-request-mm-kwargs"]
-    engine = Engine(arguments, tmp_path_factory.mktemp("engine") / "llava-next.log")
+@pytest.fixture(scope="session", params=SELECTORS)
+def engine(request, tmp_path_factory) -> Iterator[Engine]:
+    """A small model at keep 0.5, its prompts read in pieces of 128 tokens; one server at a time."""
+    engine = Engine(request.param, tmp_path_factory.mktemp("engine") / "log")
     try:
         engine.wait()
         yield engine

@@ -6,7 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -35,15 +35,15 @@ QUESTIONS = [(task, index) for task, (count, _) in TASKS.items() for index in ra
 
 
 @pytest.fixture(scope="module")
-def vlm() -> Vlm:
+def vlm(engine) -> Vlm:
     torch.set_num_threads(1)
-    return load_vlm("data/mini/llava-next", "cpu")
+    return load_vlm(engine.model, "cpu")
 
 
 @pytest.fixture(scope="module")
-def expected(vlm) -> dict[tuple[str, int, float], tuple[list[int], int]]:
+def expected(engine, vlm) -> dict[tuple[str, int, float], tuple[list[int], int]]:
     """New tokens and length of the prompt by question and keep, from the adapter with compact positions."""
-    selector = make_scorer("selector", selector="data/mini/selector")
+    selector = make_scorer("selector", selector=engine.selector)
     answers = {}
     for task, index in QUESTIONS:
         image, question = asked(task, index)
@@ -70,10 +70,10 @@ def part(image: Image.Image | bytes) -> dict[str, Any]:
     }
 
 
-def body(parts: list[dict[str, Any]], new: int, keep: float | None = None) -> dict[str, Any]:
+def body(model: str, parts: list[dict[str, Any]], new: int, keep: float | None = None) -> dict[str, Any]:
     """The request for a greedy answer; without a keep, that of the server counts."""
     asked: dict[str, Any] = {
-        "model": "data/mini/llava-next",
+        "model": model,
         "messages": [{"role": "user", "content": parts}],
         "max_tokens": new,
         "temperature": 0.0,
@@ -92,33 +92,34 @@ def post(url: str, request: dict[str, Any], timeout: float = 250) -> dict[str, A
         return json.load(response)
 
 
-def answer(url: str, task: str, index: int, keep: float | None) -> tuple[list[int], int]:
+def answer(engine, task: str, index: int, keep: float | None) -> tuple[list[int], int]:
     """New tokens, and the length of the prompt."""
     image, question = asked(task, index)
-    reply = post(url, body([part(image), {"type": "text", "text": question}], NEW[task], keep))
+    parts = [part(image), {"type": "text", "text": question}]
+    reply = post(engine.url, body(engine.model, parts, NEW[task], keep))
     return reply["choices"][0]["token_ids"], reply["usage"]["prompt_tokens"]
 
 
-def test_one_request_at_a_time_is_answered_as_by_the_adapter(llava_next, expected):
+def test_one_request_at_a_time_is_answered_as_by_the_adapter(engine, expected):
     for task, index in [("forms", 0), ("transcribe", 0)]:
         for keep in KEEPS:
-            assert answer(llava_next.url, task, index, keep) == expected[task, index, keep]
+            assert answer(engine, task, index, keep) == expected[task, index, keep]
 
 
-def test_sixteen_clients_with_mixed_images_and_keeps_are_answered_as_by_the_adapter(llava_next, expected):
+def test_sixteen_clients_with_mixed_images_and_keeps_are_answered_as_by_the_adapter(engine, expected):
     # neighbours differ in image and keep, so that a step of the engine mixes both
     many = len(QUESTIONS)
     rows = [(*QUESTIONS[(3 * i + j) % many], keep) for i in range(many) for j, keep in enumerate(KEEPS)]
     assert set(rows) == set(expected)
     with ThreadPoolExecutor(16) as clients:
-        answers = list(clients.map(lambda row: answer(llava_next.url, *row), rows))
+        answers = list(clients.map(lambda row: answer(engine, *row), rows))
     wrong = [row for row, given in zip(rows, answers, strict=True) if given != expected[row]]
     assert not wrong
     assert len({length for _, length in answers}) > 8, "the prompts have many lengths"
 
 
-def test_without_a_keep_in_the_request_that_of_the_server_counts(llava_next, expected):
-    assert answer(llava_next.url, "forms", 1, None) == expected["forms", 1, 0.5]
+def test_without_a_keep_in_the_request_that_of_the_server_counts(engine, expected):
+    assert answer(engine, "forms", 1, None) == expected["forms", 1, 0.5]
 
 
 def test_at_keep_1_the_answers_are_those_of_the_stock_model(vlm, expected):
@@ -132,24 +133,25 @@ def test_at_keep_1_the_answers_are_those_of_the_stock_model(vlm, expected):
         assert inputs["input_ids"].shape[1] == expected[task, index, 1.0][1]
 
 
-def test_bad_requests_are_refused_and_the_engine_lives_on(llava_next, expected):
+def test_bad_requests_are_refused_and_the_engine_lives_on(engine, expected):
     image, question = asked("forms", 2)
     text = {"type": "text", "text": question}
+    asked_of = partial(body, engine.model)
     refused = [
-        body([part(b"no image"), text], 8),
-        body([part(image), text], 8, keep=0.0),
-        body([part(image), text], 8, keep=1.5),
-        body([part(image), text], 8) | {"mm_processor_kwargs": {"keep": "half"}},
+        asked_of([part(b"no image"), text], 8),
+        asked_of([part(image), text], 8, keep=0.0),
+        asked_of([part(image), text], 8, keep=1.5),
+        asked_of([part(image), text], 8) | {"mm_processor_kwargs": {"keep": "half"}},
     ]
     for request in refused:
         with pytest.raises(urllib.error.HTTPError) as caught:
-            post(llava_next.url, request)
+            post(engine.url, request)
         with caught.value as error:
             assert error.code in (400, 422), error.read()
-    alone = post(llava_next.url, body([text], 8))  # a text without an image
+    alone = post(engine.url, asked_of([text], 8))  # a text without an image
     assert alone["choices"][0]["finish_reason"] in ("stop", "length")
     for keep in KEEPS:  # clients that do not wait
         with pytest.raises(TimeoutError):
-            post(llava_next.url, body([part(image), text], 64, keep), timeout=0.01)
-    assert answer(llava_next.url, "forms", 3, 0.3) == expected["forms", 3, 0.3]
-    assert llava_next.process.poll() is None
+            post(engine.url, asked_of([part(image), text], 64, keep), timeout=0.01)
+    assert answer(engine, "forms", 3, 0.3) == expected["forms", 3, 0.3]
+    assert engine.process.poll() is None

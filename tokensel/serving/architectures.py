@@ -4,4 +4,5 @@ __all__ = ["ARCHITECTURES"]
 
 ARCHITECTURES = {
     "llava_next": "TokenselLlavaNext",
+    "llava_onevision": "TokenselLlavaOnevision",
 }

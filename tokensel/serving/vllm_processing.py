@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import LlavaOnevisionConfig
 from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
@@ -21,8 +22,9 @@ from vllm.multimodal.processing import PromptReplacement
 from tokensel.serving.config import ServeConfig
 from tokensel.serving.counting import TokenCounter
 from tokensel.utils.errors import check_keep
+from tokensel.vlm.families.llava_onevision import LlavaOnevisionProcessor
 
-__all__ = ["KeptTokensInfo", "KeptTokensProcessor"]
+__all__ = ["KEEP", "KeptTokensInfo", "KeptTokensProcessor", "OnevisionInfo"]
 
 KEEP = "keep"  # the name of the option of a request, and of the field that hands it to the model
 
@@ -41,6 +43,19 @@ class KeptTokensInfo(LlavaNextProcessingInfo):
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
+
+
+class OnevisionInfo(KeptTokensInfo):
+    """The same for LLaVA-OneVision: images alone, and one in a prompt, as it leaves several of them uncut."""
+
+    def get_hf_config(self) -> Any:
+        return self.ctx.get_hf_config(LlavaOnevisionConfig)
+
+    def get_hf_processor(self, **kwargs: Any) -> Any:
+        return self.ctx.get_hf_processor(LlavaOnevisionProcessor, **kwargs)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": 1}
 
 
 class KeptTokensProcessor(LlavaNextMultiModalProcessor):
