@@ -84,7 +84,7 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
         (cli.dyrate, DyRateConfig, set()),
         (cli.evaluate, EvalConfig, {"whole", "progress"}),
         (cli.cost, CostConfig, {"training", "progress"}),
-        (cli.serve, ServeConfig, {"context"}),
+        (cli.serve, ServeConfig, {"engine"}),
     ],
 )
 def test_options_and_defaults_are_those_of_the_configuration(command, config, renamed):
@@ -103,21 +103,9 @@ def test_options_and_defaults_are_those_of_the_configuration(command, config, re
 def test_what_the_command_does_not_know_is_passed_on_to_the_engine(monkeypatch):
     seen = []
     monkeypatch.setattr("tokensel.serving.launch.serve", lambda *given: seen.append(given))
-    words = [
-        "serve",
-        "--model",
-        "tiny",
-        "--port",
-        "8000",
-        "--keep",
-        "0.3",
-        "--enforce-eager",
-        "--",
-        "--seed",
-        "3",
-    ]
-    assert run(*words).exit_code == 0
-    assert seen == [(ServeConfig("tiny", keep=0.3), ["--port", "8000", "--enforce-eager", "--seed", "3"])]
+    known, others = ["--model", "tiny", "--keep", "0.3"], ["--port", "8000", "--enforce-eager"]
+    assert run("serve", *others, *known, "--", "--seed", "3").exit_code == 0
+    assert seen == [(ServeConfig("tiny", keep=0.3), [*others, "--seed", "3"])]
 
 
 def test_values_reach_the_configuration(monkeypatch):

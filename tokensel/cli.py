@@ -218,18 +218,24 @@ def cost(
     typer.echo("\n".join([*lines(json.loads(path.read_text(encoding="utf-8"))), str(path)]))
 
 
-@_command(ServeConfig, ignore_unknown_options=True, allow_extra_args=True)
-def serve(values: dict[str, Any], context: typer.Context) -> None:
+@_command(ServeConfig, ignore_unknown_options=True)
+def serve(
+    values: dict[str, Any],
+    engine: Annotated[
+        list[str] | None,
+        typer.Argument(help="Options of vLLM's server, such as --port 8000; after --, all words are its."),
+    ] = None,
+) -> None:
     """Start vLLM's OpenAI-compatible server for a model, with fewer visual tokens of every image.
 
-    Options that are not listed here are passed on to vLLM, such as `--port 8000`; after `--`, all are. With
-    vLLM's `--trust-request-mm-kwargs` a request may name its own: `"mm_processor_kwargs": {"keep": 0.3}`.
+    Options that are not listed here are passed on to vLLM. With its `--trust-request-mm-kwargs` a request may
+    name a keep of its own: `"mm_processor_kwargs": {"keep": 0.3}`.
     """
     config = ServeConfig(**values)
     from tokensel.serving.launch import serve as run
 
     _quiet()
-    run(config, context.args)
+    run(config, engine or [])
 
 
 @app.command()

@@ -19,6 +19,7 @@ from tokensel.book.mini.world import draw_page
 from tokensel.scorers import make_scorer
 from tokensel.vlm import Vlm, load_vlm, reduce_inputs
 
+pytestmark = pytest.mark.timeout(1200)  # seconds; the first of them starts the server
 KEEPS = (1.0, 0.5, 0.3, 0.1)
 TASKS = {"forms": (20, 8), "transcribe": (5, 64)}  # how many questions, and how many new tokens
 NEW = {task: new for task, (_, new) in TASKS.items()}
