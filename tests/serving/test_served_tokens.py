@@ -22,6 +22,7 @@ CHOICES = {
     "budget": ["image", "tile"],
     "thumbnail": ["compete", "keep", "last", "drop"],
     "newline": ["keep", "drop"],
+    "neighbours": [0, 2],
 }
 
 

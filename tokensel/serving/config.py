@@ -60,6 +60,9 @@ class ServeConfig:
     thumbnail: Annotated[
         Literal["compete", "keep", "last", "drop"], Option("What happens to cells of the thumbnail.", KEEPING)
     ] = "compete"
+    neighbours: Annotated[
+        int, Option("Cells to each side in its row that a kept cell brings along.", KEEPING, least=0)
+    ] = 0
     newline: Annotated[Literal["keep", "drop"], Option("What happens to newlines.", KEEPING)] = "keep"
 
     def __post_init__(self) -> None:
@@ -93,9 +96,9 @@ class ServeConfig:
             raise TokenselError(f"hf_overrides: tokensel: {error}") from None
 
     @property
-    def choices(self) -> dict[str, str]:
+    def choices(self) -> dict[str, Any]:
         """The fields that are :class:`~tokensel.vlm.choose.Choices`; positions are compact."""
-        names = ("budget", "thumbnail", "newline")
+        names = ("budget", "thumbnail", "neighbours", "newline")
         return {name: getattr(self, name) for name in names} | {"positions": "compact"}
 
     def overrides(self, architecture: str) -> dict[str, Any]:
