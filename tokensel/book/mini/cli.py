@@ -100,6 +100,20 @@ def counts(
     typer.echo(f"finished: {table}")
 
 
+@app.command("counting")
+def counting(
+    table: Annotated[Path, typer.Option(help="CSV file to write; its provenance beside it")],
+    model: Annotated[Path, typer.Option(help="the small model")] = Path("data/mini/llava-next"),
+    selector: Annotated[Path, typer.Option(help="a selector for it")] = Path("data/mini/selector"),
+    n: Annotated[int, typer.Option(min=1, help="questions")] = 400,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+) -> None:
+    """Measure whether a model counts too many or too few when parts of the image are gone."""
+    from tokensel.book.mini.counting import record_counting
+
+    typer.echo(f"finished: {record_counting(model, selector, table, n, split)}")
+
+
 @app.command("draw")
 def draw_pages(
     tasks: Annotated[
