@@ -41,7 +41,10 @@ def question_pairs(questions: Questions) -> list[tuple[int, int]]:
 
 
 def follow_up_rows(
-    session: EvalSession, questions: Questions, pairs: Sequence[tuple[int, int]]
+    session: EvalSession,
+    questions: Questions,
+    pairs: Sequence[tuple[int, int]],
+    conditions: Sequence[Condition] | None = None,
 ) -> Iterator[list[Row]]:
     """Ask every pair under every condition of an evaluation, one condition after the other.
 
@@ -49,6 +52,7 @@ def follow_up_rows(
         session: the model with its configuration; the questions and their number are not taken from it.
         questions: those of one benchmark.
         pairs: from :func:`question_pairs`.
+        conditions: some of the evaluation's; all by default.
 
     Yields:
         Three rows of the table, see :data:`TURN_COLUMNS`: the score of the first answers, that of the second
@@ -64,7 +68,7 @@ def follow_up_rows(
         keys = stable_keys([questions.ids[i] for i in firsts])
         images, prompts = [questions.image(i) for i in firsts], [questions.prompts[i] for i in firsts]
         batches.append((part, Batch(session.vlm, images, prompts, keys)))
-    for condition in session.config.conditions():
+    for condition in session.config.conditions() if conditions is None else conditions:
         scores = np.concatenate(
             [_scores(session, questions, condition, part, batch) for part, batch in batches]
         )

@@ -114,6 +114,33 @@ def counting(
     typer.echo(f"finished: {record_counting(model, selector, table, n, split)}")
 
 
+@app.command("field")
+def field(
+    table: Annotated[
+        Path, typer.Option(help="CSV file to write; three more tables and the provenance beside it")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the answers")] = Path("_build/field"),
+    n: Annotated[int, typer.Option(min=1, help="questions a task, and pages that are asked twice")] = 400,
+    methods: Annotated[
+        str | None, typer.Option(help="comma-separated; by default all whose trained parts are given")
+    ] = None,
+    selector: Annotated[str, typer.Option(help="folder of the selector")] = "data/mini/selector",
+    dyrate: Annotated[str, typer.Option(help="folder of DyRate's predictor")] = "data/mini/dyrate",
+    diffprune: Annotated[str | None, typer.Option(help="folder of a trained DiffPrune")] = None,
+    visionselector: Annotated[str | None, typer.Option(help="folder of a trained VisionSelector")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions at a time")] = 40,
+    shard: Annotated[str, typer.Option(help="part i of n, as i/n, for several processes")] = "1/1",
+) -> None:
+    """Record every method with the controls that critics ask for; after a kill, it resumes."""
+    from tokensel.book.mini.field import field_config, record_field
+
+    parts = {"selector": selector, "dyrate": dyrate, "diffprune": diffprune, "visionselector": visionselector}
+    chosen = () if methods is None else tuple(name.strip() for name in methods.split(","))
+    config = field_config(out, n, parts, methods=chosen, batch_size=batch_size, shard=shard)
+    written = record_field(config, table)
+    typer.echo("answers are left to other shards" if written is None else f"finished: {written}")
+
+
 @app.command("draw")
 def draw_pages(
     tasks: Annotated[

@@ -1,0 +1,77 @@
+"""The recorder of the field: four tables of one run."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tokensel.benchmarks.conditions import Condition
+from tokensel.benchmarks.recorded import RecordedAnswers
+from tokensel.benchmarks.results import ScoreTable
+from tokensel.book.mini import field
+from tokensel.book.mini.controls import TWICE
+from tokensel.book.mini.suite import BENCHMARKS as SUITE
+from tokensel.scorers import SCORERS
+
+PARTS = {"selector": "data/mini/selector", "dyrate": "data/mini/dyrate", "diffprune": None}
+
+
+@pytest.fixture
+def config(request, monkeypatch, tmp_path):
+    monkeypatch.chdir(request.config.rootpath)
+    monkeypatch.setattr(field, "_ROUNDS", 1)
+    methods = ("full", "downsample", "fastv", "oracle")
+    more = {"methods": methods, "benchmarks": ("forms",), "keeps": (0.3,), "seeds": (0,)}
+    try:
+        yield field.field_config(tmp_path / "out", 2, PARTS, **more, device="cpu")
+    finally:
+        for name in field.DRAWN:
+            SCORERS.pop(name, None)
+
+
+def test_a_method_without_its_trained_part_is_left_out(config, tmp_path):
+    every = field.field_config(tmp_path, 3, PARTS).methods
+    assert {"selector", "dyrate", "oracle", "drawn", "scope", "fastocr", "random"} <= set(every)
+    assert {"diffprune", "visionselector", "native"}.isdisjoint(every)
+
+
+def test_one_run_records_scores_times_difficult_questions_words_and_turns(config, tmp_path, monkeypatch):
+    table = tmp_path / "field.csv"
+    assert field.record_field(config, table) == table
+    rows = pd.read_csv(table)
+    assert list(rows["method"].unique()) == list(config.methods) and set(rows["n"]) == {2}
+    timed = rows[rows["method"] != "oracle"]
+    assert bool((timed[list(field.TIMES)] > 0).all(axis=None)) and rows[list(field.TIMES)].isna().any(
+        axis=None
+    )
+    assert len(timed.groupby("method")["first_token_ms"].unique()) == 3
+    assert bool((rows["flops"] > 0).all()) and bool((rows["kv_bytes"] > 0).all())
+    words = pd.read_csv(table.with_suffix(".words.csv"))
+    assert set(words["benchmark"]) == set(field.SPELLED)
+    turns = pd.read_csv(table.with_suffix(".turns.csv"))
+    assert set(turns["benchmark"]) == {f"{task}_twice" for task in TWICE}
+    assert len(turns) == len(TWICE) * len(config.methods) * 3
+    assert Path(table.with_suffix(".provenance.json")).is_file()
+    # the same call takes what exists, the measured times too, and writes the same tables
+    before = {path.name: path.read_bytes() for path in sorted(tmp_path.glob("field*.csv"))}
+    monkeypatch.setattr(field, "follow_up_rows", None)
+    monkeypatch.setattr(field, "first_token_times", None)
+    field.record_field(config, table)
+    assert {path.name: path.read_bytes() for path in sorted(tmp_path.glob("field*.csv"))} == before
+
+
+def test_the_difficult_questions_of_each_budget_are_those_of_its_own_smaller_image():
+    full, none = Condition("full", 1.0, 0), Condition("none", 0.0, 0)
+    small = {keep: Condition("downsample", keep, 0) for keep in (0.3, 0.5)}
+    norm = {keep: Condition("norm", keep, 0) for keep in (0.3, 0.5)}
+    scores = {full: [1, 1, 1, 0], none: [0, 0, 1, 0], small[0.3]: [0, 0, 1, 0], small[0.5]: [0, 1, 1, 0]}
+    scores |= {norm[0.3]: [1, 0, 0, 0], norm[0.5]: [1, 0, 0, 1]}
+    columns = {condition: np.array(column, dtype=float) for condition, column in scores.items()}
+    answers = RecordedAnswers(SUITE["forms"], ScoreTable(columns, None, np.array([""] * 4)), {})
+    hard = field.difficult_table("mini", [answers])
+    found = {(row.small, row.method): (row.keep, row.n, row.score) for row in hard.itertuples()}
+    assert found == {
+        (0.3, "none"): (0.0, 2, 0.0), (0.3, "norm"): (0.3, 2, 0.5),
+        (0.5, "none"): (0.0, 1, 0.0), (0.5, "norm"): (0.5, 1, 1.0),
+    }  # fmt: skip
