@@ -70,7 +70,8 @@ def test_the_difficult_questions_of_each_budget_are_those_of_its_own_smaller_ima
     columns = {condition: np.array(column, dtype=float) for condition, column in scores.items()}
     answers = RecordedAnswers(SUITE["forms"], ScoreTable(columns, None, np.array([""] * 4)), {})
     hard = field.difficult_table("mini", [answers])
-    found = {(row.small, row.method): (row.keep, row.n, row.score) for row in hard.itertuples()}
+    columns = ["small", "method", "keep", "n", "score"]
+    found = {(row[0], row[1]): tuple(row[2:]) for row in hard[columns].to_numpy().tolist()}
     assert found == {
         (0.3, "none"): (0.0, 2, 0.0), (0.3, "norm"): (0.3, 2, 0.5),
         (0.5, "none"): (0.0, 1, 0.0), (0.5, "norm"): (0.5, 1, 1.0),
