@@ -16,7 +16,7 @@ from tokensel.utils.errors import MissingPackageError, TokenselError, reason
 from tokensel.utils.loading import hub_options
 from tokensel.vlm.families import family_of
 
-__all__ = ["command", "serve", "start_line"]
+__all__ = ["command", "load_config", "serve", "start_line"]
 
 _IMAGE = (480, 640)  # height and width of the image in the line at start
 _OURS = ("--model", "--revision", "--hf-overrides", "--hf_overrides")
@@ -51,6 +51,8 @@ def load_config(config: ServeConfig) -> PretrainedConfig:
     name = config.model
     try:
         model: Any = AutoConfig.from_pretrained(name, **hub_options(name, revision=config.revision))
+    except TokenselError:
+        raise
     except (OSError, ValueError) as error:
         raise TokenselError(
             f"{name} holds no model ({reason(error)}); give a folder or hub id that does"
