@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,8 @@ pytest.importorskip("vllm", reason="vllm is not installed: these tests run by `m
 
 from tokensel.book.mini.world import draw_page
 from tokensel.scorers import make_scorer
+from tokensel.serving.config import ServeConfig
+from tokensel.serving.counting import TokenCounter
 from tokensel.vlm import Vlm, load_vlm, reduce_inputs
 
 pytestmark = pytest.mark.timeout(1200)  # seconds; the first of them starts the server
@@ -134,6 +137,24 @@ def test_at_keep_1_the_answers_are_those_of_the_stock_model(vlm, expected):
         assert inputs["input_ids"].shape[1] == expected[task, index, 1.0][1]
 
 
+def test_several_images_in_a_prompt_are_answered_as_by_the_adapter_or_refused(engine, vlm):
+    images, question = [asked("forms", index)[0] for index in (0, 1)], asked("forms", 1)[1]
+    request = body(engine.model, [*map(part, images), {"type": "text", "text": question}], 8, keep=0.3)
+    if engine.model.endswith("onevision"):  # which cuts an image only where it is alone
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            post(engine.url, request)
+        with caught.value as error:
+            assert error.code == 400
+        return
+    selector = make_scorer("selector", selector=engine.selector)
+    inputs = vlm.inputs([images], [vlm.prompt(question, 2)])
+    reduced = reduce_inputs(vlm.model, inputs, selector, 0.3, positions="compact")
+    out = vlm.generate_output(reduced, 8)
+    reply = post(engine.url, request)
+    assert reply["usage"]["prompt_tokens"] == int(reduced["attention_mask"].sum())
+    assert reply["choices"][0]["token_ids"] == out.tokens[0, : int(out.lengths[0])].tolist()
+
+
 def test_bad_requests_are_refused_and_the_engine_lives_on(engine, expected):
     image, question = asked("forms", 2)
     text = {"type": "text", "text": question}
@@ -149,10 +170,45 @@ def test_bad_requests_are_refused_and_the_engine_lives_on(engine, expected):
             post(engine.url, request)
         with caught.value as error:
             assert error.code in (400, 422), error.read()
-    alone = post(engine.url, asked_of([text], 8))  # a text without an image
-    assert alone["choices"][0]["finish_reason"] in ("stop", "length")
-    for keep in KEEPS:  # clients that do not wait
-        with pytest.raises(TimeoutError):
-            post(engine.url, asked_of([part(image), text], 64, keep), timeout=0.01)
     assert answer(engine, "forms", 3, 0.3) == expected["forms", 3, 0.3]
+
+
+def test_images_of_every_size_beside_broken_ones_and_clients_that_hang_up(engine, vlm, expected):
+    counter = TokenCounter(vlm.model.config, ServeConfig(engine.model))
+    asked_of, text = partial(body, engine.model), {"type": "text", "text": "what is it?"}
+    alone = post(engine.url, asked_of([text], 1))["usage"]["prompt_tokens"]
+    inputs = vlm.inputs([asked("forms", 0)[0]], [vlm.prompt("what is it?")])
+    # tokens of a prompt besides those of its image
+    around = int((inputs["input_ids"] != vlm.model.config.image_token_id).sum())
+
+    def ask(number: int) -> str | None:
+        """What is wrong with the answer to one of the requests; ``None`` if nothing is."""
+        rng = np.random.default_rng(number)
+        size, keep = rng.integers(8, 400, 2), float(rng.choice(KEEPS))
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        kind = number % 8
+        if kind == 0:
+            return (
+                None if post(engine.url, asked_of([text], 1))["usage"]["prompt_tokens"] == alone else "text"
+            )
+        if kind == 1:  # a client that does not wait
+            try:
+                post(engine.url, asked_of([part(image), text], 64, keep), timeout=0.01)
+            except (TimeoutError, urllib.error.URLError):
+                return None
+            return "an answer in no time"
+        if kind == 2:
+            try:
+                post(engine.url, asked_of([part(image.tobytes()[:200]), text], 1, keep))
+            except urllib.error.HTTPError as error:
+                with error:
+                    return None if error.code == 400 else f"{error.code}"
+            return "an answer about a broken image"
+        length = post(engine.url, asked_of([part(image), text], 1, keep))["usage"]["prompt_tokens"]
+        wanted = around + counter.count(*size, keep)
+        return None if length == wanted else f"{length} tokens for {wanted} ({size}, keep {keep})"
+
+    with ThreadPoolExecutor(64) as clients:
+        assert not [wrong for wrong in clients.map(ask, range(160)) if wrong]
+    assert answer(engine, "forms", 4, 0.5) == expected["forms", 4, 0.5]
     assert engine.process.poll() is None

@@ -1,4 +1,9 @@
-"""Start vLLM's OpenAI-compatible server with the plugin."""
+"""Start vLLM's OpenAI-compatible server with the plugin.
+
+vLLM adds no special token to a chat. Where the chat template of a model has no first token, as that of
+``data/mini/llava-next``, a request needs ``"add_special_tokens": true`` for the prompt that
+:meth:`tokensel.vlm.model.Vlm.inputs` makes.
+"""
 
 import json
 import os

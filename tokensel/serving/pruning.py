@@ -84,16 +84,14 @@ class Pruner:
         """
         encoded = self._encoded(pixel_values, image_sizes.cpu())
         layout = encoded.layout
-        kept_share = torch.tensor(list(keeps), dtype=torch.float64)[
-            layout.image
-        ]  # of each packed token's image
-        cells = torch.zeros_like(layout.cell)
-        kept = torch.zeros_like(layout.cell)
+        # the keep of each packed token's image
+        keep_of_token = torch.tensor(list(keeps), dtype=torch.float64)[layout.image]
+        cells, kept = torch.zeros_like(layout.cell), torch.zeros_like(layout.cell)
         for keep in set(keeps):  # scores are computed once; only the choice depends on keep
             scorer = None if keep == 1.0 else self.scorer
             chosen = choose_tokens(encoded, scorer, keep, self._choices)
             for mask, part in zip((cells, kept), chosen):
-                mask |= part & (kept_share == keep)
+                mask |= part & (keep_of_token == keep)
         embeds = embed_tokens(encoded, self.scorer, cells, kept)
         return list(embeds.split(torch.bincount(layout.image[kept], minlength=len(keeps)).tolist()))
 
@@ -107,9 +105,7 @@ class Pruner:
             attention_mask=none.bool(),
             places=torch.stack([layout.image, torch.zeros_like(layout.image)], 1),
             layout=layout,
-            pixel_values=torch.cat(
-                [tiles[:count] for tiles, count in zip(pixel_values, layout.tiles, strict=True)]
-            ),
+            pixel_values=torch.cat([t[:count] for t, count in zip(pixel_values, layout.tiles, strict=True)]),
             image_sizes=image_sizes,
             family=self._family,
         )
