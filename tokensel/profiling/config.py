@@ -28,7 +28,8 @@ class CostConfig:
     model: Annotated[
         str,
         Option(
-            "LLaVA-NeXT: folder or Hub id; or llava-next-0.5b, llava-next-7b: true size, random weights.",
+            "Vision-language model: folder or Hub id; or llava-next-0.5b, llava-next-7b: true size, random "
+            "weights.",
             MODEL,
         ),
     ]

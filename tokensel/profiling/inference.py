@@ -12,29 +12,34 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tokensel.cost.count import (
     Cost,
     count_answer,
     count_decoder,
     count_projector,
+    count_trunk,
     count_vision,
     first_token,
     layers_read,
     step_bytes,
 )
+from tokensel.cost.towers import count_tower
 from tokensel.methods import check_method
 from tokensel.profiling.config import CostConfig
 from tokensel.profiling.shapes import SHAPES
 from tokensel.profiling.timing import PHASES, cpu_threads, time_answer
-from tokensel.profiling.workload import FULL, MeasuredModel, Variant, make_inputs, schedule_of, variants
+from tokensel.profiling.workload import FULL, MeasuredModel, Variant, schedule_of, variants
+from tokensel.schedules import Schedule
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import write_json
 from tokensel.utils.provenance import command_line, environment, json_digest
 from tokensel.utils.source import code_digest
 from tokensel.vlm import Encoded, encode
 from tokensel.vlm.downsample import coarse_grid
+from tokensel.vlm.families import family_of
+from tokensel.vlm.layout import Layout
 
 __all__ = [
     "IDEAL",
@@ -93,7 +98,7 @@ def _measure(config: CostConfig, progress: bool, model: PreTrainedModel | None) 
     total = len(blocks) * (config.warmup + config.repetitions) * len(every)
     with tqdm(total=total, desc="cost", unit="answer", disable=not progress, file=sys.stderr) as bar:
         for block in blocks:
-            inputs = make_inputs(measured.model, block.image, block.rows, config.text, config.seed)
+            inputs = measured.inputs(block.image, block.rows)
             missing = max(0, config.repetitions - len(rounds.of(block)))
             bar.update((config.repetitions - missing + (0 if missing else config.warmup)) * len(every))
             for number in range(-config.warmup if missing else 0, missing):
@@ -177,7 +182,7 @@ def summarise_inference(
         cost = counted(config, measured, variant, encoded, times[0]["length"], times[0]["n_visual"])
         ideal = {"first_token": cost.speedup(full)}
         if schedule_of(variant, config) is None:
-            text, rows = measured.model.config.text_config, block.rows
+            text, rows = measured.model.config.get_text_config(), block.rows
             size = measured.model.dtype.itemsize
             full_bytes = step_bytes(text, stock[0]["length"], rows, size)
             ideal["further_token"] = full_bytes / step_bytes(text, times[0]["length"], rows, size)
@@ -230,6 +235,8 @@ def counted(
         cells: visual cells of a row that enter it, newlines not counted; needed by schedules.
     """
     model, layout = measured.model.config, encoded.layout
+    if layout.grid is not None:
+        return _counted_by_grid(config, measured, variant, layout, length, cells)
     rows, tiles = len(layout.tiles), layout.tiles[0]
     visual, newlines = int(encoded.n_visual[0]), int((~layout.cell).sum()) // rows
     read, text = layers_read(model), config.text
@@ -256,14 +263,47 @@ def counted(
     if (schedule := schedule_of(variant, config)) is not None:
         assert cells is not None, "every method with a schedule counts its visual tokens"
         newlines = length - text - cells  # fewer than in the full image where it was shrunk before
-        entering, share = [], 1.0
-        for layer in range(model.text_config.num_hidden_layers):
-            # in the prefill every schedule that is measured gives one number for all rows
-            share = float(schedule.entering(layer)) if layer in schedule.layers() else share
-            kept = max(1, round(share * cells)) if share > 0 else 0
-            entering.append(kept + (newlines if share == 1 or schedule.newline == "keep" else 0))
-        cost = replace(cost, prefill=count_answer(model.text_config, text, np.array([entering])))
+        cost = replace(cost, prefill=_count_schedule(model.text_config, schedule, text, cells, newlines))
     return Cost(*(rows * part for part in asdict(cost).values()))
+
+
+def _counted_by_grid(
+    config: CostConfig,
+    measured: MeasuredModel,
+    variant: Variant,
+    layout: Layout,
+    length: int,
+    cells: int | None,
+) -> Cost:
+    """:func:`counted` for a model without newlines; that all tokens are projected is a part of encoding."""
+    assert layout.grid is not None, "a model without newlines names the grid of each tile"
+    model, grids = measured.model.config, layout.grid.tolist()
+    row, text = check_method(variant.method), model.get_text_config()
+    looks = variant.method != "none"
+    prefill = count_decoder(text, length)
+    if (schedule := schedule_of(variant, config)) is not None:
+        assert cells is not None, "every method with a schedule counts its visual tokens"
+        prefill = _count_schedule(text, schedule, length - cells, cells)
+    selector = None if row.learned is None else measured.learned[row.learned].config
+    return Cost(
+        encoder=count_tower(model, grids) if looks else 0,
+        selector=0 if selector is None else sum(count_trunk(selector, high * wide) for high, wide in grids),
+        projector=0,
+        prefill=len(layout.tiles) * prefill,
+    )
+
+
+def _count_schedule(
+    text_config: PretrainedConfig, schedule: Schedule, text: int, cells: int, newlines: int = 0
+) -> int:
+    """FLOPs of one row's prefill in which a schedule drops some of its cells, and perhaps its newlines."""
+    entering, share = [], 1.0
+    for layer in range(text_config.num_hidden_layers):
+        # in the prefill every schedule that is measured gives one number for all rows
+        share = float(schedule.entering(layer)) if layer in schedule.layers() else share
+        kept = max(1, round(share * cells)) if share > 0 else 0
+        entering.append(kept + (newlines if share == 1 or schedule.newline == "keep" else 0))
+    return count_answer(text_config, text, np.array([entering]))
 
 
 def _report(
@@ -275,18 +315,19 @@ def _report(
 ) -> dict[str, Any]:
     model, selector = measured.model, measured.selector
     core: Any = model.base_model
+    family = family_of(model.config)
     shape = f"{selector.config.layers} x Transformer layer of width {selector.config.width}"
     return {
         "model": config.model,
         "weights": weights_of(config),
         "selector": config.selector or f"random weights, {shape}",
         "parameters": {
-            "encoder": core.vision_tower.num_parameters(),
-            "language_model": core.language_model.num_parameters(),
+            "encoder": sum(weight.numel() for weight in family.tower(model).parameters()),
+            "language_model": getattr(core, family.text).num_parameters(),
             "selector": selector.num_parameters(),
         },
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config.text_config._attn_implementation,
+        "attention": model.config.get_text_config()._attn_implementation,
         "machine": machine,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # not on Windows
         "sittings": max(round["sitting"] for round in rounds.all),

@@ -19,6 +19,7 @@ from tokensel.methods import check_method
 from tokensel.profiling.workload import MeasuredModel, Variant
 from tokensel.scorers import Scorer
 from tokensel.vlm import Reduced
+from tokensel.vlm.families import family_of
 
 PHASES = ("encoder", "selector", "selection", "projector", "prefill", "other")
 
@@ -67,11 +68,15 @@ class Spans:
     def hooked(self, model: PreTrainedModel) -> Iterator[None]:
         """Within this context, mark the first run of each part of the model."""
         core: Any = model.base_model
+        family = family_of(model.config)
+        tower, text = family.tower(model), getattr(core, family.text)
         edges: list[tuple[nn.Module, nn.Module | None, str]] = [
-            (core.vision_tower, core.vision_tower, "encoder"),
-            (core.multi_modal_projector, core.multi_modal_projector, "projector"),
-            (core.language_model, model.get_output_embeddings(), "prefill"),
+            (tower, tower, "encoder"),
+            (text, model.get_output_embeddings(), "prefill"),
         ]
+        # the merger of a Qwen-VL is a part of its tower
+        projector = getattr(core, "multi_modal_projector", getattr(core, "connector", None))
+        edges += [] if projector is None else [(projector, projector, "projector")]
         with ExitStack() as stack:
             for first, last, name in edges:
                 begin = first.register_forward_pre_hook(lambda *_, name=name: self._begin(name))

@@ -19,7 +19,7 @@ from tokensel.data.tower import run_tower
 from tokensel.profiling.config import CostConfig
 from tokensel.profiling.inference import Block, Rounds, quartiles, weights_of
 from tokensel.profiling.timing import cpu_threads, watch_peak
-from tokensel.profiling.workload import build_model
+from tokensel.profiling.workload import build_vlm
 from tokensel.training.autoencoder import Autoencoder
 from tokensel.training.config import TrainConfig
 from tokensel.training.optim import adamw, seeded, use_bf16
@@ -28,6 +28,7 @@ from tokensel.training.train import train_step
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import write_json
 from tokensel.utils.provenance import command_line, environment
+from tokensel.vlm.families import check_tiled
 
 PAPER_IMAGES = 100_000  # of COCO, Sec. 4.5
 ROUND = ("multiply", "encode", "train")
@@ -125,14 +126,15 @@ def measure_training(config: CostConfig, progress: bool = True, model: PreTraine
         model: a model in memory, used instead of ``config.model``.
 
     Raises:
-        TokenselError: nothing to load under the model's name, or a precision in which selectors are not
-            trained.
+        TokenselError: nothing to load under the model's name, a model that is no LLaVA-NeXT or
+            LLaVA-OneVision, or a precision in which selectors are not trained.
     """
     with cpu_threads(config.threads):
-        return _measure(config, progress, build_model(config) if model is None else model)
+        return _measure(config, progress, build_vlm(config).model if model is None else model)
 
 
 def _measure(config: CostConfig, progress: bool, model: PreTrainedModel) -> Path:
+    check_tiled(model.config, "cost --training")
     machine = environment(model.device) | {"threads": torch.get_num_threads()}
     rounds = Rounds.of_measurement("training", config, machine)
     rows = []

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -20,8 +21,8 @@ from tokensel.scorers import LEARNED, Scorer, make_scorer, scorer_class
 from tokensel.utils.devices import check_device
 from tokensel.utils.errors import TokenselError, reason
 from tokensel.utils.loading import hub_options
-from tokensel.vlm import Choices, Encoded, Reduced, encode, load_vlm
-from tokensel.vlm.families import check_tiled
+from tokensel.vlm import Choices, Encoded, Reduced, Vlm, encode, load_vlm
+from tokensel.vlm.families import family_of
 from tokensel.vlm.layout import read_layout, tile_counts
 
 FULL = "full"  # the stock model on stock inputs: nothing of this library runs
@@ -54,18 +55,16 @@ def schedule_of(variant: Variant, config: CostConfig) -> Schedule | None:
     return make_schedule(row.schedule, **{name: value for name, value in given.items() if name in known})
 
 
-def build_model(config: CostConfig) -> PreTrainedModel:
-    """The model with its own weights, or a model of its shape with random ones.
+def build_vlm(config: CostConfig) -> Vlm:
+    """The model with its own weights, or a model of its shape with random ones, which LLaVAs need alone.
 
     Raises:
-        TokenselError: nothing to load under this name, or a model that cuts no image tiles.
+        TokenselError: nothing to load under this name, or a model of no known family.
     """
     device = check_device(config.device)
     if not (config.random_weights or config.model in SHAPES):
         dtype = None if config.dtype == "auto" else config.dtype
-        model = load_vlm(config.model, device, dtype, config.attn, revision=config.revision).model
-        check_tiled(model.config, "cost")
-        return model
+        return load_vlm(config.model, device, dtype, config.attn, revision=config.revision)
     half = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = half if config.dtype == "auto" else getattr(torch, config.dtype)
     known = config.model in SHAPES
@@ -78,7 +77,22 @@ def build_model(config: CostConfig) -> PreTrainedModel:
             )
         except (ImportError, ValueError) as error:  # of an attention whose package is missing, or unknown
             raise TokenselError(f"attn is {config.attn!r} ({reason(error)}); give sdpa or eager") from None
-    return model.eval()
+    processor = None if known else _processor(config, shape)
+    return Vlm(model.eval(), processor, config.model)
+
+
+def _processor(config: CostConfig, shape: Any) -> Any:
+    """The processor beside a configuration; ``None`` for LLaVA-NeXT and OneVision, whose inputs are drawn."""
+    family = family_of(shape, config.model)
+    if family.tiled:
+        return None
+    try:
+        return family.processor(config.model, shape, **hub_options(config.model, revision=config.revision))
+    except (OSError, ValueError) as error:
+        raise TokenselError(
+            f"{config.model} holds no processor, which says what an image becomes ({reason(error)}); give a "
+            "folder or hub id that does"
+        ) from None
 
 
 def _configuration(name: str, revision: str | None) -> Any:
@@ -91,8 +105,7 @@ def _configuration(name: str, revision: str | None) -> Any:
             f"{name} holds no configuration ({reason(error)}); give a folder, a hub id, or one of "
             f"{', '.join(SHAPES)}"
         ) from None
-    if not hasattr(config, "image_grid_pinpoints"):
-        raise TokenselError(f"{name} is a {config.model_type}, which cuts no image tiles: give a LLaVA-NeXT")
+    family_of(config, name)  # raises
     return config
 
 
@@ -100,7 +113,13 @@ def build_selector(config: CostConfig, model: PreTrainedModel) -> TokenSelector:
     """The trained selector, or one of the configured depth with random weights."""
     if config.selector is not None:
         return TokenSelector.from_pretrained(config.selector)
-    width = feature_width(model.config.vision_config, model.config.vision_feature_layer)
+    family, shape = family_of(model.config), model.config
+    reads_layer = family.reads_layer
+    width = (
+        feature_width(shape.vision_config, shape.vision_feature_layer)
+        if reads_layer
+        else family.patch_width(shape)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return TokenSelector(SelectorConfig(width=width, layers=config.selector_layers))
@@ -111,6 +130,7 @@ def build_learned(config: CostConfig, model: PreTrainedModel, option: str) -> Co
     if option == "selector":
         return build_selector(config, model)
     scorer: Any = scorer_class(option)
+    scorer.check_tower(model.config)
     shape: Any = LEARNED[option].config_class
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -146,6 +166,30 @@ def make_inputs(model: PreTrainedModel, size: str, rows: int, text: int, seed: i
     }
 
 
+def _processed_inputs(vlm: Vlm, size: str, rows: int, text: int, seed: int = 0) -> dict[str, Tensor]:
+    """What the model's own processor makes of ``rows`` images of one size, noise, with a question.
+
+    Args:
+        vlm: the model and its processor.
+        size: size of the images, as HEIGHTxWIDTH in pixels.
+        rows: prompts, each with one image.
+        text: tokens of each prompt besides the visual ones; more where template and tags of the image are.
+        seed: seed of the noise.
+    """
+    noise = np.random.default_rng(seed).integers(0, 256, (rows, *image_size(size), 3), dtype=np.uint8)
+    batch = dict(vlm.inputs([[image] for image in noise], [vlm.prompt("?")] * rows))
+    ids, family = batch["input_ids"], family_of(vlm.model.config)
+    visual = torch.isin(ids, family.placeholders(vlm.model.config).to(ids.device))
+    missing = max(0, text - int((~visual[0]).sum()))
+    words = vlm.processor.tokenizer("what is in it", add_special_tokens=False).input_ids
+    more = torch.tensor((words * missing)[:missing], dtype=torch.long, device=ids.device).expand(rows, -1)
+    for name, value in batch.items():
+        if value.shape == ids.shape:  # one value a column: ids, mask and, in some families, types
+            fill = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+            batch[name] = torch.cat([value, fill.get(name, torch.zeros_like(more)).to(value)], 1)
+    return batch
+
+
 class Processed(EncodedBatch):
     """A batch that is processed already, and not yet encoded."""
 
@@ -155,8 +199,8 @@ class Processed(EncodedBatch):
     def encode(self, with_images: bool) -> Encoded:
         if with_images:
             return encode(self.model, self.inputs)
-        text = self.inputs["input_ids"]
-        text = text[text != self.model.config.image_token_id].view(len(text), -1)
+        text, places = self.inputs["input_ids"], family_of(self.model.config).placeholders(self.model.config)
+        text = text[~torch.isin(text, places.to(text.device))].view(len(text), -1)
         return encode(self.model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
 
 
@@ -170,6 +214,7 @@ class MeasuredModel:
         selector: the selector, trained or random.
         learned: what scorers take that have a trained model, by the name of the option.
         scorers: by name, one for every method that has a scorer.
+        processor: makes the inputs of a model that is no LLaVA-NeXT or LLaVA-OneVision.
     """
 
     config: CostConfig
@@ -177,11 +222,15 @@ class MeasuredModel:
     selector: TokenSelector
     learned: dict[str, CoreModel]
     scorers: dict[str, Scorer]
+    processor: Any = None
 
     @classmethod
     def of(cls, config: CostConfig, model: PreTrainedModel | None = None) -> "MeasuredModel":
         """Load or draw what ``config`` names; a ``model`` in memory is used instead of ``config.model``."""
-        model = build_model(config) if model is None else model
+        processor = None
+        if model is None:
+            vlm = build_vlm(config)
+            model, processor = vlm.model, vlm.processor
         rows = [row for method in config.methods if (row := check_method(method)).scorer is not None]
         selector = build_selector(config, model)
         learned: dict[str, CoreModel] = {"selector": selector}
@@ -189,7 +238,14 @@ class MeasuredModel:
             if row.learned is not None and row.learned not in learned:
                 learned[row.learned] = build_learned(config, model, row.learned)
         scorers = {str(row.scorer): make_scorer(str(row.scorer), seed=config.seed, **learned) for row in rows}
-        return cls(config, model, selector, learned, scorers)
+        return cls(config, model, selector, learned, scorers, processor)
+
+    def inputs(self, size: str, rows: int) -> dict[str, Tensor]:
+        """What ``generate`` of the stock model is given for ``rows`` images of one size."""
+        text, seed = self.config.text, self.config.seed
+        if family_of(self.model.config).tiled:
+            return make_inputs(self.model, size, rows, text, seed)
+        return _processed_inputs(Vlm(self.model, self.processor, self.config.model), size, rows, text, seed)
 
     def prepare(
         self, variant: Variant, inputs: dict[str, Tensor], scorer: Scorer | None

@@ -74,7 +74,7 @@ def family_of(config: Any, name: str = "the model") -> Family:
 
 
 def check_tiled(config: Any, what: str) -> None:
-    """Raise where a command times LLaVA-NeXT and LLaVA-OneVision alone.
+    """Raise where a command is for LLaVA-NeXT and LLaVA-OneVision alone.
 
     Args:
         config: the model's configuration.
@@ -85,6 +85,6 @@ def check_tiled(config: Any, what: str) -> None:
     """
     if not family_of(config).tiled:
         raise TokenselError(
-            f"{what} times LLaVA-NeXT and LLaVA-OneVision alone, and this is a "
-            f"{config.model_type}: use load_vlm and reduce_inputs with it"
+            f"{what} is for LLaVA-NeXT and LLaVA-OneVision alone, and this is a {family_key(config)}: give "
+            "one of them"
         )
