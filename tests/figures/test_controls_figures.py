@@ -1,5 +1,7 @@
 """Figures of controls."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,7 +15,7 @@ def test_two_scores_of_each_method_stand_on_its_line_and_the_best_second_one_on_
     rows += [("random", "second", 20.0, 30.0), ("fastv", "first", 95.0, 3.0), ("fastv", "second", 40.0, 9.0)]
     rows += [("vtw", "first", 50.0, 1.0)]
     points = pd.DataFrame(rows, columns=["method", "turn", "score", "reach"]).set_index(["method", "turn"])
-    (ax,) = score_pairs(points, ("first", "second")).axes
+    ax: Any = score_pairs(points, ("first", "second")).axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["random", "FastV", "all tokens"]
     first, second = (container.lines[0].get_xdata() for container in ax.containers)
     assert list(first) == [30, 95, 90] and list(second) == [20, 40, 85]

@@ -1,6 +1,7 @@
 """Figures of controls: two scores of each method side by side, and where the kept tokens are."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,11 +22,11 @@ def score_pairs(points: pd.DataFrame, kinds: tuple[str, str], xlabel: str = "sco
         kinds: which two to draw: the first as an open mark, the second as a filled one.
         xlabel: what the scores are.
     """
-    scores, reaches = (points[column].unstack()[list(kinds)].dropna() for column in ("score", "reach"))
-    order = scores[kinds[1]].sort_values(kind="stable").index
+    scores, reaches = (_by_kind(points, column, kinds) for column in ("score", "reach"))
+    order = list(scores.sort_values(kinds[1], kind="stable").index)
     fig, ax = plt.subplots(figsize=(style.fit(4.6), 0.3 * len(order) + 0.9))
     for place, kind in enumerate(kinds):
-        score, reach = (table[kind].loc[order].to_numpy() for table in (scores, reaches))
+        score, reach = (np.asarray(table.loc[order, kind], dtype=float) for table in (scores, reaches))
         ends = np.array([np.minimum(reach, score), np.minimum(reach, 100 - score)]).clip(min=0)
         ax.errorbar(
             score,
@@ -41,6 +42,11 @@ def score_pairs(points: pd.DataFrame, kinds: tuple[str, str], xlabel: str = "sco
     ax.set(yticks=range(len(order)), yticklabels=names, xlabel=xlabel, xlim=(-3, 103))
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
+
+
+def _by_kind(points: pd.DataFrame, column: str, kinds: tuple[str, str]) -> pd.DataFrame:
+    """One column of the points, a row for each method that has both kinds."""
+    return cast(pd.DataFrame, cast(pd.Series, points[column]).unstack()[list(kinds)]).dropna()
 
 
 def kept_histogram(shares: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]]) -> Figure:
