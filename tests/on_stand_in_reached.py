@@ -55,7 +55,7 @@ CPU_DATA = """data.encoders.VisionEncoder.preprocess data.loader.StoredFeatureLo
 MODULES = """data.encoders.VisionEncoder.from_vlm data.tower.encoder_layers data.tower.module_view
     profiling.timing.Spans.hooked profiling.workload.build_selector
     profiling.workload.build_learned training.answers.Learner.prepare training.frozen.training_identity
-    vlm.families.base.check_cls
+    vlm.families.base.check_cls vlm.followup.next_turn
     profiling.inference.summarise_inference schedules.decoder.decoder_of
     training.optim.adamw training.processes.Processes.parallel
     utils.devices.device_of vlm.families.base.Family.tower vlm.families.qwen_vl.QwenVl.tower
