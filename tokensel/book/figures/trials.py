@@ -95,8 +95,10 @@ class Trials:
             )
             ax.set(title=tower, xlim=(0, 100), yticks=range(len(names)), yticklabels=names)
             ax.invert_yaxis()
-        fig.supxlabel(f"{group} score at keep {keep:g}", fontsize=style.LABEL)
-        axes[0][-1].legend(loc="lower left", fontsize=style.LABEL)
+        for ax in axes[0]:
+            ax.set_xlabel(f"{group}, keep {keep:g}")
+        lines = axes[0][0].get_legend_handles_labels()
+        fig.legend(*lines, loc="outside lower center", ncols=len(lines[0]), fontsize=style.LABEL)
 
     def curves(self, study: str, keep: float, group: str = "reading") -> None:
         """L_rec on held-out tiles and the score at one budget over the steps; a line for each training."""

@@ -26,8 +26,8 @@ __all__ = ["SETTINGS", "counting_errors", "record_counting", "summary"]
 
 TASK = "science"  # its questions: how many of these are a star?
 _LAST = {"thumbnail": "last"}
-# What is done to the image. Blanks in the places of dropped tokens give a shortened prompt its old length; the
-# biases give its kept tokens the attention of as many.
+# What is done to the image. Blanks in the places of dropped tokens give a shortened prompt its old length,
+# and the biases give its kept tokens the attention of as many.
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
     **{f"{keep:g} kept": (keep, _LAST) for keep in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)},
     "page without thumbnail": (1.0, {"thumbnail": "drop"}),

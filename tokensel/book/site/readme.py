@@ -42,6 +42,17 @@ def results_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def runs_sentence(table: pd.DataFrame) -> str:
+    """The selector's mean scores where each token brings its neighbours along, as a sentence in Markdown."""
+    rows = table[table["method"] == "selector"]
+    parts = []
+    for group, of_group in rows.groupby("group", sort=False):
+        means = average(of_group, "keep")
+        scores = (f"{means['score'][k]:.1f} ± {means['reach'][k]:.1f} at {100 * k:g} %" for k in KEEPS)
+        parts.append(f"{group} {' and '.join(scores)}")
+    return "; ".join(parts)
+
+
 def _seeds(table: pd.DataFrame) -> str:
     seeds = sorted(table.loc[table["method"].isin(METHODS), "seed"].unique())
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
@@ -70,4 +81,11 @@ def write(readme: Path, results: Path) -> None:
         f"recorded {origin['date'][:10]} "
         f"on {origin['device']}, {origin['model']['dtype']}, in `{results}`. No figure of the paper."
     )
-    files.write_text(readme, f"{before}{BEGIN}\n{note}\n\n{results_table(table)}\n{END}{after}")
+    lines = [note, "", results_table(table)]
+    if (runs := results.with_name("neighbours.csv")).is_file():
+        lines += [
+            "",
+            "In runs of a row (`neighbours=2`, chapter 18), with as many tokens, the same selector (seed 0) "
+            f"reaches {runs_sentence(pd.read_csv(runs))} (`{runs}`).",
+        ]
+    files.write_text(readme, "\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]))
