@@ -53,6 +53,8 @@ def test_the_paths_it_names_are_there():
 def test_the_table_is_the_recorded_one():
     table = TEXT.partition(readme.BEGIN)[2].partition(readme.END)[0]
     assert readme.results_table(pd.read_csv(RECORDED)) in table, "python -m tokensel book readme"
+    runs = pd.read_csv(RECORDED.with_name("neighbours.csv"))
+    assert f" {readme.runs_sentence(runs)} (" in table, "python -m tokensel book readme"
 
 
 def long_table() -> pd.DataFrame:
@@ -110,6 +112,10 @@ def test_table_has_a_row_a_group_and_replaces_the_old_one(tmp_path):
     )
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.count(readme.BEGIN) == 1 and "9 questions a task, seed 0;" in text
+    long_table().to_csv(tmp_path / "neighbours.csv", index=False)
+    readme.write(page, results)
+    text = page.read_text(encoding="utf-8")
+    assert " reading 55.0 ± 2.1 at 50 % and 45.0 ± 2.1 at 30 %; general 50.0 ± 3.0 at 50 % and " in text
     once = long_table()
     more = [once, *(once[once["method"] == "selector"].assign(seed=seed) for seed in (1, 2))]
     pd.concat(more).to_csv(results, index=False)
