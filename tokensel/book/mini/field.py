@@ -40,6 +40,7 @@ SUITE, CONTROLS = "tokensel.book.mini.suite", "tokensel.book.mini.controls"
 SPELLED = ("words", "nonsense")
 DRAWN = ("oracle", "drawn")  # they draw the page again, whose time says nothing
 TIMES = ("first_token_ms", "full_first_token_ms", "first_token_speedup")
+ASKED_TWICE = 0.3  # the one budget of the conversations, which take several times as long as an answer
 _ROUNDS = 11  # of the times; medians
 
 
@@ -183,7 +184,8 @@ def _first_token(session: EvalSession, inputs: dict[str, torch.Tensor], conditio
 
 def _turns(config: EvalConfig) -> Iterator[Row]:
     """Rows of two questions on one cache, a file for each condition, so that a kill loses one at most."""
-    asked = replace(config, suite=CONTROLS, benchmarks=(), name="turns", seeds=())
+    keeps = (ASKED_TWICE,) if ASKED_TWICE in config.keeps else config.keeps
+    asked = replace(config, suite=CONTROLS, benchmarks=(), name="turns", seeds=(), keeps=keeps)
     session, folder = EvalSession(asked), Path(config.out) / "turns"
     code = code_digest("tokensel.benchmarks.followups")
     benchmarks = [row for name, row in asked.suite_benchmarks().items() if name not in SPELLED]
