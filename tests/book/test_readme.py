@@ -37,7 +37,7 @@ def test_the_lines_give_a_shorter_prompt_and_an_answer(monkeypatch, tmp_path):
 
 def test_the_commands_have_options_that_exist():
     commands = re.findall(r"^python -m tokensel (\w+) ((?:.*\\\n)*.*)$", TEXT, re.MULTILINE)
-    assert [name for name, _ in commands] == ["train", "evaluate", "cost"]
+    assert [name for name, _ in commands] == ["train", "evaluate", "cost", "serve"]
     for name, line in commands:
         options = {option for each in get_command(cli.app).commands[name].params for option in each.opts}
         assert set(re.findall(r"--[\w-]+", line)) <= options, name
