@@ -44,7 +44,7 @@ def results_table(table: pd.DataFrame) -> str:
 
 def runs_sentence(table: pd.DataFrame) -> str:
     """The selector's mean scores where each token brings its neighbours along, as a sentence in Markdown."""
-    rows = table[table["method"] == "selector"]
+    rows = table.loc[table["method"] == "selector"]
     parts = []
     for group, of_group in rows.groupby("group", sort=False):
         means = average(of_group, "keep")
