@@ -52,7 +52,7 @@ class Tokensel(_Base):
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str | None = None,
-        **choices: str,
+        **choices: Any,
     ):
         """
         Args:
