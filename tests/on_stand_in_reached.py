@@ -34,6 +34,7 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     vlm.families.llava.Llava.tiles_layout vlm.families.mistral3.Mistral3.cut
     vlm.families.mistral3.Mistral3.tiles_layout cost.published_families.image_grids
     vlm.families.qwen_vl.QwenVl.positions vlm.layout.Layout.real vlm.layout.plain_layout
+    vlm.layout.Layout.behind
     vlm.families.base.Family.placeholders vlm.families.qwen_vl.QwenVl.placeholders
     vlm.layout.Layout.cell
     vlm.layout.Layout.image_of_tile vlm.layout.Layout.slots vlm.layout.Layout.spread vlm.layout.Layout.valid

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokensel.model.gates import BUDGETED, gate_mask, soft_top_k, threshold
@@ -36,6 +36,7 @@ def test_weights_of_the_soft_top_k_sum_to_the_budget(rows, tokens, keep, tau, sp
 
 @given(rows=st.integers(1, 4), tokens=st.integers(3, 20), count=st.integers(1, 30), seed=st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
+@example(rows=2, tokens=11, count=13, seed=0)  # in single precision 13/22 of 22 is a little less than 13
 def test_at_a_low_temperature_it_is_the_hard_choice(rows, tokens, count, seed):
     count = min(count, rows * tokens - 1)
     values = scores(rows, tokens, seed)
