@@ -1,7 +1,10 @@
 """The page of the library, from its docstrings: every module of the package, in a reader's order."""
 
+import re
 from pathlib import Path
 
+# autodoc imports what it describes, and the book is built without the engine that these extend
+ENGINE = re.compile(r"^(from|import) vllm\b", re.MULTILINE)
 # a module belongs to the first group that names its package; a package that no group names is a tool
 GROUPS = {
     "Selector and reconstructor": ("model",),
@@ -19,11 +22,11 @@ GROUPS = {
 
 
 def modules(package: Path) -> list[str]:
-    """Dotted names of all modules below ``package``, packages before what they hold."""
+    """Dotted names of the modules below ``package`` that the page describes, packages first."""
     names = []
     for path in package.rglob("*.py"):
         parts = path.relative_to(package.parent).with_suffix("").parts
-        if parts[-1] != "__main__":
+        if parts[-1] != "__main__" and not ENGINE.search(path.read_text(encoding="utf-8")):
             names.append(".".join(parts).removesuffix(".__init__"))
     return sorted(names)
 
