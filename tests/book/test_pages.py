@@ -6,12 +6,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from PIL import Image
 from small_book import add_drawn, notebook
 
 from tokensel.book.site import build as site
 from tokensel.book.site import numbers, offline, run, status
-from tokensel.book.site.pictures import pictures
 from tokensel.utils.errors import TokenselError
 
 ROOT = Path(__file__).parents[2]
@@ -141,9 +139,3 @@ def test_remote_loads_are_found(suffix, text, tmp_path):
 def test_links_and_local_files_pass(suffix, text, tmp_path):
     (tmp_path / f"page{suffix}").write_text(text)
     offline.check(tmp_path)
-
-
-def test_images_without_numbers_stand_side_by_side_and_have_names():
-    page = pictures({"a <page>": Image.new("L", (8, 4)), "another": Image.new("RGBA", (4, 4))}).data
-    assert page is not None and page.count("data:image/png;base64,") == 2
-    assert 'alt="a &lt;page&gt;"' in page and "<figcaption>another</figcaption>" in page
