@@ -13,7 +13,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from tokensel.book.tiny.characters import LANGUAGE, TOWER, Pair, template, tokenizer, vocabulary
 from tokensel.vlm.families.mistral3 import PixtralProcessor
 
-__all__ = ["mistral3"]
+__all__ = ["PIXTRAL", "mistral3", "pixtral_processor"]
 
 PIXTRAL = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
 
@@ -29,13 +29,22 @@ def mistral3() -> Pair:
         image_token_index=words["[IMG]"],
         tie_word_embeddings=False,
     )
-    processor = PixtralProcessor(
+    return Mistral3ForConditionalGeneration(config), pixtral_processor(patch=4, merge=2)
+
+
+def pixtral_processor(patch: int, merge: int) -> PixtralProcessor:
+    """The processor of a Pixtral tower.
+
+    Args:
+        patch: side of a patch in pixels.
+        merge: patches along each side of a token.
+    """
+    return PixtralProcessor(
         image_processor=PixtralImageProcessorPil(
-            size={"longest_edge": 64}, patch_size={"height": 4, "width": 4}
+            size={"longest_edge": 64}, patch_size={"height": patch, "width": patch}
         ),
         tokenizer=tokenizer(PIXTRAL),
-        patch_size=4,
-        spatial_merge_size=2,
+        patch_size=patch,
+        spatial_merge_size=merge,
         chat_template=template("[IMG]"),
     )
-    return Mistral3ForConditionalGeneration(config), processor

@@ -3,11 +3,9 @@
 from typing import Any
 
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PixtralVisionConfig
-from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
-from tokensel.book.tiny.characters import LANGUAGE, TOWER, Pair, template, tokenizer, vocabulary
-from tokensel.book.tiny.mistral3 import PIXTRAL
-from tokensel.vlm.families.mistral3 import PixtralProcessor
+from tokensel.book.tiny.characters import LANGUAGE, TOWER, Pair, vocabulary
+from tokensel.book.tiny.mistral3 import PIXTRAL, pixtral_processor
 
 __all__ = ["pixtral"]
 
@@ -24,13 +22,4 @@ def pixtral() -> Pair:
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    processor = PixtralProcessor(
-        image_processor=PixtralImageProcessorPil(
-            size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}
-        ),
-        tokenizer=tokenizer(PIXTRAL),
-        patch_size=8,
-        spatial_merge_size=1,
-        chat_template=template("[IMG]"),
-    )
-    return LlavaForConditionalGeneration(config), processor
+    return LlavaForConditionalGeneration(config), pixtral_processor(patch=8, merge=1)
