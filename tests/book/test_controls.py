@@ -1,5 +1,7 @@
 """Controls of the small world: nonsense in the place of words, and a second question about a page."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from tokensel.benchmarks.followups import question_pairs
 from tokensel.benchmarks.questions import load_questions
 from tokensel.book.mini.controls import BENCHMARKS, TWICE, second_question
+from tokensel.book.mini.long import BENCHMARKS as LONG
 from tokensel.book.mini.oracle import OracleScorer, _questions
 from tokensel.book.mini.suite import BENCHMARKS as SUITE
 from tokensel.book.mini.suite import asked_page
@@ -46,6 +49,17 @@ def test_controls_are_drawn_by_no_training_and_no_sweep():
     assert BENCHMARKS.keys().isdisjoint(SUITE)
     for task in CONTROLS:
         assert draw_page(task, "test", 0).questions
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(SPLITS), st.integers(0, 500))
+def test_a_full_page_has_a_long_answer(split, index):
+    page, asked = asked_page("full_pages", split, index)
+    (answer,) = asked.answers
+    assert 64 <= len(answer) <= 70 and len(page.drawn) == len(answer.split())
+    lines = sorted({(top, bottom) for _, top, _, bottom in page.drawn})
+    assert all(above[1] <= below[0] for above, below in pairwise(lines)), "no line touches another"
+    assert list(LONG) == ["transcribe", "describe", "full_pages"]
 
 
 @pytest.mark.parametrize("task", TWICE)

@@ -6,6 +6,9 @@ difference is what the language model knows by itself.
 
 ``forms_twice`` and its like have two rows a page: the question that the suite asks about it, and one whose
 answer stands elsewhere on the same page.
+
+``full_pages`` are pages with more text than the small models were taught to transcribe: answers of 64 tokens
+and more, for what changes while an answer grows.
 """
 
 import zlib
@@ -68,6 +71,7 @@ BENCHMARKS = {
     row.name: row
     for row in (
         *(_row(task, "forms", partial(load, task)) for task in ("words", "nonsense")),
+        Benchmark("full_pages", "long", "similarity", 96, partial(load, "full_pages"), prompt),
         *(_row(f"{task}_twice", task, partial(load_twice, task)) for task in TWICE),
     )
 }

@@ -25,6 +25,7 @@ from tokensel.benchmarks.recorded import RecordedAnswers, difficult_rows, record
 from tokensel.benchmarks.results import Row
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.session import EvalSession
+from tokensel.book.mini.controls import TWICE
 from tokensel.book.mini.oracle import register_oracles
 from tokensel.methods import check_method, prepare
 from tokensel.profiling.workload import Processed
@@ -184,12 +185,12 @@ def _first_token(session: EvalSession, inputs: dict[str, torch.Tensor], conditio
 
 def _turns(config: EvalConfig) -> Iterator[Row]:
     """Rows of two questions on one cache, a file for each condition, so that a kill loses one at most."""
+    asked_twice = tuple(f"{task}_twice" for task in TWICE)
     keeps = (ASKED_TWICE,) if ASKED_TWICE in config.keeps else config.keeps
-    asked = replace(config, suite=CONTROLS, benchmarks=(), name="turns", seeds=(), keeps=keeps)
+    asked = replace(config, suite=CONTROLS, benchmarks=asked_twice, name="turns", seeds=(), keeps=keeps)
     session, folder = EvalSession(asked), Path(config.out) / "turns"
     code = code_digest("tokensel.benchmarks.followups")
-    benchmarks = [row for name, row in asked.suite_benchmarks().items() if name not in SPELLED]
-    for benchmark in benchmarks:
+    for benchmark in asked.suite_benchmarks().values():
         assert config.n is not None, "the command line gives a number"
         paths = {}
         for condition in asked.conditions():

@@ -10,6 +10,8 @@ from tokensel.book.mini.words import ALPHABET, COLORS, FIELDS, TITLES, distinct,
 
 Value = Callable[[np.random.Generator, str, int], str]
 
+FULL = 64  # characters of a full page, spaces included; the other pages of text have 41 at most
+
 
 def _value(rng: np.random.Generator, split: str, room: int) -> str:
     """A word or a number of at most ``room`` characters."""
@@ -224,6 +226,28 @@ def text_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Pa
         practice += [(f"what comes after {before}?", after), (f"what comes before {after}?", before)]
     asked = QA("transcribe the page.", [" ".join(written)], "page", evidence=canvas.boxes)
     return canvas.finish([asked], practice)
+
+
+def full_page(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
+    """A page with ``FULL`` characters or more to be transcribed; one too small for them asks nothing."""
+    canvas = Canvas(paper(rng, size))
+    font, (advance, points), dark = pick(rng, FONTS), pick(rng, SIZES[:3]), dark_color(rng)
+    written, floor = [], int(rng.integers(2, 6))
+    while True:
+        top = canvas.snap_y(floor, points)
+        top += points if top < floor else 0  # into the line above: start at the tile border instead
+        if top + points > canvas.height:
+            break
+        x = int(rng.integers(2, 8))
+        while x + 3 * advance + 2 <= canvas.width and len(" ".join(written)) < FULL:
+            value = _value(rng, split, min(5, (canvas.width - x - 2) // advance))
+            x, _ = canvas.text(x, top, value, font, (advance, points), dark)
+            written.append(value)
+            x += advance + int(rng.integers(0, 4))
+        floor = top + points + int(rng.integers(2, 5))
+    text = " ".join(written)
+    asked = QA("transcribe the page.", [text], "page", evidence=canvas.boxes)
+    return canvas.finish([asked] if len(text) >= FULL else [])
 
 
 def print_page(rng: np.random.Generator, size: tuple[int, int]) -> Page:

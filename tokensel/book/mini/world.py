@@ -24,7 +24,11 @@ DRAW = {
 }
 
 # Tasks that no model is trained on and no sweep asks: they isolate one thing.
-CONTROLS = {"words": reading.word_form, "nonsense": reading.nonsense_form}
+CONTROLS = {
+    "words": reading.word_form,
+    "nonsense": reading.nonsense_form,
+    "full_pages": reading.full_page,
+}
 
 # Page sizes (height, width) that LLaVA-NeXT's processor tiles without resampling, so that text stays crisp.
 SIZES = ((128, 128), (96, 128), (128, 96), (112, 128), (64, 128), (128, 64))
