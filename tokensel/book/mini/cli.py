@@ -114,6 +114,21 @@ def counting(
     typer.echo(f"finished: {record_counting(model, selector, table, n, split)}")
 
 
+@app.command("mechanism")
+def mechanism(
+    table: Annotated[Path, typer.Option(help="CSV file to write; the probes and the provenance beside it")],
+    model: Annotated[Path, typer.Option(help="the small model")] = Path("data/mini/llava-next"),
+    selector: Annotated[Path, typer.Option(help="a selector for it")] = Path("data/mini/selector"),
+    out: Annotated[Path, typer.Option(help="folder of what is done already")] = Path("_build/mechanism"),
+    n: Annotated[int, typer.Option(min=1, help="questions a task")] = 200,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+) -> None:
+    """Measure what reading misses in shortened prompts, one change at a time; after a kill, it resumes."""
+    from tokensel.book.mini.mechanism import record_mechanism
+
+    typer.echo(f"finished: {record_mechanism(model, selector, table, out, n, split)}")
+
+
 @app.command("field")
 def field(
     table: Annotated[
