@@ -268,6 +268,18 @@ def pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
+def pattern(rng: np.random.Generator, kind: str, size: tuple[int, int]) -> np.ndarray:
+    """Where the marks of stripes, checks or dots lie: True in an array of ``size`` (height, width)."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    period = int(rng.integers(8, 15))
+    phase = int(rng.integers(period))
+    if kind == "stripes":
+        return ((y if rng.integers(2) else x) + phase) % period < period // 2
+    if kind == "checks":
+        return ((y + phase) // (period // 2) + (x + phase) // (period // 2)) % 2 == 0
+    return (((y + phase) % period - period / 2) ** 2 + ((x + phase) % period - period / 2) ** 2) < 5
+
+
 def paper(rng: np.random.Generator, size: tuple[int, int], kind: str | None = None) -> np.ndarray:
     """A light background of ``size`` (height, width); ``kind`` is one of ``PAPERS``."""
     height, width = size
@@ -275,20 +287,12 @@ def paper(rng: np.random.Generator, size: tuple[int, int], kind: str | None = No
     base = rng.integers(205, 256) + rng.integers(-12, 13, 3)
     background = np.empty((height, width, 3), np.float32)
     background[:] = base
-    y, x = np.mgrid[:height, :width]
     if kind == "gradient":
+        y, x = np.mgrid[:height, :width]
         slope = rng.uniform(-22, 22, 2)
         background += (slope[0] * y / height + slope[1] * x / width)[..., None]
     elif kind in ("stripes", "checks", "dots"):
-        period = int(rng.integers(8, 15))
-        phase = int(rng.integers(period))
-        if kind == "stripes":
-            mark = ((y if rng.integers(2) else x) + phase) % period < period // 2
-        elif kind == "checks":
-            mark = ((y + phase) // (period // 2) + (x + phase) // (period // 2)) % 2 == 0
-        else:
-            mark = (((y + phase) % period - period / 2) ** 2 + ((x + phase) % period - period / 2) ** 2) < 5
-        background -= mark[..., None] * rng.uniform(22, 40)
+        background -= pattern(rng, kind, size)[..., None] * rng.uniform(22, 40)
     background += rng.normal(
         0, rng.uniform(0, 9) if kind == "grain" else rng.uniform(0, 2.5), (height, width, 1)
     )

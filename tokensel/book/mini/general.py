@@ -29,7 +29,7 @@ def choice(
     return QA(f"{question} {listed}", [letter], category, options, spot, list(evidence))
 
 
-def _scatter(rng: np.random.Generator, size: tuple[int, int], count: int, low=8.0, high=15.0) -> list[tuple]:
+def scatter(rng: np.random.Generator, size: tuple[int, int], count: int, low=8.0, high=15.0) -> list[tuple]:
     """Up to ``count`` places (x, y, radius) whose shapes do not touch, from top to bottom."""
     spots: list[tuple[float, float, float]] = []
     for _ in range(100):
@@ -42,7 +42,7 @@ def _scatter(rng: np.random.Generator, size: tuple[int, int], count: int, low=8.
     return sorted(spots, key=lambda spot: spot[1])
 
 
-def _kinds(rng: np.random.Generator, count: int, unique: bool) -> list[tuple[str, str]]:
+def thing_kinds(rng: np.random.Generator, count: int, unique: bool) -> list[tuple[str, str]]:
     """Shape and colour of each thing; with ``unique`` no shape and no colour comes twice."""
     if unique:
         return list(
@@ -51,17 +51,17 @@ def _kinds(rng: np.random.Generator, count: int, unique: bool) -> list[tuple[str
     return [(pick(rng, SHAPES), pick(rng, list(COLORS))) for _ in range(count)]
 
 
-def _tint(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
+def tint(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
     red, green, blue = np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255).tolist()
     return red, green, blue
 
 
-def _background(rng: np.random.Generator, size: tuple[int, int], kind: str | None = None) -> Canvas:
+def background_canvas(rng: np.random.Generator, size: tuple[int, int], kind: str | None = None) -> Canvas:
     kind = kind or pick(rng, PAPERS)
     return Canvas(paper(rng, size, kind), kind)
 
 
-def _exercises(canvas: Canvas) -> list[tuple[Any, ...]]:
+def exercises(canvas: Canvas) -> list[tuple[Any, ...]]:
     """Exercises about the shapes on ``canvas``: counts, and the places of those that occur once."""
     shapes = [(kind, x, y) for kind, x, y, _ in canvas.objects if kind in SHAPES]
     kinds = [kind for kind, _, _ in shapes]
@@ -83,12 +83,12 @@ def _exercises(canvas: Canvas) -> list[tuple[Any, ...]]:
 
 def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """Shapes with a color and a place (mirrors GQA)."""
-    canvas = _background(rng, size)
-    spots = _scatter(rng, size, int(rng.integers(2, 5)))
-    things = _kinds(rng, len(spots), unique=True)
+    canvas = background_canvas(rng, size)
+    spots = scatter(rng, size, int(rng.integers(2, 5)))
+    things = thing_kinds(rng, len(spots), unique=True)
     questions = []
     for (shape, color), (x, y, radius) in zip(things, spots):
-        canvas.shape(shape, color, x, y, radius, _tint(rng, color))
+        canvas.shape(shape, color, x, y, radius, tint(rng, color))
         spot, seen = canvas.spot(x, y), canvas.boxes[-1:]
         questions.append(QA(f"what color is the {shape}?", [color], "color", spot=spot, evidence=seen))
         questions.append(QA(f"which shape is {color}?", [shape], "shape", spot=spot, evidence=seen))
@@ -115,7 +115,7 @@ def attributes(rng: np.random.Generator, split: str, size: tuple[int, int]) -> P
         spot = canvas.spot(x, y, (a, b))
         both = [canvas.boxes[first], canvas.boxes[second]]
         questions.append(QA(question, ["yes" if true else "no"], "relation", spot=spot, evidence=both))
-    return canvas.finish(questions, _exercises(canvas))
+    return canvas.finish(questions, exercises(canvas))
 
 
 def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
@@ -123,30 +123,30 @@ def science(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
 
     Every count is equally likely and the options are always the same four: only the image tells.
     """
-    canvas = _background(rng, size)
+    canvas = background_canvas(rng, size)
     shape, *others = (str(shape) for shape in rng.permutation(SHAPES)[:3])
     count = int(rng.integers(1, 5))
     kinds = [shape] * count + others[: int(rng.integers(3))]
-    spots = _scatter(rng, size, len(kinds), 6.0, 9.0)
+    spots = scatter(rng, size, len(kinds), 6.0, 9.0)
     if len(spots) < len(kinds):
         return canvas.finish([])  # too crowded: the caller draws the page again
     for kind, (x, y, radius) in zip(rng.permutation(kinds), spots):
         color = pick(rng, list(COLORS))
-        canvas.shape(str(kind), color, x, y, radius, _tint(rng, color))
+        canvas.shape(str(kind), color, x, y, radius, tint(rng, color))
     counted = [box for box, (kind, *_) in zip(canvas.boxes, canvas.objects) if kind == shape]
     asked = choice(
         rng, f"how many of these are a {shape}?", str(count), list("1234"), "counting", evidence=counted
     )
-    return canvas.finish([asked], _exercises(canvas))
+    return canvas.finish([asked], exercises(canvas))
 
 
 def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """A chain of shapes joined by arrows (mirrors AI2D)."""
-    canvas = _background(rng, size, pick(rng, ("plain", "gradient")))
+    canvas = background_canvas(rng, size, pick(rng, ("plain", "gradient")))
     across = canvas.width >= canvas.height
     long, short = (canvas.width, canvas.height) if across else (canvas.height, canvas.width)
     count = int(rng.integers(2, 3 if long < 100 else 5))  # room for a shape and an arrow each
-    things = _kinds(rng, count, unique=True)
+    things = thing_kinds(rng, count, unique=True)
     pitch = long / count
     radius = min(11.0, pitch / 2 - 7)
     forward, middle = bool(rng.integers(2)), rng.uniform(radius + 3, short - radius - 3)
@@ -158,7 +158,7 @@ def diagram(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page
         )
         spots.append((along, beside) if across else (beside, along))
         x, y = spots[-1]
-        canvas.shape(shape, color, x, y, radius, _tint(rng, color))
+        canvas.shape(shape, color, x, y, radius, tint(rng, color))
     for before, after in itertools.pairwise(spots):
         start, end = (before, after) if forward else (after, before)
         _arrow(canvas, start, end, radius + 2)
@@ -203,12 +203,12 @@ def _arrow(canvas: Canvas, start, end, gap: float) -> None:
 def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """Several abilities by multiple choice: background, extremes, total, place (mirrors MMStar)."""
     background = pick(rng, BACKGROUNDS)
-    canvas = _background(rng, size, background)
-    spots = _scatter(rng, size, int(rng.integers(2, 5)), 7.0, 9.0)
+    canvas = background_canvas(rng, size, background)
+    spots = scatter(rng, size, int(rng.integers(2, 5)), 7.0, 9.0)
     big = int(rng.integers(len(spots)))
-    things = _kinds(rng, len(spots), unique=True)
+    things = thing_kinds(rng, len(spots), unique=True)
     for place, ((shape, color), (x, y, radius)) in enumerate(zip(things, spots)):
-        canvas.shape(shape, color, x, y, radius * (1.55 if place == big else 1.0), _tint(rng, color))
+        canvas.shape(shape, color, x, y, radius * (1.55 if place == big else 1.0), tint(rng, color))
     shapes, colors = list(SHAPES), list(COLORS)
     top, bottom, largest = (canvas.spot(*spots[place][:2]) for place in (0, -1, big))
     seen, fine = canvas.boxes, "fine-grained perception"  # which is the largest, all of them tell
@@ -221,17 +221,17 @@ def mixed(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
         choice(rng, "which shape is at the top?", things[0][0], shapes, place, top, seen),
         choice(rng, "which shape is at the bottom?", things[-1][0], shapes, place, bottom, seen),
     ]
-    return canvas.finish(questions, _exercises(canvas))
+    return canvas.finish(questions, exercises(canvas))
 
 
 def scene(rng: np.random.Generator, split: str, size: tuple[int, int]) -> Page:
     """A scene to be described completely, from top to bottom."""
-    canvas = _background(rng, size)
-    spots = _scatter(rng, size, int(rng.integers(2, 6)), 7.0, 12.0)
+    canvas = background_canvas(rng, size)
+    spots = scatter(rng, size, int(rng.integers(2, 6)), 7.0, 12.0)
     spots = [spot for place, spot in enumerate(spots) if place == 0 or spot[1] - spots[place - 1][1] > 6]
-    things = _kinds(rng, len(spots), unique=False)
+    things = thing_kinds(rng, len(spots), unique=False)
     for (shape, color), (x, y, radius) in zip(things, spots):
-        canvas.shape(shape, color, x, y, radius, _tint(rng, color))
+        canvas.shape(shape, color, x, y, radius, tint(rng, color))
     listed = ", ".join(f"{color} {shape}" for shape, color in things)
     asked = QA("describe the scene.", [listed], "scene", evidence=canvas.boxes)
-    return canvas.finish([asked], _exercises(canvas))
+    return canvas.finish([asked], exercises(canvas))

@@ -165,7 +165,7 @@ class TrainingLosses:
             visual = torch.where((index < 0)[:, None], core.image_newline, projected)
         states = self._read(visual, batch.packed)
         asked = [state[:, -batch.packed.ids.shape[1] :] for state in states]
-        if batch.shrunk:  # an interpolated token has no single place
+        if batch.shrunk or not batch.probed:  # an interpolated token has no single place
             return asked[-1], label_loss, counts
         at_visual = [state[:, HEAD : HEAD + len(index)] for state in states]
         probe_loss, probed = self.heads.probes(at_visual, asked, index, batch)

@@ -20,7 +20,7 @@ from tokensel.scorers import SCORERS
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.hashing import mix
 
-__all__ = ["DrawnScorer", "OracleScorer", "register_oracles"]
+__all__ = ["DrawnScorer", "OracleScorer", "patch_worth", "register_oracles"]
 
 
 class OracleScorer:
@@ -62,7 +62,7 @@ class OracleScorer:
             # boxes as fractions of the page, which is what the centres of patches are
             scale = torch.tensor([page.image.width, page.image.height] * 2)
             boxes = torch.tensor(self.boxes(page, asked) or [(0, 0, *page.image.size)]) / scale
-            rows.append(_worth(boxes.float(), tile, centre))
+            rows.append(patch_worth(boxes.float(), tile, centre))
         return torch.stack(rows).to(device)
 
     def boxes(self, page: Page, asked: QA) -> list[Box]:
@@ -95,7 +95,7 @@ def _questions() -> dict[int, tuple[str, str, int]]:
     return dict(zip(mix(mix(keys, 0), 0).tolist(), places, strict=True))
 
 
-def _worth(
+def patch_worth(
     boxes: Float[Tensor, "boxes 4"], tile: Tensor, centre: Float[Tensor, "tokens 2"]
 ) -> Float[Tensor, "tokens"]:
     """The share of each patch that boxes cover; where that is 0, less than 0 by the distance from them."""

@@ -52,6 +52,7 @@ class Stage:
     questions: int = 4  # at most, on a page
     practice: int = 4  # exercises about the same page beside them, at most
     tower: bool = True  # whether the vision tower is trained too
+    probes: bool = True  # whether the language model is also asked about every visual token
     drills: int = 0  # rows of eight questions without an image: which letter stands for a given option?
     oversample: dict[str, float] = field(default_factory=dict)  # by how much a task is drawn more often
 

@@ -44,6 +44,7 @@ class StepBatch:
         tasks: of these pages, in order.
         packed: their questions.
         drill: questions without an image.
+        probed: whether the language model is also asked about every visual token.
         hidden: True where a patch is hidden from the tower; ``None`` where it sees all.
     """
 
@@ -55,6 +56,7 @@ class StepBatch:
     packed: PackedQuestions | None = None
     drill: PackedQuestions | None = None
     hidden: Bool[Tensor, "tiles cells"] | None = None
+    probed: bool = True
 
     def to(self, device: torch.device) -> "StepBatch":
         """The same on a device."""
@@ -166,6 +168,7 @@ class StepBatches(Dataset):
             names,
             packed,
             drill,
+            probed=stage.probes,
         )
 
 

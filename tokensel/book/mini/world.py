@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 
-from tokensel.book.mini import general, reading
+from tokensel.book.mini import general, large, reading
 from tokensel.book.mini.canvas import Page
 from tokensel.book.mini.words import SPLITS
 from tokensel.utils.errors import TokenselError
@@ -30,6 +30,17 @@ CONTROLS = {
     "full_pages": reading.full_page,
 }
 
+# Tasks whose evidence is as large as in photographs, and two in which it grows from one token on. The models
+# that ship have not seen them; the large ones have.
+LARGE = {
+    "objects": large.objects,
+    "patterns": large.patterns,
+    "larger": large.larger,
+    "scenes": large.scenes,
+    "spots": large.spots,
+    "strings": large.strings,
+}
+
 # Page sizes (height, width) that LLaVA-NeXT's processor tiles without resampling, so that text stays crisp.
 SIZES = ((128, 128), (96, 128), (128, 96), (112, 128), (64, 128), (128, 64))
 SHARES = (0.4, 0.15, 0.1, 0.15, 0.12, 0.08)
@@ -39,7 +50,7 @@ def draw_page(task: str, split: str, index: int, size: tuple[int, int] | None = 
     """Draw page ``index`` of ``task``.
 
     Args:
-        task: a key of ``DRAW`` or of ``CONTROLS``.
+        task: a key of ``DRAW``, ``CONTROLS`` or ``LARGE``.
         split: train, validation or test; their images never meet, nor do their answers of four letters or
             more.
         index: any non-negative integer.
@@ -48,7 +59,7 @@ def draw_page(task: str, split: str, index: int, size: tuple[int, int] | None = 
     Raises:
         TokenselError: an unknown task or split.
     """
-    draw = DRAW | CONTROLS
+    draw = DRAW | CONTROLS | LARGE
     if task not in draw:
         raise TokenselError(f"no task {task!r} in the small world: choose one of {', '.join(draw)}")
     if split not in SPLITS:

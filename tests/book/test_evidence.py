@@ -1,0 +1,99 @@
+"""How much evidence a question has, how much of it is kept, and the table that says what that costs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from tokensel.book.mini import evidence_table
+from tokensel.book.mini.evidence import COMPLETE, evidence, kept_evidence
+from tokensel.book.mini.suite import BENCHMARKS, asked_page
+from tokensel.book.mini.world import CONTROLS, DRAW, LARGE, SIZES, draw_page
+from tokensel.scorers import make_scorer
+from tokensel.vlm import Choices, encode, load_vlm
+from tokensel.vlm.visual import choose_tokens
+
+MODEL = "data/mini/llava-next"
+
+
+@pytest.fixture(scope="module")
+def vlm(request):
+    return load_vlm(request.config.rootpath / MODEL, device="cpu")
+
+
+def test_tasks_that_are_read_need_all_of_it():
+    read = {name for name, row in BENCHMARKS.items() if row.group == "reading"}
+    assert read < set(COMPLETE) and set(COMPLETE) < {*DRAW, *CONTROLS, *LARGE}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_tokens_of_the_evidence_are_those_of_the_model(vlm, size):
+    """Keeping one token at a time finds as many tokens with evidence as the boxes say."""
+    page = draw_page("forms", "test", 5, size)
+    asked = page.questions[0]
+    encoded = encode(vlm.model, vlm.inputs([page.image], [vlm.prompt(asked.question)]))
+    layout, tokens = encoded.layout, evidence("forms", page, asked).tokens
+    full = layout.cell.clone()
+    full[layout.cell] = ~layout.thumbnail[layout.cell]
+    one = torch.zeros_like(full)
+    shares = []
+    for place in full.nonzero()[:, 0].tolist():
+        one.zero_()
+        one[place] = True
+        shares.append(float(kept_evidence(encoded, one, [(page, asked)])))
+    assert sum(share > 0 for share in shares) == tokens
+    assert sum(shares) == pytest.approx(1.0)
+    assert float(kept_evidence(encoded, full, [(page, asked)])) == 1.0
+    assert float(kept_evidence(encoded, layout.cell & ~full, [(page, asked)])) == 0.0
+
+
+def test_a_question_about_the_paper_has_the_whole_page_as_evidence():
+    for index in range(40):
+        page, asked = asked_page("mixed", "test", index)
+        if not asked.evidence:
+            seen = evidence("mixed", page, asked)
+            wide, high = page.image.size
+            assert (seen.tokens, seen.share) == (wide // 8 * (high // 8), 1.0)
+            return
+    raise AssertionError("no question about the paper among 40")
+
+
+def test_each_question_of_a_batch_has_its_own_share(vlm):
+    asked = [asked_page("spots", "test", index) for index in range(6)]
+    images, prompts = [page.image for page, _ in asked], [vlm.prompt(qa.question) for _, qa in asked]
+    encoded = encode(vlm.model, vlm.inputs(images, prompts))
+    choices = Choices(thumbnail="last")
+    cells, _ = choose_tokens(encoded, make_scorer("norm"), 0.3, choices)
+    together = kept_evidence(encoded, cells, asked)
+    for number, (image, prompt) in enumerate(zip(images, prompts)):
+        alone = encode(vlm.model, vlm.inputs([image], [prompt]))
+        cells, _ = choose_tokens(alone, make_scorer("norm"), 0.3, choices)
+        assert float(kept_evidence(alone, cells, asked[number : number + 1])) == float(together[number])
+
+
+def test_the_table_has_a_row_for_each_class_of_evidence_and_is_recorded_once(tmp_path, monkeypatch, request):
+    root: Path = request.config.rootpath
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(evidence_table, "OLD", ("forms",))
+    config = evidence_table.evidence_config(tmp_path, Path(MODEL), Path("data/mini/selector"), 6)
+    config = replace(config, benchmarks=("spots",), keeps=(0.3,), methods=("full", "none", "selector"))
+    table = evidence_table.record_evidence(config, tmp_path / "evidence.csv")
+    rows = pd.read_csv(table)
+    assert set(rows["benchmark"]) == {"spots", "forms"}
+    whole, parts = rows[rows["most"] == 0], rows[rows["most"] > 0]
+    assert len(whole) == 2 * 3 and (whole["n"] == 6).all()
+    for (name, method), same in parts.groupby(["benchmark", "method"]):
+        row = whole[(whole["benchmark"] == name) & (whole["method"] == method)].iloc[0]
+        for column in ("score", "kept", "tokens", "share"):
+            assert (same[column] * same["n"]).sum() / same["n"].sum() == pytest.approx(row[column], abs=1e-4)
+        assert (same["tokens"] <= same["most"]).all()
+    assert set(whole.loc[whole["method"] == "full", "kept"]) == {1}
+    assert set(whole.loc[whole["method"] == "none", "kept"]) == {0}
+    assert whole.loc[whole["method"] == "selector", "kept"].between(0.2, 1).all()
+    assert set(rows.loc[rows["benchmark"] == "forms", "complete"]) == {True}
+    assert table.with_suffix(".provenance.json").is_file()
+    before = table.read_bytes()
+    monkeypatch.setattr(evidence_table, "_measured_shares", None)
+    assert evidence_table.record_evidence(config, table).read_bytes() == before

@@ -1,0 +1,135 @@
+"""Record how often answers are right, by the evidence of the question and what is kept of it."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tokensel.benchmarks.conditions import Condition
+from tokensel.benchmarks.config import EvalConfig
+from tokensel.benchmarks.questions import load_questions, stable_keys
+from tokensel.benchmarks.recorded import RecordedAnswers, recorded_answers
+from tokensel.benchmarks.results import Row, score_rows
+from tokensel.benchmarks.runner import evaluate
+from tokensel.benchmarks.session import EvalSession
+from tokensel.book.mini.evidence import evidence, kept_evidence
+from tokensel.book.mini.suite import asked_page
+from tokensel.methods import Batch, check_method
+from tokensel.utils.files import write_json, write_text
+from tokensel.utils.provenance import json_digest
+from tokensel.utils.source import code_digest
+from tokensel.vlm import Choices
+from tokensel.vlm.visual import choose_tokens
+
+__all__ = ["EDGES", "evidence_config", "evidence_rows", "record_evidence"]
+
+LARGE, SUITE = "tokensel.book.mini.large_suite", "tokensel.book.mini.suite"
+OLD = ("forms", "scene_text", "attributes")  # of the suite: two that read, one about small things
+METHODS = ("full", "none", "random", "uniform", "selector")
+KEEPS = (0.1, 0.2, 0.3, 0.5, 0.7)
+EDGES = (0, 4, 8, 16, 32, 64, 256)  # tokens of evidence: a row above each and up to the next
+
+
+def evidence_config(out: Path, model: Path, selector: Path, n: int, split: str = "test") -> EvalConfig:
+    """The evaluation of the large tasks; with ``suite`` and ``benchmarks`` replaced, that of the others."""
+    return EvalConfig(
+        suite=LARGE,
+        model=str(model),
+        selector=str(selector),
+        methods=METHODS,
+        keeps=KEEPS,
+        n=n,
+        split=split,
+        thumbnail="last",
+        compare=(),
+        name="evidence",
+        out=str(out),
+    )
+
+
+def record_evidence(config: EvalConfig, table: Path) -> Path:
+    """Record :func:`evidence_rows` of all tasks, with the provenance beside it; after a kill, it resumes.
+
+    Args:
+        config: from :func:`evidence_config`.
+        table: where the table goes.
+    """
+    rows: list[Row] = []
+    for part in (config, replace(config, suite=SUITE, benchmarks=OLD, name="evidence_suite")):
+        done = evaluate(part)
+        session = EvalSession(part)
+        for answers in recorded_answers(part):
+            rows += evidence_rows(session, answers, _kept_shares(session, answers))
+    write_text(table, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
+    assert done.provenance is not None, "an evaluation in one part writes its provenance"
+    facts = json.loads(done.provenance.read_text(encoding="utf-8"))
+    facts["data"] |= {"suite": [LARGE, SUITE], "rows": EDGES}
+    write_json(table.with_suffix(".provenance.json"), facts)
+    return table
+
+
+def evidence_rows(
+    session: EvalSession, answers: RecordedAnswers, kept: dict[Condition, list[float]]
+) -> list[Row]:
+    """Rows of one benchmark: one for all questions, and one for each class of evidence, by condition.
+
+    Besides the columns of an evaluation: ``most``, the largest number of tokens of evidence in the row (0:
+    all questions), ``tokens`` and ``share`` of the page, means; ``complete``, whether all has to be seen; and
+    ``kept``, the mean share of the evidence that is kept at full resolution.
+    """
+    task, split = answers.benchmark.name, session.config.split
+    count = len(answers.table.categories)
+    seen = [evidence(task, *asked_page(task, split, index)) for index in range(count)]
+    tokens, shares = (np.array([getattr(one, name) for one in seen]) for name in ("tokens", "share"))
+    parts = [(0, np.ones(count, bool))]
+    parts += [(high, (tokens > low) & (tokens <= high)) for low, high in pairwise(EDGES)]
+    rows: list[Row] = []
+    for most, where in parts:
+        if not where.any():
+            continue
+        facts = {"most": most, "tokens": tokens[where].mean(), "share": shares[where].mean()}
+        facts |= {"complete": seen[0].complete}
+        scores = {condition: column[where] for condition, column in answers.table.scores.items()}
+        made = score_rows(session.name, answers.benchmark, scores, seed=session.config.seed)
+        for row, condition in zip(made, scores, strict=True):
+            share = 1.0 if condition not in kept else float(np.array(kept[condition])[where].mean())
+            rows.append(row | facts | {"kept": 0.0 if condition.method == "none" else share})
+    return rows
+
+
+def _kept_shares(session: EvalSession, answers: RecordedAnswers) -> dict[Condition, list[float]]:
+    """For each condition with a budget, the share of every question's evidence that is kept; a file each."""
+    task, config = answers.benchmark.name, session.config
+    conditions = [c for c in answers.table.scores if check_method(c.method).uses_keep]
+    count = len(answers.table.categories)
+    code = code_digest("tokensel.book.mini.evidence")
+    identity = [session.identity(c) | {"keep": f"{c.keep:g}", "seed": f"{c.seed}"} for c in conditions]
+    path = Path(config.out) / "kept" / f"{json_digest([identity, task, config.split, count, code])}.json"
+    if not path.is_file():
+        write_json(path, _measured_shares(session, answers, conditions, count))
+    columns = json.loads(path.read_text(encoding="utf-8"))
+    return dict(zip(conditions, columns, strict=True))
+
+
+def _measured_shares(
+    session: EvalSession, answers: RecordedAnswers, conditions: list[Condition], count: int
+) -> list[list[float]]:
+    """For each condition the share of every question's evidence that is kept; nothing is generated."""
+    config, task = session.config, answers.benchmark.name
+    choices = Choices.of(config.choices())
+    questions = load_questions(answers.benchmark, config.split, config.n)
+    shares: list[list[float]] = [[] for _ in conditions]
+    for start in range(0, count, config.batch_size):
+        rows = range(start, min(count, start + config.batch_size))
+        keys = stable_keys([questions.ids[i] for i in rows])
+        images = [questions.image(i) for i in rows]
+        encoded = Batch(session.vlm, images, [questions.prompts[i] for i in rows], keys).seeing
+        asked = [asked_page(task, config.split, i) for i in rows]
+        for column, condition in zip(shares, conditions):
+            scorer = session.scorer(condition)
+            cells, _ = choose_tokens(encoded, scorer, condition.keep, choices)
+            column += kept_evidence(encoded, cells, asked).tolist()
+    return shares
