@@ -3,6 +3,7 @@
 import base64
 import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ from tokensel.schedules import Clse, FastOcr, FastV
 from tokensel.schedules.vtw import withdrawal_divergence
 from tokensel.scorers import SCORERS, make_scorer
 from tokensel.serving import embeddings_field, prompt_embeddings
-from tokensel.serving.pruning import Pruner
+from tokensel.serving.places import append_places, pending_positions, placed_positions, split_places
+from tokensel.serving.pruning import GridPruner, TilePruner
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, count_tokens, encode, load_encoder, load_vlm, reduce, reduce_inputs
 from tokensel.vlm.bias import biased
@@ -337,9 +339,33 @@ def test_an_engine_on_the_device_embeds_the_same_tokens(device):
             encoded = replace(encode(vlm.model, ask(vlm, [0])), pixel_values=pixels)
             return encoded.family.run(encoded).tokens
 
-        pruner = Pruner(vlm.model.config, tower, core.multi_modal_projector, core.image_newline)
+        pruner = TilePruner(vlm.model.config, tower, core.multi_modal_projector, core.image_newline)
         embeds.append(pruner.embed(inputs["pixel_values"], inputs["image_sizes"], [0.5, 0.3]))
     assert all(close(there, here) for here, there in zip(*embeds, strict=True))
+
+
+def test_an_engine_on_the_device_places_the_same_tokens(device, tmp_path):
+    sent = []
+    tiny_families.save("qwen2_5_vl", tmp_path)
+    for where in ("cpu", device):
+        vlm = load_vlm(tmp_path, device=where)
+        core: Any = vlm.model.base_model
+        inputs = vlm.inputs([noise_image(40, 90)], [vlm.prompt("what?")])
+        vlm.model.config.tokensel = {"model": "tiny", "scorer": "norm"}
+
+        def tower(pixels: torch.Tensor, grids: torch.Tensor, core=core) -> tuple[torch.Tensor, torch.Tensor]:
+            out = core.get_image_features(pixels, grids.to(pixels.device), return_dict=True)
+            return out.last_hidden_state, torch.cat(list(out.pooler_output))
+
+        pruner = GridPruner(vlm.model.config, tower, core.visual.merger)
+        grids = inputs["image_grid_thw"].cpu()
+        ((embeds, places),) = pruner.embed(inputs["pixel_values"].to(where), grids, [0.3])
+        embeds, places = split_places(append_places(embeds, places.to(embeds.device)))
+        positions = pending_positions(len(embeds) + 2, [(1, len(embeds), 8)]).to(where)
+        coming = torch.arange(1, len(embeds) + 1).to(where)
+        sent.append((embeds, placed_positions(positions, coming, places)))
+    (embeds, positions), (of_device, placed) = sent
+    assert close(of_device, embeds) and torch.equal(placed.cpu(), positions)
 
 
 def test_inputs_may_be_on_either_side(device):

@@ -38,7 +38,7 @@ LAYOUT = """vlm.choose.adaptive_cells vlm.choose.add_newlines vlm.choose.choose_
     vlm.families.base.Family.placeholders vlm.families.qwen_vl.QwenVl.placeholders
     vlm.layout.Layout.cell
     vlm.layout.Layout.image_of_tile vlm.layout.Layout.slots vlm.layout.Layout.spread vlm.layout.Layout.valid
-    serving.counting.layout_of
+    serving.counting.grid_layout serving.counting.layout_of serving.places.pending_positions
     vlm.layout.mark_cells vlm.layout.read_layout vlm.native.count_tokens schedules.prompt.Prompt.map_cells
     schedules.prompt.Prompt.map_row schedules.prompt.Prompt.real schedules.prompt.Prompt.repeat
     schedules.prompt.Prompt.gather schedules.feather.grid_cells schedules.grids.grids

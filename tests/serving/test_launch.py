@@ -7,6 +7,7 @@ import pytest
 import suite_tiny
 import tiny_families
 
+from tokensel.scorers import make_scorer
 from tokensel.serving import launch
 from tokensel.serving.config import ServeConfig
 from tokensel.utils.errors import TokenselError
@@ -71,7 +72,24 @@ def test_a_model_or_a_selector_that_does_not_fit_is_one_line(model, told, tmp_pa
         launch.serve(ServeConfig(str(tmp_path)))
     with pytest.raises(TokenselError, match="needs one: pass selector="):
         launch.serve(ServeConfig(str(model)))
-    other = tiny_families.loaded("qwen2_5_vl", tmp_path)
+    other = tiny_families.loaded("qwen3_vl", tmp_path)
     with pytest.raises(TokenselError, match="which is not served yet: give one of llava_next"):
         launch.serve(ServeConfig(other.name, scorer="norm"))
     assert not told
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_a_model_with_places_has_the_engine_ask_for_them(told, tmp_path, monkeypatch, capsys, cpu):
+    vlm = tiny_families.loaded("qwen2_5_vl", tmp_path)
+    monkeypatch.setattr(launch, "_on_cpu", lambda: cpu)
+    launch.serve(ServeConfig(str(tmp_path), scorer="norm", keep=0.3))
+    (arguments,) = told
+    assert float(arguments[arguments.index("--video-pruning-rate") + 1]) > 0
+    assert ("--worker-cls" in arguments) == cpu
+    inputs = vlm.inputs([suite_tiny.PilImage.new("RGB", (640, 480))], [vlm.prompt("what?")])
+    kept, full = (
+        int(reduce_inputs(vlm.model, inputs, make_scorer("norm"), keep).visual.sum()) for keep in (0.3, 1.0)
+    )
+    assert f"has {kept} tokens at keep 0.3 (norm), {full} at keep 1" in capsys.readouterr().out
+    with pytest.raises(TokenselError, match="--video-pruning-rate is set by tokensel serve"):
+        launch.serve(ServeConfig(str(tmp_path), scorer="norm"), ["--video_pruning_rate=0.1"])

@@ -1,6 +1,7 @@
 """What the plugin computes without an engine: the same tokens, and as many of them, as the adapter."""
 
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import LlavaConfig
 from tokensel.scorers import make_scorer
 from tokensel.serving.config import ServeConfig
 from tokensel.serving.counting import TokenCounter, served_scorer
-from tokensel.serving.pruning import Pruner
+from tokensel.serving.pruning import TilePruner
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import Vlm, encode, reduce_inputs
 from tokensel.vlm.native import switch_off
@@ -34,16 +35,17 @@ def vlm(request) -> Vlm:
     return Vlm(model, processor, "tiny", switch_off(model, processor))
 
 
-def pruner(vlm: Vlm, **options) -> Pruner:
+def pruner(vlm: Vlm, **options) -> TilePruner:
     """A pruner whose engine is the model of transformers."""
-    core, config = vlm.model.base_model, vlm.model.config
+    core: Any = vlm.model.base_model
+    config = vlm.model.config
     config.tokensel = asdict(ServeConfig("tiny", **options))
 
     def tower(pixels: torch.Tensor) -> torch.Tensor:
         encoded = replace(encode(vlm.model, ask(vlm, [0])), pixel_values=pixels)
         return encoded.family.run(encoded).tokens
 
-    return Pruner(config, tower, core.multi_modal_projector, core.image_newline)
+    return TilePruner(config, tower, core.multi_modal_projector, core.image_newline)
 
 
 def embeds_of(vlm: Vlm, row: int, keep: float, **options) -> torch.Tensor:

@@ -14,20 +14,43 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tokensel.book.tiny import write as save
+from tokensel.book.tiny.characters import Pair
+from tokensel.book.tiny.qwen import qwen2_5_vl
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+SERVED = ("llava-next", "llava-onevision", "qwen2_5_vl")
 SELECTORS = {"llava-next": "selector", "llava-onevision": "selector-onevision"}  # in data/mini, by model
 START = 600  # seconds that a server may take to start on a busy machine
 
 
-class Engine:
-    """A running server: its model and selector, its address, and what it printed."""
+def random_qwen() -> Pair:
+    """Qwen2.5-VL with random weights: heads of a size that the engine has, images of up to 256 tokens."""
+    model, processor = qwen2_5_vl(out_hidden_size=128)
+    config: Any = model.config
+    config.text_config.update(dict(hidden_size=128, intermediate_size=256))
+    # a small base, so that places within an image turn all channels of a key
+    config.text_config.rope_parameters.update(mrope_section=[4, 6, 6], rope_theta=10.0)
+    processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
+    return Qwen2_5_VLForConditionalGeneration(config), processor
 
-    def __init__(self, model: str, log: Path):
-        self.model, self.selector = f"data/mini/{model}", f"data/mini/{SELECTORS[model]}"
+
+class Engine:
+    """A running server: its model and how it is scored, its address, and what it printed."""
+
+    def __init__(self, model: str, log: Path, folder: Path):
+        if model in SELECTORS:
+            self.model, self.positions = f"data/mini/{model}", "compact"
+            self.scorer = {"scorer": "selector", "selector": f"data/mini/{SELECTORS[model]}"}
+        else:
+            save(random_qwen, folder)
+            self.model, self.positions, self.scorer = str(folder), "original", {"scorer": "norm"}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -38,7 +61,8 @@ class Engine:
             "VLLM_NO_USAGE_STATS": "1",
         }
         command = [sys.executable, "-m", "tokensel", "serve", "--model", self.model, "--keep", "0.5"]
-        command += ["--selector", self.selector, "--trust-request-mm-kwargs", "--enforce-eager"]
+        command += [f"--{name}={value}" for name, value in self.scorer.items()]
+        command += ["--trust-request-mm-kwargs", "--enforce-eager"]
         command += ["--max-model-len", "2048", "--max-num-batched-tokens", "128", "--dtype", "float32"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         with log.open("wb") as out:
@@ -74,10 +98,11 @@ class Engine:
                 continue
 
 
-@pytest.fixture(scope="session", params=SELECTORS)
+@pytest.fixture(scope="session", params=SERVED)
 def engine(request, tmp_path_factory) -> Iterator[Engine]:
     """A small model at keep 0.5, its prompts read in pieces of 128 tokens; one server at a time."""
-    engine = Engine(request.param, tmp_path_factory.mktemp("engine") / "log")
+    folder = tmp_path_factory.mktemp("engine")
+    engine = Engine(request.param, folder / "log", folder / "model")
     try:
         engine.wait()
         yield engine

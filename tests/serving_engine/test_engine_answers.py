@@ -17,14 +17,14 @@ from PIL import Image
 pytest.importorskip("vllm", reason="vllm is not installed: these tests run by `make serving`")
 
 from tokensel.book.mini.world import draw_page
-from tokensel.scorers import make_scorer
+from tokensel.scorers import Scorer, make_scorer
 from tokensel.serving.config import ServeConfig
 from tokensel.serving.counting import TokenCounter
 from tokensel.vlm import Vlm, load_vlm, reduce_inputs
 
 pytestmark = pytest.mark.timeout(1200)  # seconds; the first of them starts the server
 KEEPS = (1.0, 0.5, 0.3, 0.1)
-TASKS = {"forms": (20, 8), "transcribe": (5, 64)}  # how many questions, and how many new tokens
+TASKS = {"forms": (40, 8), "transcribe": (10, 64)}  # how many questions, and how many new tokens
 NEW = {task: new for task, (_, new) in TASKS.items()}
 
 
@@ -38,6 +38,10 @@ def asked(task: str, index: int) -> tuple[Image.Image, str]:
 QUESTIONS = [(task, index) for task, (count, _) in TASKS.items() for index in range(count)]
 
 
+def scorer_of(engine) -> Scorer:
+    return make_scorer(engine.scorer["scorer"], selector=engine.scorer.get("selector"))
+
+
 @pytest.fixture(scope="module")
 def vlm(engine) -> Vlm:
     torch.set_num_threads(1)
@@ -46,14 +50,14 @@ def vlm(engine) -> Vlm:
 
 @pytest.fixture(scope="module")
 def expected(engine, vlm) -> dict[tuple[str, int, float], tuple[list[int], int]]:
-    """New tokens and length of the prompt by question and keep, from the adapter with compact positions."""
-    selector = make_scorer("selector", selector=engine.selector)
+    """New tokens and length of the prompt by question and keep, from the adapter."""
+    scorer = scorer_of(engine)
     answers = {}
     for task, index in QUESTIONS:
         image, question = asked(task, index)
         inputs = vlm.inputs([image], [vlm.prompt(question)])
         for keep in KEEPS:
-            reduced = reduce_inputs(vlm.model, inputs, selector, keep, positions="compact")
+            reduced = reduce_inputs(vlm.model, inputs, scorer, keep, positions=engine.positions)
             out = vlm.generate_output(reduced, NEW[task])
             answers[task, index, keep] = (
                 out.tokens[0, : int(out.lengths[0])].tolist(),
@@ -137,6 +141,22 @@ def test_at_keep_1_the_answers_are_those_of_the_stock_model(vlm, expected):
         assert inputs["input_ids"].shape[1] == expected[task, index, 1.0][1]
 
 
+def test_answers_depend_on_the_places_of_kept_tokens(engine, vlm, expected):
+    """Of what is compared above: an engine that did not place the tokens would give other answers."""
+    if engine.positions == "compact":
+        pytest.skip("its tokens have no places")
+    changed = 0
+    for task, index in QUESTIONS[:10]:
+        image, question = asked(task, index)
+        inputs = vlm.inputs([image], [vlm.prompt(question)])
+        reduced = reduce_inputs(vlm.model, inputs, scorer_of(engine), 0.3)
+        positions = reduced["position_ids"].clone()
+        positions[2:, reduced.visual] = positions[1, reduced.visual]  # rows and columns as the first token's
+        out = vlm.generate_output(reduced | {"position_ids": positions}, NEW[task])
+        changed += out.tokens[0, : int(out.lengths[0])].tolist() != expected[task, index, 0.3][0]
+    assert changed >= 5
+
+
 def test_several_images_in_a_prompt_are_answered_as_by_the_adapter_or_refused(engine, vlm):
     images, question = [asked("forms", index)[0] for index in (0, 1)], asked("forms", 1)[1]
     request = body(engine.model, [*map(part, images), {"type": "text", "text": question}], 8, keep=0.3)
@@ -146,9 +166,9 @@ def test_several_images_in_a_prompt_are_answered_as_by_the_adapter_or_refused(en
         with caught.value as error:
             assert error.code == 400
         return
-    selector = make_scorer("selector", selector=engine.selector)
+    scorer = scorer_of(engine)
     inputs = vlm.inputs([images], [vlm.prompt(question, 2)])
-    reduced = reduce_inputs(vlm.model, inputs, selector, 0.3, positions="compact")
+    reduced = reduce_inputs(vlm.model, inputs, scorer, 0.3, positions=engine.positions)
     out = vlm.generate_output(reduced, 8)
     reply = post(engine.url, request)
     assert reply["usage"]["prompt_tokens"] == int(reduced["attention_mask"].sum())
@@ -171,6 +191,14 @@ def test_bad_requests_are_refused_and_the_engine_lives_on(engine, expected):
         with caught.value as error:
             assert error.code in (400, 422), error.read()
     assert answer(engine, "forms", 3, 0.3) == expected["forms", 3, 0.3]
+
+
+def counted_size(vlm: Vlm, image: Image.Image) -> tuple[int, int]:
+    """Height and width of an image as a TokenCounter takes them: in pixels, or in patches when scaled."""
+    if vlm.model.config.model_type != "qwen2_5_vl":
+        return image.size[1], image.size[0]
+    _, height, width = vlm.processor.image_processor(images=[image])["image_grid_thw"][0].tolist()
+    return height, width
 
 
 def test_images_of_every_size_beside_broken_ones_and_clients_that_hang_up(engine, vlm, expected):
@@ -205,7 +233,7 @@ def test_images_of_every_size_beside_broken_ones_and_clients_that_hang_up(engine
                     return None if error.code == 400 else f"{error.code}"
             return "an answer about a broken image"
         length = post(engine.url, asked_of([part(image), text], 1, keep))["usage"]["prompt_tokens"]
-        wanted = around + counter.count(*size, keep)
+        wanted = around + counter.count(*counted_size(vlm, image), keep)
         return None if length == wanted else f"{length} tokens for {wanted} ({size}, keep {keep})"
 
     with ThreadPoolExecutor(64) as clients:

@@ -34,7 +34,7 @@ class ServeConfig:
             an image has; one line with field, value and what to give.
     """
 
-    model: Annotated[str, Option("LLaVA-NeXT or LLaVA-OneVision: folder or Hub id.", MODEL)]
+    model: Annotated[str, Option("LLaVA-NeXT, LLaVA-OneVision or Qwen2.5-VL: folder or Hub id.", MODEL)]
     revision: Annotated[str | None, revision_option(MODEL)] = None
     keep: Annotated[
         float,
@@ -97,7 +97,10 @@ class ServeConfig:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """The fields that are :class:`~tokensel.vlm.choose.Choices`; positions are compact."""
+        """The fields that are :class:`~tokensel.vlm.choose.Choices`.
+
+        Positions are compact, but for a model that gives a visual token its place in the image.
+        """
         names = ("budget", "thumbnail", "neighbours", "newline")
         return {name: getattr(self, name) for name in names} | {"positions": "compact"}
 
@@ -105,6 +108,6 @@ class ServeConfig:
         """The value of vLLM's ``hf_overrides``.
 
         Args:
-            architecture: the plugin's class for this model.
+            architecture: name of the plugin's class for this model.
         """
         return {"architectures": [architecture], "tokensel": asdict(self)}

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tokensel.cost.published import hollow
 from tokensel.scorers import Scorer, make_scorer
+from tokensel.serving.architectures import ARCHITECTURES
 from tokensel.serving.config import ServeConfig
 from tokensel.utils.errors import TokenselError, check_keep
 from tokensel.vlm.choose import Choices, add_newlines, choose_cells
@@ -21,7 +22,7 @@ from tokensel.vlm.families import family_of
 from tokensel.vlm.families.llava_onevision import OFF
 from tokensel.vlm.layout import Layout, read_layout, tile_counts
 
-__all__ = ["TokenCounter", "layout_of", "served_scorer", "skeleton"]
+__all__ = ["TokenCounter", "grid_layout", "layout_of", "served_scorer", "skeleton"]
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -36,8 +37,8 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
         TokenselError: a model that cannot be served with fewer tokens.
     """
     family = family_of(config)
-    if not family.tiled:
-        raise TokenselError(f"{family.name} is not served yet: give a LLaVA-NeXT or LLaVA-OneVision")
+    if config.model_type not in ARCHITECTURES:
+        raise TokenselError(f"{family.name} is not served yet: give one of {', '.join(ARCHITECTURES)}")
     config = copy.deepcopy(config)
     text: Any = config.get_text_config()
     text.num_hidden_layers = 1
@@ -60,6 +61,16 @@ def layout_of(model: PreTrainedModel, image_sizes: Int[Tensor, "images 2"]) -> L
     vision: Any = model.config.vision_config
     counts = tile_counts(model, {"image_sizes": image_sizes})
     return read_layout(model.base_model, counts, (vision.image_size // vision.patch_size) ** 2, image_sizes)
+
+
+def grid_layout(model: PreTrainedModel, grids: Int[Tensor, "images 3"]) -> Layout:
+    """The layout of images of Qwen2.5-VL, each alone in its prompt.
+
+    Args:
+        model: a :func:`skeleton`.
+        grids: time, height and width of each image in patches, on the host.
+    """
+    return family_of(model.config).tiles_layout(model.config, {"image_grid_thw": grids})
 
 
 def served_scorer(config: PretrainedConfig, options: ServeConfig) -> Scorer:
@@ -89,6 +100,9 @@ def served_scorer(config: PretrainedConfig, options: ServeConfig) -> Scorer:
 class TokenCounter:
     """Counts the tokens of images by their size; equal sizes are counted once.
 
+    A size is height and width: in pixels for LLaVA-NeXT and LLaVA-OneVision, and in patches of the image as
+    its processor scales it for Qwen2.5-VL.
+
     Attributes:
         model: the :func:`skeleton`.
         options: what is kept.
@@ -110,7 +124,7 @@ class TokenCounter:
         """Tokens of one image in the prompt, newlines among them.
 
         Args:
-            height, width: in pixels.
+            height, width: the size of the image.
             keep: fraction of its visual tokens that is kept; by default that of :attr:`options`.
 
         Raises:
@@ -119,7 +133,10 @@ class TokenCounter:
         return self._cached(int(height), int(width), check_keep(self.options.keep if keep is None else keep))
 
     def _count(self, height: int, width: int, keep: float) -> int:
-        layout = layout_of(self.model, torch.tensor([[height, width]]))
+        if family_of(self.model.config).tiled:
+            layout = layout_of(self.model, torch.tensor([[height, width]]))
+        else:
+            layout = grid_layout(self.model, torch.tensor([[1, height, width]]))
         choices = Choices.of(self.options.choices)
         cells = choose_cells(layout, torch.zeros(len(layout.source)), keep, choices)
         return int(add_newlines(layout, cells, choices.newline).sum())

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from PIL import Image
 from transformers import AutoConfig, PretrainedConfig
 
 from tokensel.serving.architectures import ARCHITECTURES
@@ -24,7 +25,6 @@ from tokensel.vlm.families import family_of
 __all__ = ["command", "load_config", "serve", "start_line"]
 
 _IMAGE = (480, 640)  # height and width of the image in the line at start
-_OURS = ("--model", "--revision", "--hf-overrides", "--hf_overrides")
 
 
 def serve(config: ServeConfig, engine: Sequence[str] = ()) -> None:
@@ -72,14 +72,31 @@ def load_config(config: ServeConfig) -> PretrainedConfig:
 
 
 def start_line(model: PretrainedConfig, config: ServeConfig) -> str:
-    """What an image costs before and after, in tokens of the prompt."""
+    """What an image costs before and after, in tokens of the prompt.
+
+    Raises:
+        TokenselError: the model has no image processor, where that is needed.
+    """
     counter = TokenCounter(model, config)
     height, width = _IMAGE
-    before, after = counter.count(height, width, 1.0), counter.count(height, width)
+    size = _grid(model, config) if ARCHITECTURES[model.model_type].places else _IMAGE
+    before, after = counter.count(*size, 1.0), counter.count(*size)
     return (
         f"{config.model}: an image of {width} x {height} pixels has {after} tokens at keep {config.keep:g} "
         f"({config.scorer}), {before} at keep 1, newlines among them"
     )
+
+
+def _grid(model: PretrainedConfig, config: ServeConfig) -> tuple[int, int]:
+    """Height and width of the image in the line at start, in patches, as the processor scales it."""
+    family, hub = family_of(model), hub_options(config.model, revision=config.revision)
+    try:
+        processor = family.processor(config.model, model, **hub)
+    except (OSError, ValueError) as error:
+        raise TokenselError(f"{config.model} holds no image processor ({reason(error)})") from None
+    (tile,) = family.cut(processor.image_processor, Image.new("RGB", (_IMAGE[1], _IMAGE[0])), False)
+    _, height, width = tile["image_grid_thw"][0].tolist()
+    return height, width
 
 
 def command(model: PretrainedConfig, config: ServeConfig, engine: Sequence[str] = ()) -> list[str]:
@@ -93,12 +110,24 @@ def command(model: PretrainedConfig, config: ServeConfig, engine: Sequence[str] 
     Raises:
         TokenselError: one of the options is set here.
     """
+    served = ARCHITECTURES[model.model_type]
+    ours = ["--model", config.model, "--hf-overrides", json.dumps(config.overrides(served.name))]
+    if served.places:  # any rate above 0: it has vLLM ask for places, and no video is there to prune
+        ours += ["--video-pruning-rate", "0.5"]
+        if _on_cpu():
+            ours += ["--worker-cls", "tokensel.serving.vllm_cpu_worker.PlacesCpuWorker"]
     for option in engine:
-        if (name := option.partition("=")[0]) in _OURS:
+        name = option.partition("=")[0].replace("_", "-")  # vLLM takes both
+        if name in ours or name == "--revision":
             raise TokenselError(f"{name} is set by tokensel serve: leave it out")
-    overrides = json.dumps(config.overrides(ARCHITECTURES[model.model_type]))
-    ours = ["--model", config.model, "--hf-overrides", overrides]
     if config.revision is not None:
         ours += ["--revision", config.revision]
     # the command `vllm` asks for a distribution of this name, which its CPU build does not have
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *ours, *engine]
+
+
+def _on_cpu() -> bool:
+    """Whether vLLM runs on the CPU; it finds that out when it is imported."""
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]  # checked by serve
+
+    return current_platform.is_cpu()

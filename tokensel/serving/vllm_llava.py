@@ -1,4 +1,4 @@
-"""LLaVA-NeXT and LLaVA-OneVision in vLLM with a part of their visual tokens: its classes, and a Pruner.
+"""LLaVA-NeXT and LLaVA-OneVision in vLLM with a part of their visual tokens: its classes, and a TilePruner.
 
 Positions are compact: the engine sees an ordinary, shorter prompt and counts its tokens from 0.
 """
@@ -15,8 +15,8 @@ from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditio
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokensel.serving.pruning import Pruner
-from tokensel.serving.vllm_processing import KEEP, KeptTokensInfo, KeptTokensProcessor, OnevisionInfo
+from tokensel.serving.pruning import TilePruner
+from tokensel.serving.vllm_processing import KEEP, KeptTilesProcessor, KeptTokensInfo, OnevisionInfo
 
 __all__ = ["TokenselLlavaNext", "TokenselLlavaOnevision"]
 
@@ -38,7 +38,7 @@ class _KeptTokens(nn.Module):
         def tower(pixel_values: Tensor) -> Tensor:
             return own._image_pixels_to_features(own.vision_tower, pixel_values)
 
-        self._pruner = Pruner(own.config, tower, own.multi_modal_projector, own.image_newline)
+        self._pruner = TilePruner(own.config, tower, own.multi_modal_projector, own.image_newline)
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         pixel_values = kwargs.get("pixel_values")
@@ -48,7 +48,7 @@ class _KeptTokens(nn.Module):
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    KeptTokensProcessor, info=KeptTokensInfo, dummy_inputs=LlavaDummyInputsBuilder
+    KeptTilesProcessor, info=KeptTokensInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class TokenselLlavaNext(_KeptTokens, LlavaNextForConditionalGeneration):
     """vLLM's LLaVA-NeXT."""
@@ -57,7 +57,7 @@ class TokenselLlavaNext(_KeptTokens, LlavaNextForConditionalGeneration):
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    KeptTokensProcessor, info=OnevisionInfo, dummy_inputs=LlavaDummyInputsBuilder
+    KeptTilesProcessor, info=OnevisionInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class TokenselLlavaOnevision(_KeptTokens, LlavaOnevisionForConditionalGeneration):
     """vLLM's LLaVA-OneVision, its own compression switched off, as in :mod:`tokensel.vlm.native`."""

@@ -13,5 +13,5 @@ def register() -> None:
     """The entry point of the group ``vllm.general_plugins``; it may run several times."""
     from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]  # the engine that called this
 
-    for name in ARCHITECTURES.values():
-        ModelRegistry.register_model(name, f"tokensel.serving.vllm_llava:{name}")
+    for served in ARCHITECTURES.values():
+        ModelRegistry.register_model(served.name, f"{served.module}:{served.name}")

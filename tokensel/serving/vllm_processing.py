@@ -17,14 +17,14 @@ from transformers import LlavaOnevisionConfig
 from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
-from vllm.multimodal.processing import PromptReplacement
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement
 
 from tokensel.serving.config import ServeConfig
 from tokensel.serving.counting import TokenCounter
 from tokensel.utils.errors import check_keep
 from tokensel.vlm.families.llava_onevision import LlavaOnevisionProcessor
 
-__all__ = ["KEEP", "KeptTokensInfo", "KeptTokensProcessor", "OnevisionInfo"]
+__all__ = ["KEEP", "KeepProcessor", "KeptTilesProcessor", "KeptTokensInfo", "OnevisionInfo"]
 
 KEEP = "keep"  # the name of the option of a request, and of the field that hands it to the model
 
@@ -58,8 +58,8 @@ class OnevisionInfo(KeptTokensInfo):
         return {"image": 1}
 
 
-class KeptTokensProcessor(LlavaNextMultiModalProcessor):
-    """Hands each image to the model with the keep of its request."""
+class KeepProcessor(BaseMultiModalProcessor):
+    """In front of a processor of vLLM: hands each image to the model with the keep of its request."""
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         # the prompt by which memory is measured has the most tokens that a request may ask for
@@ -73,7 +73,7 @@ class KeptTokensProcessor(LlavaNextMultiModalProcessor):
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> Any:
         others = {name: value for name, value in hf_kwargs.items() if name != KEEP}
         processed = super()._call_hf_processor(hf_data, others)
-        images = len(processed["image_sizes"])
+        images = next(len(processed[name]) for name in ("image_sizes", "image_grid_thw") if name in processed)
         # in double precision: the model has to keep as many tokens as were counted here
         processed[KEEP] = torch.full((images,), self._keep(hf_kwargs), dtype=torch.float64)
         return processed
@@ -83,6 +83,10 @@ class KeptTokensProcessor(LlavaNextMultiModalProcessor):
     ) -> Mapping[str, Any]:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         return {**fields, KEEP: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+
+class KeptTilesProcessor(KeepProcessor, LlavaNextMultiModalProcessor):
+    """As many placeholders as the image will have kept tokens and newlines."""
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
