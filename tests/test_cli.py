@@ -83,7 +83,7 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
         (cli.train_answers, AnswersConfig, set()),
         (cli.dyrate, DyRateConfig, set()),
         (cli.evaluate, EvalConfig, {"whole", "progress"}),
-        (cli.cost, CostConfig, {"training", "progress"}),
+        (cli.cost, CostConfig, {"training", "serving", "progress"}),
         (cli.serve, ServeConfig, {"engine"}),
     ],
 )

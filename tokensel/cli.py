@@ -17,6 +17,7 @@ from typer.main import get_group
 
 from tokensel.benchmarks import config as evaluation
 from tokensel.benchmarks.config import EvalConfig
+from tokensel.profiling import config as profiling
 from tokensel.profiling.config import DATA, MODEL, RUNNING, CostConfig
 from tokensel.serving.config import ServeConfig
 from tokensel.training.config import OBJECTIVE, AnswersConfig, DyRateConfig, TrainConfig
@@ -200,6 +201,9 @@ def cost(
     training: Annotated[
         bool, _option("Measure training a selector for the model's tower, not answering.", evaluation.RUNNING)
     ] = False,
+    serving: Annotated[
+        bool, _option("Measure running servers, as their users do.", profiling.SERVING)
+    ] = False,
     progress: _Progress = True,
 ) -> None:
     """Measure time to the first token, time per further token and memory, relative to the stock model.
@@ -207,7 +211,14 @@ def cost(
     Run it again with the same options to go on after an interruption: rounds that are done are not run again.
     """
     config = CostConfig(**values)
-    if training:
+    if training and serving:
+        raise TokenselError("training and serving are measured one at a time: leave one out")
+    if config.server and not serving:
+        raise TokenselError("server is asked only with --serving: give that, too")
+    if serving:
+        from tokensel.profiling.served import measure_served as measure
+        from tokensel.profiling.served import served_lines as lines
+    elif training:
         from tokensel.profiling.training import measure_training as measure
         from tokensel.profiling.training import training_lines as lines
     else:

@@ -10,7 +10,7 @@ from tokensel.utils.options import SEED_MOST, Option, check_fields, revision_opt
 FEWEST = 10  # repetitions below which no median is worth its name
 
 # headings under which the command line lists the options
-MODEL, DATA, RUNNING, TABLES = "Model", "Data", "Running", "Tables"
+MODEL, DATA, RUNNING, SERVING, TABLES = "Model", "Data", "Running", "Serving", "Tables"
 
 
 @no_type_check  # check_fields does it, with a message for users
@@ -91,6 +91,14 @@ class CostConfig:
     seed: Annotated[
         int, Option("Seed of weights, images and random selection.", RUNNING, least=0, most=SEED_MOST)
     ] = 0
+    server: Annotated[
+        tuple[str, ...],
+        Option("With --serving: comma-separated URLs of running servers of the model.", SERVING),
+    ] = ()
+    concurrency: Annotated[
+        tuple[int, ...],
+        Option("With --serving: requests of a server at a time, comma-separated.", SERVING, least=1),
+    ] = (1, 4, 16, 64)
     out: Annotated[str, Option("Folder of the results.", TABLES)] = "_build/results"
     name: Annotated[str, Option("File name of the results, without ending.", TABLES)] = "cost"
 
