@@ -1,6 +1,5 @@
 """How much evidence a question has, how much of it is kept, and the table that says what that costs."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -76,10 +75,10 @@ def test_each_question_of_a_batch_has_its_own_share(vlm):
 def test_the_table_has_a_row_for_each_class_of_evidence_and_is_recorded_once(tmp_path, monkeypatch, request):
     root: Path = request.config.rootpath
     monkeypatch.chdir(root)
-    monkeypatch.setattr(evidence_table, "OLD", ("forms",))
-    config = evidence_table.evidence_config(tmp_path, Path(MODEL), Path("data/mini/selector"), 6)
-    config = replace(config, benchmarks=("spots",), keeps=(0.3,), methods=("full", "none", "selector"))
-    table = evidence_table.record_evidence(config, tmp_path / "evidence.csv")
+    more = {"benchmarks": ("spots",), "keeps": (0.3,), "methods": ("full", "none", "selector")}
+    config = evidence_table.evidence_config(tmp_path, Path(MODEL), Path("data/mini/selector"), 6, **more)
+    table = evidence_table.record_evidence(config, tmp_path / "evidence.csv", ("forms",))
+    assert table is not None
     rows = pd.read_csv(table)
     assert set(rows["benchmark"]) == {"spots", "forms"}
     whole, parts = rows[rows["most"] == 0], rows[rows["most"] > 0]
@@ -96,4 +95,5 @@ def test_the_table_has_a_row_for_each_class_of_evidence_and_is_recorded_once(tmp
     assert table.with_suffix(".provenance.json").is_file()
     before = table.read_bytes()
     monkeypatch.setattr(evidence_table, "_measured_shares", None)
-    assert evidence_table.record_evidence(config, table).read_bytes() == before
+    assert evidence_table.record_evidence(config, table, ("forms",)) == table
+    assert table.read_bytes() == before

@@ -156,6 +156,25 @@ def field(
     typer.echo("answers are left to other shards" if written is None else f"finished: {written}")
 
 
+@app.command("evidence")
+def record_evidence_table(
+    table: Annotated[Path, typer.Option(help="CSV file to write; its provenance beside it")],
+    out: Annotated[Path, typer.Option(help="folder for the answers")] = Path("_build/evidence"),
+    model: Annotated[Path, typer.Option(help="a small model that was taught the large tasks")] = Path(
+        "data/mini/llava-next-large"
+    ),
+    selector: Annotated[Path, typer.Option(help="a selector for its tower")] = Path("data/mini/selector"),
+    n: Annotated[int, typer.Option(min=1, help="questions a task")] = 400,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    shard: Annotated[str, typer.Option(help="part i of n, as i/n, for several processes")] = "1/1",
+) -> None:
+    """Record how often answers are right, by evidence and by what is kept of it; after a kill, it resumes."""
+    from tokensel.book.mini.evidence_table import evidence_config, record_evidence
+
+    written = record_evidence(evidence_config(out, model, selector, n, split, shard=shard), table)
+    typer.echo("answers are left to other shards" if written is None else f"finished: {written}")
+
+
 @app.command("draw")
 def draw_pages(
     tasks: Annotated[

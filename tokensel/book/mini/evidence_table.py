@@ -1,9 +1,11 @@
 """Record how often answers are right, by the evidence of the question and what is kept of it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ from tokensel.benchmarks.recorded import RecordedAnswers, recorded_answers
 from tokensel.benchmarks.results import Row, score_rows
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.session import EvalSession
+from tokensel.benchmarks.statistics import bootstrap
 from tokensel.book.mini.evidence import evidence, kept_evidence
 from tokensel.book.mini.suite import asked_page
 from tokensel.methods import Batch, check_method
@@ -33,40 +36,42 @@ KEEPS = (0.1, 0.2, 0.3, 0.5, 0.7)
 EDGES = (0, 4, 8, 16, 32, 64, 256)  # tokens of evidence: a row above each and up to the next
 
 
-def evidence_config(out: Path, model: Path, selector: Path, n: int, split: str = "test") -> EvalConfig:
-    """The evaluation of the large tasks; with ``suite`` and ``benchmarks`` replaced, that of the others."""
-    return EvalConfig(
-        suite=LARGE,
-        model=str(model),
-        selector=str(selector),
-        methods=METHODS,
-        keeps=KEEPS,
-        n=n,
-        split=split,
-        thumbnail="last",
-        compare=(),
-        name="evidence",
-        out=str(out),
-    )
+def evidence_config(
+    out: Path, model: Path, selector: Path, n: int, split: str = "test", **more: Any
+) -> EvalConfig:
+    """The evaluation of the large tasks; ``more`` are further fields of it."""
+    values = {"suite": LARGE, "model": str(model), "selector": str(selector), "methods": METHODS}
+    values |= {"keeps": KEEPS, "n": n, "split": split, "thumbnail": "last", "compare": ()}
+    return EvalConfig.from_dict(values | {"name": "evidence", "out": str(out)} | more)
 
 
-def record_evidence(config: EvalConfig, table: Path) -> Path:
+def record_evidence(config: EvalConfig, table: Path, old: Sequence[str] = OLD) -> Path | None:
     """Record :func:`evidence_rows` of all tasks, with the provenance beside it; after a kill, it resumes.
 
     Args:
-        config: from :func:`evidence_config`.
+        config: from :func:`evidence_config`; with ``shard`` several processes share the answers, and the last
+            one writes the table.
         table: where the table goes.
+        old: tasks of the suite that are asked, too.
+
+    Returns:
+        The table, or ``None`` if other shards have answers left to give.
     """
+    asked = [config]
+    if old:
+        asked.append(replace(config, suite=SUITE, benchmarks=tuple(old), name=f"{config.name}_suite"))
+    done = [evaluate(part) for part in asked]
+    last = done[-1].provenance
+    if last is None or any(part.table is None for part in done):
+        return None
     rows: list[Row] = []
-    for part in (config, replace(config, suite=SUITE, benchmarks=OLD, name="evidence_suite")):
-        done = evaluate(part)
+    for part in asked:
         session = EvalSession(part)
         for answers in recorded_answers(part):
             rows += evidence_rows(session, answers, _kept_shares(session, answers))
     write_text(table, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
-    assert done.provenance is not None, "an evaluation in one part writes its provenance"
-    facts = json.loads(done.provenance.read_text(encoding="utf-8"))
-    facts["data"] |= {"suite": [LARGE, SUITE], "rows": EDGES}
+    facts = json.loads(last.read_text(encoding="utf-8"))
+    facts["data"] |= {"suite": [part.suite for part in asked], "edges": EDGES}
     write_json(table.with_suffix(".provenance.json"), facts)
     return table
 
@@ -78,7 +83,8 @@ def evidence_rows(
 
     Besides the columns of an evaluation: ``most``, the largest number of tokens of evidence in the row (0:
     all questions), ``tokens`` and ``share`` of the page, means; ``complete``, whether all has to be seen; and
-    ``kept``, the mean share of the evidence that is kept at full resolution.
+    ``kept``, the mean share of the evidence that is kept at full resolution; ``cost``, ``cost_low`` and
+    ``cost_high``: what all tokens score more on the same questions, with its 95 % interval.
     """
     task, split = answers.benchmark.name, session.config.split
     count = len(answers.table.categories)
@@ -94,9 +100,13 @@ def evidence_rows(
         facts |= {"complete": seen[0].complete}
         scores = {condition: column[where] for condition, column in answers.table.scores.items()}
         made = score_rows(session.name, answers.benchmark, scores, seed=session.config.seed)
-        for row, condition in zip(made, scores, strict=True):
+        columns = np.stack(list(scores.values()), axis=1)
+        full = next(place for place, condition in enumerate(scores) if condition.method == "full")
+        costs = np.stack(bootstrap(columns[:, [full]] - columns, seed=session.config.seed), axis=1)
+        for row, condition, cost in zip(made, scores, costs, strict=True):
             share = 1.0 if condition not in kept else float(np.array(kept[condition])[where].mean())
-            rows.append(row | facts | {"kept": 0.0 if condition.method == "none" else share})
+            row |= facts | {"kept": 0.0 if condition.method == "none" else share}
+            rows.append(row | dict(zip(("cost", "cost_low", "cost_high"), map(float, cost))))
     return rows
 
 

@@ -1,0 +1,107 @@
+"""The law of evidence: how often an answer is right, from the tokens of its evidence and what is kept.
+
+Let the evidence of a question lie in E tokens, of which a share c is kept. Where any part of it tells the
+answer, each token tells it by itself with some chance; where all of it is needed, it is made of parts, and
+each part of a few tokens of which one has to be left.
+"""
+
+from dataclasses import dataclass, fields
+from itertools import product
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+__all__ = ["Law", "cases", "fit_law", "held_back"]
+
+_STEPS = (2.0, 1.3, 1.1, 1.03, 1.01)  # factors by which the search changes a constant, coarse to fine
+
+
+@dataclass(frozen=True)
+class Law:
+    """Three constants of a model.
+
+    Attributes:
+        tells: how many tokens' worth one token of evidence is, where any part tells the answer.
+        parts: parts that all have to be seen, for each token of evidence.
+        spare: tokens of a part of which one suffices.
+    """
+
+    tells: float = 0.3
+    parts: float = 0.1
+    spare: float = 1.5
+
+    def seen(self, tokens, kept, complete) -> Float[np.ndarray, "..."]:
+        """The chance that what is kept shows the answer.
+
+        Args:
+            tokens: of the evidence, E.
+            kept: the share of them that is kept, 0 to 1: of random selection, the budget.
+            complete: whether all of the evidence has to be seen.
+        """
+        tokens, kept = np.asarray(tokens, float), np.asarray(kept, float)
+        some = 1 - (1 - kept) ** (self.tells * tokens)
+        every = (1 - (1 - kept) ** self.spare) ** (self.parts * tokens)
+        return np.where(np.asarray(complete, bool), every, some)
+
+    def score(self, rows: pd.DataFrame | dict[str, np.ndarray]) -> Float[np.ndarray, "rows"]:
+        """Predicted scores, 0 to 1, of the rows of :func:`cases`."""
+        seen = self.seen(rows["tokens"], rows["kept"], rows["complete"])
+        return np.asarray(rows["none"] + (rows["full"] - rows["none"]) * seen)
+
+
+def cases(table: pd.DataFrame) -> pd.DataFrame:
+    """What is to be predicted: the rows of each class of evidence under each method and budget.
+
+    Args:
+        table: of :func:`~tokensel.book.mini.evidence_table.evidence_rows`.
+
+    Returns:
+        These rows with ``none`` and ``full``: the scores of their questions without the image and with all
+        tokens, between which a prediction lies.
+    """
+    table = table[table["most"] > 0]
+    ends = table[table["method"].isin(["none", "full"])]
+    ends = ends.pivot(index=["benchmark", "most"], columns="method", values="score").reset_index()
+    return table[~table["method"].isin(["none", "full"])].merge(ends, on=["benchmark", "most"])
+
+
+def fit_law(rows: pd.DataFrame) -> Law:
+    """The constants with the least squared error on rows of :func:`cases`, each as heavy as its questions.
+
+    Constants are multiplied and divided, several at a time, as long as that helps: two of them can make up
+    for each other.
+    """
+    law, columns = Law(), {str(name): column.to_numpy() for name, column in rows.items()}
+
+    def error(one: Law) -> float:
+        return float(np.average((one.score(columns) - columns["score"]) ** 2, weights=columns["n"]))
+
+    names = [field.name for field in fields(law)]
+    for step in _STEPS:
+        best = None
+        while best is not law:
+            best = law
+            moves = product((1.0, step, 1 / step), repeat=len(names))  # staying is the first of them
+            tried = [{name: move * getattr(law, name) for name, move in zip(names, row)} for row in moves]
+            law = min([law, *(Law(**constants) for constants in tried[1:])], key=error)
+    return law
+
+
+def held_back(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each benchmark as the law predicts it that was fitted on all others.
+
+    Args:
+        rows: from :func:`cases`, of at least two benchmarks.
+
+    Returns:
+        A row for each benchmark, method and budget: ``score`` and ``predicted``, means over its questions.
+    """
+    parts = []
+    for name in rows["benchmark"].unique():
+        own, others = rows[rows["benchmark"] == name], rows[rows["benchmark"] != name]
+        parts.append(own.assign(predicted=fit_law(others).score(own)))
+    every = pd.concat(parts)
+    weighted = every.assign(**{c: every[c] * every["n"] for c in ("score", "predicted")})
+    total = weighted.groupby(["benchmark", "method", "keep"], sort=False)[["score", "predicted", "n"]].sum()
+    return total.assign(**{c: total[c] / total["n"] for c in ("score", "predicted")}).reset_index()
