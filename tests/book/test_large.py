@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForImageTextToText
 
 from tokensel.book.mini.evidence import COMPLETE, evidence
 from tokensel.book.mini.large_suite import BENCHMARKS
 from tokensel.book.mini.model import build_tokenizer
 from tokensel.book.mini.suite import BENCHMARKS as SUITE
 from tokensel.book.mini.suite import asked_page
+from tokensel.book.mini.train import halve
 from tokensel.book.mini.words import SPLITS
 from tokensel.book.mini.world import CONTROLS, DRAW, LARGE, draw_page
 
@@ -110,3 +115,20 @@ def test_the_larger_of_two_is_clearly_larger():
         page = draw_page("larger", "test", index)
         sides = sorted(right - left for left, _, right, _ in page.drawn)
         assert len(sides) == 2 and sides[1] >= 1.3 * sides[0] - 1e-6
+
+
+def test_a_model_in_half_of_the_space_loads_as_before_and_keeps_its_tower(tmp_path, request):
+    shipped = request.config.rootpath / "data" / "mini" / "llava-next"
+    folder = Path(shutil.copytree(shipped, tmp_path / "model"))
+    halve(folder)
+    assert (folder / "model.safetensors").stat().st_size < 0.7 * (
+        shipped / "model.safetensors"
+    ).stat().st_size
+    before, after = (AutoModelForImageTextToText.from_pretrained(path) for path in (shipped, folder))
+    for name, tensor in before.state_dict().items():
+        stored = after.state_dict()[name]
+        assert stored.dtype == torch.float32
+        if "vision_tower" in name:
+            assert torch.equal(stored, tensor)
+        else:
+            torch.testing.assert_close(stored, tensor, rtol=2**-8, atol=0)

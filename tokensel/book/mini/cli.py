@@ -34,15 +34,17 @@ def train(
     recipe: Annotated[
         Path | None, typer.Option(help="recipe.json of a small model to train by; then without --seed")
     ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="store the model in bfloat16, but for its tower")
+    ] = False,
 ) -> None:
     """Train the small model; after a kill, the same command resumes."""
     from tokensel.book.mini.recipe import Recipe
     from tokensel.book.mini.train import train_mini
 
     steps = (Recipe.load(recipe) if recipe else Recipe(seed=seed)).scaled(times, batch)
-    typer.echo(
-        f"finished: {train_mini(out, steps, save_every, device, workers, bf16, start=start, kind=kind)}"
-    )
+    options = {"start": start, "kind": kind, "half": half}
+    typer.echo(f"finished: {train_mini(out, steps, save_every, device, workers, bf16, **options)}")
 
 
 @app.command()

@@ -37,6 +37,7 @@ def train_mini(
     compiled: bool | None = None,
     start: Path | None = None,
     kind: str = KINDS[0],
+    half: bool = False,
 ) -> Path:
     """Train a small model; resumes from ``out/checkpoint.safetensors`` if it exists.
 
@@ -55,6 +56,7 @@ def train_mini(
             new heads are fitted to that model's tower, as a finished model has none. From a model of another
             kind every weight of the same name and shape is taken over, and no phase is left out.
         kind: of model, one of ``KINDS``.
+        half: store the finished model in half of the space, see :func:`halve`.
 
     Returns:
         The folder of the finished model.
@@ -68,7 +70,7 @@ def train_mini(
         "compiled": shutil.which("g++") is not None if compiled is None else compiled,
     }
     build_processor(kind)  # a faulty environment fails here, in one process
-    arguments = (Path(out), recipe or Recipe(), save_every, settings | {"kind": kind}, start)
+    arguments = (Path(out), recipe or Recipe(), save_every, settings | {"kind": kind, "half": half}, start)
     if settings["workers"] == 1:
         _work(0, *arguments)
     else:
@@ -111,10 +113,24 @@ def _work(
     if worker == 0:
         folder = out / "model"
         model.save_pretrained(folder)
+        if settings["half"]:
+            halve(folder)
         build_processor(settings["kind"]).save_pretrained(folder)
         files.write_json(folder / "recipe.json", asdict(recipe) | settings | {"torch": torch.__version__})
     if meeting:
         distributed.destroy_process_group()
+
+
+def halve(folder: Path) -> None:
+    """Round all weights of a stored model to bfloat16, but not those of its vision tower.
+
+    The model is loaded in float32 as before, since its configuration says so. A tower that was not trained
+    stays the same to the last bit, so selectors and recorded choices of tokens stay valid.
+    """
+    path = folder / "model.safetensors"
+    tensors, meta = files.load_tensors(path)
+    small = {name: t if "vision_tower" in name else t.bfloat16() for name, t in tensors.items()}
+    files.save_tensors(path, small, meta)
 
 
 class _Run:
