@@ -1,7 +1,7 @@
 """Kill runs at drawn moments and resume them: ``python killed_runs.py FOLDER COMMAND KILLS``.
 
-COMMAND is train, train-answers, dyrate, evaluate or cost. Prints how many kills hit a run and how many runs
-were finished; an assertion fails where a finished run differs from an undisturbed one.
+COMMAND is train, train-answers, dyrate, finetune, evaluate or cost. Prints how many kills hit a run and how
+many runs were finished; an assertion fails where a finished run differs from an undisturbed one.
 
 Imports take longer than these runs, so they are done once: each run is a fork of this process, which itself
 computes nothing.
@@ -31,6 +31,7 @@ from tokensel.profiling.inference import measure_inference
 from tokensel.training.answers import train_answers
 from tokensel.training.config import AnswersConfig, DyRateConfig, TrainConfig
 from tokensel.training.dyrate import train_dyrate
+from tokensel.training.finetune import FinetuneConfig, finetune
 from tokensel.training.train import train
 
 TABLES = ("evaluate.csv", "evaluate.differences.csv")
@@ -110,6 +111,23 @@ class Answers(Command):
         return history(out), digests(card.with_name(name) for name in names)
 
 
+class Finetune(Command):
+    kinds = ({"lora": None}, {"lora": 2})
+
+    def run(self, out: Path, *, lora: int | None) -> None:
+        config = FinetuneConfig(
+            model=self.model, selector=str(self.folder / "selector"), suite="suite_tiny", out=str(out),
+            benchmarks=("page", "list"), n=6, lora=lora, keep=0.2, keep_most=0.7, steps=12, batch_size=3,
+            save_every=2, progress=False, device="cpu",
+        )  # fmt: skip
+        finetune(config)
+
+    def result(self, out: Path) -> Any:
+        assert not list(out.glob(".*.part")), "a partial folder is left"
+        names = ("model.safetensors", "config.json")
+        return history(out), digests(out / "model" / name for name in names)
+
+
 class Evaluate(Command):
     def run(self, out: Path) -> None:
         config = EvalConfig(
@@ -164,6 +182,7 @@ COMMANDS: dict[str, Callable[[Path], Command]] = {
     "train": Train,
     "train-answers": Answers,
     "dyrate": DyRate,
+    "finetune": Finetune,
     "evaluate": Evaluate,
     "cost": Cost,
 }

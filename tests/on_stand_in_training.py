@@ -20,6 +20,7 @@ from tokensel.training.answers import train_answers
 from tokensel.training.autoencoder import MaskedAutoencoder, Statistics
 from tokensel.training.config import AnswersConfig, DyRateConfig
 from tokensel.training.dyrate import train_dyrate
+from tokensel.training.finetune import FinetuneConfig, finetune
 from tokensel.training.judge import policy_scores, reconstruction_error, train_reconstructor
 from tokensel.training.processes import launched_processes
 from tokensel.training.train import train
@@ -116,6 +117,32 @@ def test_dyrates_training(device, tmp_path):
     there, history = train_dyrate(replace(config, device=NAME, out=str(tmp_path / NAME)))
     assert close(there.state_dict(), here.state_dict()) and len(history) == 2
     assert (tmp_path / NAME / "dyrate").is_dir()
+
+
+def test_finetuning(device, tmp_path):
+    model = suite_tiny.save_models(tmp_path)
+    config = FinetuneConfig(
+        model=str(model),
+        selector=str(tmp_path / "selector"),
+        out=str(tmp_path / "cpu"),
+        suite="suite_tiny",
+        benchmarks=("choice",),
+        n=2,
+        keep=0.3,
+        keep_most=0.6,
+        steps=2,
+        batch_size=2,
+        save_every=1,
+        progress=False,
+    )
+    here, _ = finetune(replace(config, device="cpu"))
+    there, history = finetune(replace(config, device=NAME, out=str(tmp_path / NAME)))
+    assert len(history) == 2 and there.model.device.type == NAME
+    assert all(
+        torch.allclose(there.model.state_dict()[name].cpu(), value, atol=1e-4)
+        for name, value in here.model.state_dict().items()
+    )
+    assert (tmp_path / NAME / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("scorer", ["diffprune", "visionselector"])

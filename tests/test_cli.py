@@ -15,6 +15,7 @@ from tokensel.benchmarks.config import EvalConfig
 from tokensel.profiling.config import CostConfig
 from tokensel.serving.config import ServeConfig
 from tokensel.training.config import AnswersConfig, DyRateConfig, TrainConfig
+from tokensel.training.finetune_config import FinetuneConfig
 from tokensel.utils.errors import TokenselError
 
 COMMANDS = ("train", "train-answers", "dyrate", "evaluate", "cost", "serve", "doctor")
@@ -69,7 +70,7 @@ def inner_commands(command: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "train-answers", "dyrate", "evaluate", "cost", "doctor", "mini", "book"]
+    "command", ["train", "train-answers", "dyrate", "finetune", "evaluate", "cost", "doctor", "mini", "book"]
 )
 def test_unknown_options_are_refused(command, monkeypatch, capsys):
     code, _, told = ended(monkeypatch, capsys, command, "--no-such-option", "1")
@@ -82,6 +83,7 @@ def test_unknown_options_are_refused(command, monkeypatch, capsys):
         (cli.train, TrainConfig, {"ps"}),
         (cli.train_answers, AnswersConfig, set()),
         (cli.dyrate, DyRateConfig, set()),
+        (cli.finetune, FinetuneConfig, set()),
         (cli.evaluate, EvalConfig, {"whole", "progress"}),
         (cli.cost, CostConfig, {"training", "serving", "progress"}),
         (cli.serve, ServeConfig, {"engine"}),

@@ -1,4 +1,4 @@
-"""``python -m tokensel``: train, train-answers, dyrate, evaluate, cost, serve, doctor, mini, book.
+"""``python -m tokensel``: train, train-answers, dyrate, finetune, evaluate, cost, serve, doctor, mini, book.
 
 The options of a command are the fields of its configuration. Heavy packages are imported when a command runs.
 """
@@ -21,6 +21,7 @@ from tokensel.profiling import config as profiling
 from tokensel.profiling.config import DATA, MODEL, RUNNING, CostConfig
 from tokensel.serving.config import ServeConfig
 from tokensel.training.config import OBJECTIVE, AnswersConfig, DyRateConfig, TrainConfig
+from tokensel.training.finetune_config import FinetuneConfig
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.options import Field, fields_of, revision_option
 
@@ -166,6 +167,21 @@ def train_answers(values: dict[str, Any]) -> None:
     _quiet()
     run(config)
     typer.echo(f"{config.scorer}: {config.out}/{config.scorer}")
+
+
+@_command(FinetuneConfig, "out")
+def finetune(values: dict[str, Any]) -> None:
+    """Fine-tune the language model of a vision-language model with dropped visual tokens in sight.
+
+    Run it again with the same options to go on after an interruption.
+    """
+    config = FinetuneConfig.from_dict(values)
+    from tokensel.training.finetune import finetune as run
+
+    _quiet()
+    run(config)
+    adapter = "" if config.lora is None else f"\nadapter: {config.out}/adapter"
+    typer.echo(f"model: {config.out}/model{adapter}")
 
 
 @_command(EvalConfig)

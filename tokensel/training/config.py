@@ -209,19 +209,19 @@ FREE = frozenset(
     {"out", "save_every", "log_every", "workers", "device", "progress", "images", "encoder", "cache"}
 )
 
-_Config = TypeVar("_Config", bound="FrozenModelConfig")  # a subclass makes its own kind
+_Config = TypeVar("_Config", bound="QuestionsConfig")  # a subclass makes its own kind
 
 
 @no_type_check  # check_fields does it, with a message for users
 @dataclass(frozen=True)
-class FrozenModelConfig:
-    """What a training on the questions of a suite with a frozen model has to know, whatever is trained.
+class QuestionsConfig:
+    """What a training on the questions of a suite has to know, whatever is trained.
 
     Raises:
         TokenselError: a value of another type or out of range; one line with field, value and what to give.
     """
 
-    model: Annotated[str, Option("Vision-language model, which is not changed: folder or Hub id.", DATA)]
+    model: Annotated[str, Option("Vision-language model: folder or Hub id.", DATA)]
     suite: Annotated[str, Option("Module with a table BENCHMARKS, by its dotted name.", DATA)]
     revision: Annotated[str | None, revision_option(DATA)] = None
     # "" writes nothing
@@ -231,9 +231,6 @@ class FrozenModelConfig:
     ] = ()
     split: Annotated[str, Option("Split of every benchmark.", DATA)] = "train"
     n: Annotated[int, Option("Questions a benchmark, the first of the split.", DATA, least=1)] = 200
-    # as for the selector
-    tau_start: Annotated[float, Option("Temperature of choices at the first step.", OBJECTIVE, above=0)] = 1.0
-    tau_end: Annotated[float, Option("Temperature of choices at the last step.", OBJECTIVE, above=0)] = 0.5
     steps: Annotated[int, Option("Optimiser steps.", OPTIMISATION, least=1)] = 100
     batch_size: Annotated[int, Option("Questions a step.", OPTIMISATION, least=1)] = 8
     lr: _LearningRate = 1e-3
@@ -269,6 +266,20 @@ class FrozenModelConfig:
                 {name: value for name, value in asdict(self).items() if name not in ("model", "revision")}
             )
         )
+
+
+@no_type_check  # check_fields does it, with a message for users
+@dataclass(frozen=True)
+class FrozenModelConfig(QuestionsConfig):
+    """How something is trained by the answers of a model that stays as it is, with choices that soften.
+
+    Raises:
+        TokenselError: a value of another type or out of range; one line with field, value and what to give.
+    """
+
+    # as for the selector
+    tau_start: Annotated[float, Option("Temperature of choices at the first step.", OBJECTIVE, above=0)] = 1.0
+    tau_end: Annotated[float, Option("Temperature of choices at the last step.", OBJECTIVE, above=0)] = 0.5
 
 
 @no_type_check  # check_fields does it, with a message for users

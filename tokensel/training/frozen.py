@@ -1,4 +1,4 @@
-"""Training something small on the questions of a suite, by how a frozen model answers them.
+"""Training on the questions of a suite, by how a model answers them.
 
 What such trainings share: the questions of a step, the loss of an answer, and a loop whose result does not
 change when it is killed and started again.
@@ -24,7 +24,7 @@ from tokensel.training.checkpoint import (
     remove_partial_files,
     save_checkpoint,
 )
-from tokensel.training.config import FrozenModelConfig
+from tokensel.training.config import QuestionsConfig
 from tokensel.training.optim import adamw, optimizer_step
 from tokensel.utils.files import write_json
 from tokensel.utils.progress import progress_bar
@@ -46,7 +46,7 @@ __all__ = [
 Record = dict[str, float | int]
 
 
-def load_frozen(config: FrozenModelConfig, vlm: Vlm | None = None) -> tuple[Vlm, list[Questions]]:
+def load_frozen(config: QuestionsConfig, vlm: Vlm | None = None) -> tuple[Vlm, list[Questions]]:
     """The model, whose weights are frozen here, and the questions of each benchmark.
 
     Args:
@@ -64,7 +64,7 @@ def load_frozen(config: FrozenModelConfig, vlm: Vlm | None = None) -> tuple[Vlm,
 
 
 def draw_questions(
-    vlm: Vlm, data: list[Questions], config: FrozenModelConfig, step: int
+    vlm: Vlm, data: list[Questions], config: QuestionsConfig, step: int
 ) -> tuple[Encoded, Int[Tensor, "rows steps"], Int[Tensor, "rows"]]:
     """The questions of one step and their reference answers: tokens, end tokens included, and lengths.
 
@@ -98,7 +98,7 @@ def answer_loss(
 
 
 def run_steps(
-    config: FrozenModelConfig,
+    config: QuestionsConfig,
     trained: nn.Module,
     identity: str,
     losses: Callable[[int], Mapping[str, Tensor | float]],
@@ -148,7 +148,7 @@ def run_steps(
     return history.records
 
 
-def training_identity(config: FrozenModelConfig, model: PreTrainedModel, data: list[Questions]) -> str:
+def training_identity(config: QuestionsConfig, model: PreTrainedModel, data: list[Questions]) -> str:
     """Equal for the same model and the same questions with the same answers."""
     weights = checkpoint_digest(config.model, getattr(model.config, "_commit_hash", None))
     asked = json_digest([[questions.ids, questions.prompts, questions.answers] for questions in data])
@@ -157,7 +157,7 @@ def training_identity(config: FrozenModelConfig, model: PreTrainedModel, data: l
 
 
 def training_facts(
-    config: FrozenModelConfig, data: list[Questions], records: list[Record], *averaged: str
+    config: QuestionsConfig, data: list[Questions], records: list[Record], *averaged: str
 ) -> dict[str, str | float | int]:
     """What a model card says of a training: data, steps, seed, and values averaged over its last tenth."""
     last = [record for record in records if record["step"] > 0.9 * config.steps]

@@ -29,6 +29,14 @@ class OptimConfig(Protocol):
     def weight_decay(self) -> float: ...
     @property
     def max_grad_norm(self) -> float: ...
+
+
+@runtime_checkable
+class TemperatureConfig(Protocol):
+    """What the temperature of a step depends on."""
+
+    @property
+    def steps(self) -> int: ...
     @property
     def tau_start(self) -> float: ...
     @property
@@ -42,7 +50,7 @@ def seeded(make: Callable[[], T], seed: int) -> T:
         return make()
 
 
-def temperature(step: int, config: OptimConfig) -> float:
+def temperature(step: int, config: TemperatureConfig) -> float:
     """tau of the Gumbel-Softmax: falls geometrically from ``tau_start`` to ``tau_end``."""
     return config.tau_start * (config.tau_end / config.tau_start) ** (step / max(1, config.steps - 1))
 
