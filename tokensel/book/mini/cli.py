@@ -116,6 +116,52 @@ def counting(
     typer.echo(f"finished: {record_counting(model, selector, table, n, split)}")
 
 
+@app.command("together")
+def together(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="name=folder of each model; the others are compared with the first"),
+    ],
+    table: Annotated[Path, typer.Option(help="CSV file to write; its provenance beside it")],
+    selector: Annotated[Path, typer.Option(help="a selector for them")] = Path("data/mini/selector"),
+    out: Annotated[Path, typer.Option(help="folder for the answers")] = Path("_build/together/answers"),
+    methods: Annotated[str, typer.Option(help="comma-separated")] = "full,selector",
+    keeps: Annotated[str, typer.Option(help="comma-separated")] = ".1,.3,.5",
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="cells to each side in its row that each token brings along")
+    ] = 0,
+    n: Annotated[int, typer.Option(min=1, help="questions a task")] = 400,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+) -> None:
+    """Compare fine-tuned models with what they come from, question by question; after a kill, it resumes."""
+    from tokensel.book.mini.together import parse_models, record_together, together_config
+
+    asked = together_config(
+        "", selector, out, [float(keep) for keep in keeps.split(",")], n, split=split,
+        methods=tuple(methods.split(",")), neighbours=neighbours,
+    )  # fmt: skip
+    typer.echo(f"finished: {record_together(parse_models(models), table, asked)}")
+
+
+@app.command("interpolation")
+def interpolation(
+    table: Annotated[Path, typer.Option(help="CSV file to write; its provenance beside it")],
+    model: Annotated[Path, typer.Option(help="the small OneVision")] = Path("data/mini/llava-onevision"),
+    selector: Annotated[Path, typer.Option(help="a selector for it")] = Path("data/mini/selector-onevision"),
+    keep: Annotated[float, typer.Option(help="fraction of the visual tokens that is left")] = 0.25,
+    n: Annotated[int, typer.Option(min=1, help="questions a task")] = 400,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="cells to each side in its row that each token brings along")
+    ] = 0,
+) -> None:
+    """Compare interpolation, selection and both together at one number of tokens."""
+    from tokensel.book.mini.interpolation import record_interpolation
+
+    written = record_interpolation(model, selector, table, keep, n, split, neighbours)
+    typer.echo(f"finished: {written}")
+
+
 @app.command("mechanism")
 def mechanism(
     table: Annotated[Path, typer.Option(help="CSV file to write; the probes and the provenance beside it")],
