@@ -16,6 +16,7 @@ from tokensel.schedules import SCHEDULES, schedule_options
 from tokensel.scorers import LEARNED, SCORERS, Scorer, make_scorer, scorer_class, scorer_options
 from tokensel.scorers.lowest import LOWEST, Lowest
 from tokensel.utils.errors import TokenselError, check_keep
+from tokensel.vlm.asked import asked
 from tokensel.vlm.choose import Choices
 from tokensel.vlm.downsample import downsample, pool
 from tokensel.vlm.encode import Encoded, encode
@@ -105,6 +106,7 @@ class Method:
         uses_keep: False where every budget gives the same result, so that one evaluation serves them all.
         scorer: the name of the scorer it ranks tokens with, if any.
         schedule: the name of the schedule that drops tokens inside the language model, if any.
+        uses_question: whether a function without a scorer chooses by the question.
         uses_native: whether it is the model's own compression, which not every model has.
     """
 
@@ -114,6 +116,7 @@ class Method:
     scorer: str | None = None
     schedule: str | None = None
     uses_native: bool = False
+    uses_question: bool = False
 
     def classes(self) -> list[Any]:
         """The classes of its scorer and its schedule, as far as it has them."""
@@ -174,13 +177,20 @@ def _pool(batch: EncodedBatch, keep: float | None, scorer: Scorer | None, choice
     return pool(batch.seeing, keep, **vars(choices))
 
 
+def _asked(batch: EncodedBatch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
+    """The tokens that the question attends to when the language model reads the whole prompt once before."""
+    if keep is None:
+        raise TokenselError("method 'asked' has no threshold of its own: give keep, such as 0.2")
+    return asked(batch.seeing, keep, **vars(choices))
+
+
 def _native(batch: EncodedBatch, keep: float | None, scorer: Scorer | None, choices: Choices) -> Reduced:
     """All tokens, compressed as the model does it on its own."""
     return native(batch.seeing, batch.native)
 
 
 def methods() -> dict[str, Method]:
-    """All methods without a schedule: a row for every scorer that is registered, and five that need none.
+    """All methods without a schedule: a row for every scorer that is registered, and six that need none.
 
     Every scorer is a method upside down, too: ``lowest-norm`` keeps the tokens of the smallest norm.
     """
@@ -190,6 +200,7 @@ def methods() -> dict[str, Method]:
         **{name: Method(_scored, scorer=name) for name in SCORERS},
         "downsample": Method(_downsample),
         "pool": Method(_pool),
+        "asked": Method(_asked, uses_question=True),
         "native": Method(_native, chooses=False, uses_keep=False, uses_native=True),
     }
 

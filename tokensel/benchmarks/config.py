@@ -54,9 +54,9 @@ class EvalConfig:
         Option(
             "Comma-separated: full, none, selector, random, uniform, norm, cls, diversity, dart, hired, "
             "apet, visionzip, cdpruner, scope, diffprune, visionselector, any of these with lowest- before "
-            "it, downsample, pool, native; inside the language model fastv, vtw, dyrate, fixed, exponential, "
-            "pyramiddrop, feather, sparsevlm, priortr, clse, random-cut, fastocr; both in turn, as "
-            "selector+fastv. With --server: full, none, served.",
+            "it, asked, downsample, pool, native; inside the language model fastv, vtw, dyrate, fixed, "
+            "exponential, pyramiddrop, feather, sparsevlm, priortr, clse, random-cut, fastocr; both in turn, "
+            "as selector+fastv. With --server: full, none, served.",
             RUNNING,
         ),
     ] = ("full", "none", "random", "selector")

@@ -55,6 +55,7 @@ def describe(name: str) -> Description:
     needs += ["CLS attention"] if row.needs_cls_attention else []
     parts = {"needs_question": "the question", "needs_projection": "the projector's output"}
     needs += [text for part, text in parts.items() if any(getattr(c, part, False) for c in classes)]
+    needs += ["the question", "the language model's attention"] if row.uses_question else []
     needs += ["a seed"] if row.uses_seed else []
     # a schedule ranks by what the question attends to, unless it draws lots or takes all
     withdraws = row.schedule is not None and getattr(SCHEDULES[row.schedule], "withdraws", False)

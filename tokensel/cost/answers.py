@@ -32,7 +32,8 @@ Work = dict[str, Any]
 in tokens, only for a model without newlines. ``held``: visual tokens in the cache of each layer as pairs of a
 number of generation steps and the counts during these steps. ``cached``: the same after each step, only where
 a schedule evicts from layers that ran already. ``ranked``: step and layer of every additional row of
-attention. ``reread``: how many layers read the prompt a second time, only where some did.
+attention. ``reread``: how many layers read the prompt a second time, only where some did. ``before``: of a
+prompt that all layers read before this one, its visual tokens with newlines and without, only where they did.
 """
 
 
@@ -74,6 +75,8 @@ def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutp
             work[-1]["grids"] = grids[prompt].tolist()
         if pruning is not None and (reread := int(pruning.reread[row])):
             work[-1]["reread"] = reread
+        if reduced.n_read is not None:
+            work[-1]["before"] = [int(reduced.n_read[prompt]), int(reduced.n_visual_full[prompt])]
         if cached is not None:
             work[-1]["cached"] = _runs(cached[:steps, :, row])
     return work
@@ -107,12 +110,15 @@ def work_cost(
     held = _steps(work["held"])
     flops = count_answer(text_config, work["text"], held, [(step, layer) for step, layer in work["ranked"]])
     flops += count_layers(text_config, work.get("reread", 0), work["text"] + int(held[0, 0]))
+    read, projected = work.get("before", (0, work["visual"]))
+    if read:
+        flops += count_layers(text_config, text_config.num_hidden_layers, work["text"] + read)
     if grids is not None:
         flops += count_tower(config, grids)
         return flops + sum(
             count_trunk(selector, rows * columns) for rows, columns in grids if selector is not None
         ), work_bytes(config, work, itemsize)
-    flops += count_projector(config, work["visual"])
+    flops += count_projector(config, projected)
     if tiles:
         flops += count_vision(config.vision_config, tiles, layers_read(config), cells)
         flops += count_trunk(selector, cells, tiles) if selector is not None else 0

@@ -74,6 +74,7 @@ LABELS = {
     "cdpruner": "CDPruner",
     "diffprune": "DiffPrune",
     "visionselector": "VisionSelector",
+    "asked": "read twice",
     "pool": "average pooling",
     "downsample": "down-sampling",
     "native": "own interpolation",

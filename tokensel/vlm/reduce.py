@@ -57,6 +57,8 @@ class Reduced(Mapping[str, Any]):
             batch; else ``None``.
         tiles: for a model without newlines the tile of each column, see
             :class:`~tokensel.schedules.prompt.Prompt`; else ``None``.
+        n_read: visual tokens, newlines among them, that the language model read once before this prompt, row
+            by row, where the tokens were chosen by that; else ``None``.
         attn_bias: what every layer adds to the attention logits of each column, on the device of the
             embeddings; ``None`` where there is nothing to add. See :func:`~tokensel.vlm.bias.biased`.
     """
@@ -74,6 +76,7 @@ class Reduced(Mapping[str, Any]):
     tiles: Int[Tensor, "rows length 3"] | None = None
     grid: Int[Tensor, "tiles 2"] | None = None
     attn_bias: Float[Tensor, "rows length"] | None = None
+    n_read: Int[Tensor, "rows"] | None = None
 
     def __getitem__(self, name: str) -> Any:
         value = self.inputs[name]
