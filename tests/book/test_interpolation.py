@@ -2,11 +2,12 @@
 
 import pandas as pd
 import pytest
+import suite_tiny
 import torch
 from tiny import ask, onevision_processor, tiny_onevision, tiny_selector
 
 from tokensel.book.mini import interpolation
-from tokensel.book.mini.interpolation import WAYS, Way, interpolated
+from tokensel.book.mini.interpolation import WAYS, Way, interpolated, way_scores
 from tokensel.budget import fraction_count
 from tokensel.scorers import make_scorer
 from tokensel.vlm import Vlm, encode, reduce
@@ -87,9 +88,23 @@ def test_weights_pull_a_cell_towards_what_scores_high():
     assert interpolation._coarser(values, weight, 1, 1).item() == pytest.approx(0.9)
 
 
+def test_answers_do_not_depend_on_the_batch(batch, scorer):
+    _, vlm = batch
+    tasks = {name: suite_tiny.BENCHMARKS[name] for name in ("page", "choice")}
+    ways = {name: WAYS[name] for name in ("interpolation alone", "interpolated, then scored")}
+    few, many = (
+        way_scores(vlm, scorer, ways, tasks, 0.25, 5, batch_size=size, neighbours=1) for size in (2, 5)
+    )
+    for task in tasks:
+        pd.testing.assert_frame_equal(few[0][task], many[0][task])
+        assert few[0][task].shape == (5, 2)
+    assert few[1] == many[1] and few[0]["page"].to_numpy().max() > 0
+
+
 def test_the_summary_pairs_each_way_with_one_of_them():
     scores = {"forms": pd.DataFrame({"one": [1.0, 0.0, 1.0, 0.0], "two": [0.5, 0.0, 1.0, 0.0]})}
-    table = interpolation.summary(scores, {"one": 0.25, "two": 0.2}, "one").set_index("way")
+    spent, groups = {"one": 0.25, "two": 0.2}, {"forms": "reading"}
+    table = interpolation.summary(scores, spent, groups, "one").set_index("way")
     assert table.loc["one", ["difference", "difference_low", "difference_high"]].tolist() == [0, 0, 0]
     assert table.loc["two", "difference"] == -0.125 and table.loc["two", "spent"] == 0.2
     assert table.loc["two", "score"] == 0.375 and set(table["group"]) == {"reading"}

@@ -146,7 +146,9 @@ def save_vlm(vlm: Vlm, folder: str | Path) -> None:
         try:
             for place in places:
                 place.vision_aspect_ratio = vlm.native
-            vlm.model.save_pretrained(part)
+            # on the host, where every device's storage can be written
+            weights = {name: value.cpu() for name, value in vlm.model.state_dict().items()}
+            vlm.model.save_pretrained(part, state_dict=weights)
             vlm.processor.save_pretrained(part)
         finally:
             for place, rule in zip(places, off):

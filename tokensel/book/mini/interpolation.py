@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from tokensel.benchmarks.metrics import METRICS
 from tokensel.benchmarks.statistics import bootstrap
-from tokensel.benchmarks.table import load_suite
+from tokensel.benchmarks.table import Benchmark, load_suite
 from tokensel.budget import fraction_count
 from tokensel.data.features import Features
 from tokensel.scorers import Scorer, make_scorer
@@ -167,6 +167,7 @@ def way_scores(
     vlm: Vlm,
     scorer: Scorer,
     ways: Mapping[str, Way],
+    benchmarks: Mapping[str, Benchmark],
     keep: float,
     n: int,
     split: str = "test",
@@ -174,7 +175,19 @@ def way_scores(
     batch_size: int = 20,
     progress: bool = False,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
-    """Ask the small world's reading and general questions under each way.
+    """Ask the first ``n`` questions of each benchmark under each way.
+
+    Args:
+        vlm: a LLaVA-OneVision.
+        scorer: ranks the tokens.
+        ways: by their names.
+        benchmarks: whose questions have one image each.
+        keep: fraction of an image's visual tokens that is left.
+        n: questions a benchmark.
+        split: of the benchmarks.
+        neighbours: see :class:`~tokensel.vlm.choose.Choices`.
+        batch_size: questions at a time; changes the speed, not the answers.
+        progress: whether to show a bar.
 
     Returns:
         For each benchmark a row a question and a column a way, scores 0 to 1; and each way's mean fraction of
@@ -182,8 +195,7 @@ def way_scores(
     """
     scores: dict[str, pd.DataFrame] = {}
     spent: dict[str, list[float]] = {name: [] for name in ways}
-    chosen = [bench for bench in load_suite(SUITE).values() if bench.group in ("reading", "general")]
-    for bench in tqdm(chosen, desc="interpolation", disable=not progress):
+    for bench in tqdm(benchmarks.values(), desc="interpolation", disable=not progress):
         asked, columns = list(bench.load(split, n)), {name: [] for name in ways}
         for start in range(0, len(asked), batch_size):
             rows = asked[start : start + batch_size]
@@ -194,7 +206,7 @@ def way_scores(
                 spent[name] += (reduced.n_visual / reduced.n_visual_full).tolist()
                 answers = vlm.generate(reduced, max_new_tokens=bench.max_new_tokens)
                 columns[name] += [
-                    METRICS[bench.metric](answer, row["answers"], row["options"])
+                    METRICS[bench.metric](answer, row["answers"], row.get("options") or [])
                     for answer, row in zip(answers, rows)
                 ]
         scores[bench.name] = pd.DataFrame(columns)
@@ -202,10 +214,21 @@ def way_scores(
 
 
 def summary(
-    scores: Mapping[str, pd.DataFrame], spent: Mapping[str, float], against: str, seed: int = 0
+    scores: Mapping[str, pd.DataFrame],
+    spent: Mapping[str, float],
+    groups: Mapping[str, str],
+    against: str,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """A row for each benchmark and way: mean score and paired difference from a way, with 95 % intervals."""
-    groups = {bench.name: bench.group for bench in load_suite(SUITE).values()}
+    """A row for each benchmark and way: mean score and paired difference from a way, with 95 % intervals.
+
+    Args:
+        scores: of :func:`way_scores`.
+        spent: of the same.
+        groups: the group of each benchmark.
+        against: the way that the others are compared with.
+        seed: of the bootstrap.
+    """
     rows: list[dict[str, Any]] = []
     for benchmark, table in scores.items():
         for name in table:
@@ -225,8 +248,10 @@ def record_interpolation(
     """Record :func:`summary` of all :data:`WAYS`, with its provenance as JSON beside it."""
     vlm = load_vlm(model, device="cpu")
     scorer = make_scorer("selector", selector=str(selector))
-    scores, spent = way_scores(vlm, scorer, WAYS, keep, n, split, neighbours, progress=True)
-    rows = summary(scores, spent, next(iter(WAYS))).assign(keep=keep)
+    tasks = {name: row for name, row in load_suite(SUITE).items() if row.group in ("reading", "general")}
+    scores, spent = way_scores(vlm, scorer, WAYS, tasks, keep, n, split, neighbours, progress=True)
+    groups = {name: row.group for name, row in tasks.items()}
+    rows = summary(scores, spent, groups, next(iter(WAYS))).assign(keep=keep)
     write_text(table, rows.to_csv(index=False, float_format="%.6g"))
     asked = {"n": n, "split": split, "model": str(model), "selector": str(selector), "neighbours": neighbours}
     write_json(
