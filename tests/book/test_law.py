@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokensel.book.mini.law import Law, cases, fit_law, held_back
+from tokensel.book.mini.law import WHOLE, Law, cases, fit_law, held_back
 
 SHARES = st.floats(0.01, 0.99)
 TOKENS = st.floats(1, 200)
@@ -43,11 +43,12 @@ def test_all_kept_is_all_seen_and_more_is_never_worse(tokens, kept, complete):
 
 
 def test_the_constants_are_found_again_and_a_held_back_benchmark_is_predicted():
-    law = Law(tells=0.5, parts=0.2, spare=2.5)
-    rows = cases(table(law, {"spots": False, "objects": False, "strings": True, "forms": True}))
+    law = Law(tells=0.5, needs=0.07)
+    names = {"spots": False, "objects": False, "strings": True, "forms": True}
+    rows = cases(table(law, names | dict.fromkeys(WHOLE, False)))
     assert len(rows) == 4 * 3 * 3 and set(rows["method"]) == {"random"}
     found = fit_law(rows)
-    for name in ("tells", "parts", "spare"):
+    for name in ("tells", "needs"):
         assert getattr(found, name) == pytest.approx(getattr(law, name), rel=0.05)
     predicted = held_back(rows)
     assert len(predicted) == 4 * 3

@@ -31,8 +31,8 @@ __all__ = ["EDGES", "evidence_config", "evidence_rows", "record_evidence"]
 
 LARGE, SUITE = "tokensel.book.mini.large_suite", "tokensel.book.mini.suite"
 OLD = ("forms", "attributes")  # of the suite: one that reads, one about small things
-METHODS = ("full", "none", "random", "uniform", "selector")
-KEEPS = (0.1, 0.3, 0.5)
+METHODS = ("full", "none", "random", "selector")
+KEEPS = (0.1, 0.3)
 EDGES = (0, 4, 8, 16, 32, 64, 256)  # tokens of evidence: a row above each and up to the next
 
 
