@@ -1,11 +1,17 @@
 """Choosing by what the question attends to: the attention, rows of a batch, and what it costs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import ask, tiny_vlm
 
 from tokensel.cost.answers import answer_work, work_cost
 from tokensel.cost.count import count_layers, count_projector
+from tokensel.profiling.config import CostConfig
+from tokensel.profiling.inference import counted
+from tokensel.profiling.timing import time_answer
+from tokensel.profiling.workload import MeasuredModel, Variant
 from tokensel.scorers import make_scorer
 from tokensel.utils.errors import TokenselError
 from tokensel.vlm import encode, reduce
@@ -74,3 +80,17 @@ def test_it_has_no_budget_of_its_own(vlm):
     encoded = encode(vlm.model, ask(vlm, [0]))
     with pytest.raises(TokenselError, match="give keep, such as"):
         asked(encoded, None)
+
+
+def test_its_first_reading_is_timed_with_the_choice_and_counted(vlm):
+    config = CostConfig("tiny", methods=("asked",), keeps=(0.5,), new_tokens=3, device="cpu")
+    measured = MeasuredModel.of(config, vlm.model)
+    inputs = dict(ask(vlm, [0]))
+    encoded = encode(vlm.model, inputs)
+    times = time_answer(measured, Variant("asked", 0.5), inputs)
+    assert times["phases"]["selection"] > 0 and min(times["phases"].values()) >= 0
+    text = int(encoded.attention_mask.sum()) - len(encoded.layout.cell)
+    config = replace(config, text=text)
+    whole = counted(config, measured, Variant("full", 1.0), encoded, encoded.input_ids.shape[1])
+    chosen = counted(config, measured, Variant("asked", 0.5), encoded, times["length"], times["n_visual"])
+    assert chosen.prefill > whole.prefill and chosen.projector == whole.projector

@@ -18,6 +18,7 @@ from tokensel.cost.count import (
     Cost,
     count_answer,
     count_decoder,
+    count_layers,
     count_projector,
     count_trunk,
     count_vision,
@@ -260,6 +261,9 @@ def counted(
         selector = None if row.learned is None else measured.learned[row.learned].config
         keep = variant.keep if row.chooses else 1.0
         cost = first_token(model, tiles, visual, text, keep, newlines, selector, read)
+        if row.uses_question:
+            reading = _count_reading(model.text_config, text + visual + newlines)
+            cost = replace(cost, projector=count_projector(model, visual), prefill=cost.prefill + reading)
     if (schedule := schedule_of(variant, config)) is not None:
         assert cells is not None, "every method with a schedule counts its visual tokens"
         newlines = length - text - cells  # fewer than in the full image where it was shrunk before
@@ -284,6 +288,9 @@ def _counted_by_grid(
     if (schedule := schedule_of(variant, config)) is not None:
         assert cells is not None, "every method with a schedule counts its visual tokens"
         prefill = _count_schedule(text, schedule, length - cells, cells)
+    if row.uses_question:
+        assert cells is not None, "every method that shortens a prompt counts its visual tokens"
+        prefill += _count_reading(text, length - cells + int(layout.cell.sum()) // len(layout.tiles))
     selector = None if row.learned is None else measured.learned[row.learned].config
     return Cost(
         encoder=count_tower(model, grids) if looks else 0,
@@ -291,6 +298,11 @@ def _counted_by_grid(
         projector=0,
         prefill=len(layout.tiles) * prefill,
     )
+
+
+def _count_reading(text_config: PretrainedConfig, tokens: int) -> int:
+    """FLOPs of all layers over a whole prompt, which chooses what a second one keeps."""
+    return count_layers(text_config, text_config.num_hidden_layers, tokens)
 
 
 def _count_schedule(

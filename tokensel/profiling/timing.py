@@ -87,7 +87,9 @@ class Spans:
             yield
 
     def _begin(self, name: str) -> None:
-        if name not in self.marks:
+        # a method may read the prompt once to choose its tokens; that is a part of the choice
+        choosing = name == "prefill" and len(self.marks.get("prepare", ())) == 1
+        if name not in self.marks and not choosing:
             self.mark(name)
 
 
