@@ -148,7 +148,9 @@ class Rounds:
     @classmethod
     def of_measurement(cls, what: str, config: CostConfig, machine: dict[str, Any]) -> "Rounds":
         """Those of one measurement; other options, another machine or other code have rounds of their own."""
-        options = {key: value for key, value in asdict(config).items() if key not in ("out", "repetitions")}
+        # how many rounds there are, and of which blocks, changes none of them
+        changing = ("out", "repetitions", "concurrency")
+        options = {key: value for key, value in asdict(config).items() if key not in changing}
         identity = json_digest([what, options, machine, _timed_code(config)])
         return cls(Path(config.out) / f"{config.name}.rounds" / f"{identity}.json")
 

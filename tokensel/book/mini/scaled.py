@@ -24,10 +24,10 @@ __all__ = ["save_scaled"]
 MINI = "data/mini/llava-next"  # whose tokenizer and chat template it takes
 SIDE, PATCH = 336, 14  # of a tile and a patch in pixels, as published
 TOWER: dict[str, Any] = dict(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=128
+    hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, projection_dim=128
 )
 LANGUAGE: dict[str, Any] = dict(
-    hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8
+    hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8
 )
 
 
