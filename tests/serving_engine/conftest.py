@@ -57,12 +57,13 @@ class Engine:
         self.log = log
         environment = os.environ | {
             "PYTHONPATH": str(HERE),  # its sitecustomize.py runs in every process of the engine
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
             "VLLM_NO_USAGE_STATS": "1",
         }
         command = [sys.executable, "-m", "tokensel", "serve", "--model", self.model, "--keep", "0.5"]
         command += [f"--{name}={value}" for name, value in self.scorer.items()]
         command += ["--trust-request-mm-kwargs", "--enforce-eager"]
+        # caches that fill up soon: by default images are kept until they take 4 GB
+        command += ["--mm-processor-cache-gb", "0.1", "--kv-cache-memory-bytes", "200000000"]
         command += ["--max-model-len", "2048", "--max-num-batched-tokens", "128", "--dtype", "float32"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         with log.open("wb") as out:
@@ -81,6 +82,21 @@ class Engine:
         except (urllib.error.URLError, OSError):
             return False
 
+    def memory(self) -> int:
+        """Bytes of memory that its processes hold."""
+        held = 0
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdecimal():
+                continue
+            try:
+                group = int((folder / "stat").read_text().rpartition(")")[2].split()[2])
+                pages = int((folder / "statm").read_text().split()[1])
+            except (OSError, ValueError):  # it has ended
+                continue
+            if group == self.process.pid:
+                held += pages * os.sysconf("SC_PAGE_SIZE")
+        return held
+
     def wait(self) -> None:
         end = time.monotonic() + START
         while not self.healthy():
@@ -96,6 +112,20 @@ class Engine:
                 self.process.wait(30)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--requests",
+        type=int,
+        default=160,
+        help="of all kinds that a server is asked",
+    )
+
+
+@pytest.fixture(scope="session")
+def requests(request) -> int:
+    return request.config.getoption("--requests")
 
 
 @pytest.fixture(scope="session", params=SERVED)

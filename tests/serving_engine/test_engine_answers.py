@@ -201,7 +201,7 @@ def counted_size(vlm: Vlm, image: Image.Image) -> tuple[int, int]:
     return height, width
 
 
-def test_images_of_every_size_beside_broken_ones_and_clients_that_hang_up(engine, vlm, expected):
+def test_images_of_every_size_beside_broken_ones_and_clients_that_hang_up(engine, vlm, expected, requests):
     counter = TokenCounter(vlm.model.config, ServeConfig(engine.model))
     asked_of, text = partial(body, engine.model), {"type": "text", "text": "what is it?"}
     alone = post(engine.url, asked_of([text], 1))["usage"]["prompt_tokens"]
@@ -232,11 +232,20 @@ def test_images_of_every_size_beside_broken_ones_and_clients_that_hang_up(engine
                 with error:
                     return None if error.code == 400 else f"{error.code}"
             return "an answer about a broken image"
+        if kind == 3:  # one of the questions whose answers are known, token for token
+            row = known[number % len(known)]
+            return None if answer(engine, *row) == expected[row] else f"another answer to {row}"
         length = post(engine.url, asked_of([part(image), text], 1, keep))["usage"]["prompt_tokens"]
         wanted = around + counter.count(*counted_size(vlm, image), keep)
         return None if length == wanted else f"{length} tokens for {wanted} ({size}, keep {keep})"
 
+    known, memory = sorted(expected), []
     with ThreadPoolExecutor(64) as clients:
-        assert not [wrong for wrong in clients.map(ask, range(160)) if wrong]
+        waiting = [clients.submit(ask, number) for number in range(requests)]
+        for number, asked_for in enumerate(waiting):
+            assert (wrong := asked_for.result()) is None, wrong
+            if number % (requests // 10) == 0:
+                memory.append(engine.memory())
+    print(f"\n{engine.model}: {requests} requests; MB:", *(held >> 20 for held in memory))
     assert answer(engine, "forms", 4, 0.5) == expected["forms", 4, 0.5]
     assert engine.process.poll() is None
