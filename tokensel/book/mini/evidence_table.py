@@ -45,7 +45,9 @@ def evidence_config(
     return EvalConfig.from_dict(values | {"name": "evidence", "out": str(out)} | more)
 
 
-def record_evidence(config: EvalConfig, table: Path, old: Sequence[str] = OLD) -> Path | None:
+def record_evidence(
+    config: EvalConfig, table: Path, old: Sequence[str] = OLD, progress: bool = True
+) -> Path | None:
     """Record :func:`evidence_rows` of all tasks, with the provenance beside it; after a kill, it resumes.
 
     Args:
@@ -53,6 +55,7 @@ def record_evidence(config: EvalConfig, table: Path, old: Sequence[str] = OLD) -
             one writes the table.
         table: where the table goes.
         old: tasks of the suite that are asked, too.
+        progress: whether to show bars.
 
     Returns:
         The table, or ``None`` if other shards have answers left to give.
@@ -60,7 +63,7 @@ def record_evidence(config: EvalConfig, table: Path, old: Sequence[str] = OLD) -
     asked = [config]
     if old:
         asked.append(replace(config, suite=SUITE, benchmarks=tuple(old), name=f"{config.name}_suite"))
-    done = [evaluate(part) for part in asked]
+    done = [evaluate(part, progress=progress) for part in asked]
     last = done[-1].provenance
     if last is None or any(part.table is None for part in done):
         return None
