@@ -8,6 +8,7 @@ of a letter suffice, or a power of E, fitted no better.
 
 from dataclasses import dataclass, fields
 from itertools import product
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -63,10 +64,12 @@ def cases(table: pd.DataFrame) -> pd.DataFrame:
         These rows with ``none`` and ``full``: the scores of their questions without the image and with all
         tokens, between which a prediction lies.
     """
-    table = table[(table["most"] > 0) & ~table["benchmark"].isin(WHOLE)]
-    ends = table[table["method"].isin(["none", "full"])]
+    table = cast(pd.DataFrame, table[(table["most"] > 0) & ~table["benchmark"].isin(WHOLE)])
+    ends = cast(pd.DataFrame, table[table["method"].isin(["none", "full"])])
     ends = ends.pivot(index=["benchmark", "most"], columns="method", values="score").reset_index()
-    return table[~table["method"].isin(["none", "full"])].merge(ends, on=["benchmark", "most"])
+    return cast(pd.DataFrame, table[~table["method"].isin(["none", "full"])]).merge(
+        ends, on=["benchmark", "most"]
+    )
 
 
 def fit_law(rows: pd.DataFrame) -> Law:
@@ -101,9 +104,13 @@ def held_back(rows: pd.DataFrame) -> pd.DataFrame:
     """
     parts = []
     for name in rows["benchmark"].unique():
-        own, others = rows[rows["benchmark"] == name], rows[rows["benchmark"] != name]
+        here = rows["benchmark"] == name
+        own, others = cast(pd.DataFrame, rows[here]), cast(pd.DataFrame, rows[~here])
         parts.append(own.assign(predicted=fit_law(others).score(own)))
-    every = pd.concat(parts)
-    weighted = every.assign(**{c: every[c] * every["n"] for c in ("score", "predicted")})
-    total = weighted.groupby(["benchmark", "method", "keep"], sort=False)[["score", "predicted", "n"]].sum()
-    return total.assign(**{c: total[c] / total["n"] for c in ("score", "predicted")}).reset_index()
+    means: list[dict[str, Any]] = []
+    for key, part in pd.concat(parts).groupby(["benchmark", "method", "keep"], sort=False):
+        weights = part["n"].to_numpy()
+        scores = {c: float(np.average(part[c].to_numpy(), weights=weights)) for c in ("score", "predicted")}
+        names = dict(zip(("benchmark", "method", "keep"), cast(tuple, key)))
+        means.append(names | scores | {"n": int(weights.sum())})
+    return pd.DataFrame(means)
