@@ -58,4 +58,6 @@ def save_scaled(folder: str | Path, mini: str = MINI, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    save_scaled(*sys.argv[1:2] or sys.exit(__doc__))
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    save_scaled(sys.argv[1])
