@@ -9,7 +9,7 @@ import torch
 
 from tokensel.book.mini import mechanism, residual
 from tokensel.book.mini.mechanism import REFERENCE, Setting
-from tokensel.scorers import make_scorer
+from tokensel.scorers import SCORERS, make_scorer
 from tokensel.vlm import load_vlm, reduce
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +24,14 @@ def vlm():
 @pytest.fixture(scope="module")
 def selector():
     return make_scorer("selector", selector=str(SELECTOR))
+
+
+@pytest.fixture(autouse=True)
+def without_oracles():
+    """The recorder registers the oracles for the whole process; other tests run in it."""
+    yield
+    for name in ("oracle", "drawn"):
+        SCORERS.pop(name, None)
 
 
 def test_what_is_hidden_everywhere_is_as_good_as_removed(vlm, selector):

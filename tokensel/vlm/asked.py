@@ -50,7 +50,7 @@ def asked(encoded: Encoded, keep: float | None, **choices: Any) -> Reduced:
     scores[layout.source[layout.cell]] = question_attention(encoded, full)[layout.cell]
     scorer = _Known(scores.view(-1, layout.tokens))
     reduced = reduce(encoded, scorer, keep, **choices)
-    reduced.n_read = full.visual.sum(1).cpu()
+    reduced.n_read = torch.bincount(encoded.places[:, 0], minlength=len(encoded.input_ids))
     return reduced
 
 
@@ -72,13 +72,16 @@ def question_attention(encoded: Encoded, full: Reduced) -> Float[Tensor, "packed
         TokenselError: a language model that is not in :data:`tokensel.schedules.decoder.MODELS`.
     """
     decoder, real = decoder_of(encoded.model), full["attention_mask"].bool()
-    # no visual token here nor further right; rows end together, so the longest question covers all
-    behind = (full.visual.flip(1).cumsum(1).flip(1) == 0) & real
-    longest = max(1, int(behind.sum(1).max()))
-    first = real.shape[1] - longest
-    queries = torch.arange(first, real.shape[1], device=real.device).expand(len(real), -1)
-    share = behind[:, first:].float()
-    share = share / share.sum(1, keepdim=True).clamp(min=1)  # [rows, queries]
+    # counted on the host, where it makes nobody wait; rows of the prompt end together, at its last column
+    mask, (row, column) = encoded.attention_mask, encoded.places.unbind(1)
+    to_end = mask.flip(1).cumsum(1).flip(1)  # real tokens from here on
+    visual = torch.zeros_like(mask).index_put_((row, column), torch.tensor(True))
+    asking = (mask & (visual.flip(1).cumsum(1).flip(1) == 0)).sum(1)  # text behind the last image
+    longest = max(1, int(asking.max()))
+    share = (torch.arange(longest) >= longest - asking[:, None]).float() / asking.clamp(min=1)[:, None]
+    queries = torch.arange(real.shape[1] - longest, real.shape[1]).expand(len(mask), -1)
+    share = share.to(real.device)  # [rows, queries]
+    columns = real.shape[1] - to_end[row, column]
     paid: list[Tensor] = []
 
     def record(attention: nn.Module, _args: tuple, kwargs: dict[str, Any], _out: Any) -> None:
@@ -94,4 +97,5 @@ def question_attention(encoded: Encoded, full: Reduced) -> Float[Tensor, "packed
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(paid).mean(0)[full.visual].cpu()
+    mean = torch.stack(paid).mean(0)
+    return mean[row.to(mean.device), columns.to(mean.device)].cpu()
