@@ -55,7 +55,7 @@ def test_moving_what_fills_the_gaps_keeps_all_embeddings_and_the_order_of_kept_o
     encoded, _ = next(residual._pages(vlm, "validation", 3))
     reduced = reduce(encoded, selector, 0.3, thumbnail="last", dropped="blank")
     moved = mechanism._behind(encoded, reduced)
-    kept, cell, image = residual._stays(encoded, reduced), encoded.layout.cell, encoded.layout.image
+    kept, cell, image = residual.kept_cells(encoded, reduced), encoded.layout.cell, encoded.layout.image
     before, after = (prompt["inputs_embeds"][reduced.visual] for prompt in (reduced, moved))
     assert torch.equal(before[~cell], after[~cell]), "newlines stay where they are"
     for number in range(3):

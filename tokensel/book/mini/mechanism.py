@@ -22,6 +22,7 @@ from tokensel.benchmarks.questions import stable_keys
 from tokensel.benchmarks.statistics import bootstrap
 from tokensel.book.mini import residual
 from tokensel.book.mini.oracle import register_oracles
+from tokensel.book.mini.residual import kept_cells
 from tokensel.book.mini.suite import BENCHMARKS, asked_page
 from tokensel.scorers import Scorer, make_scorer
 from tokensel.utils.files import write_json, write_text
@@ -112,22 +113,15 @@ def ask(
         return vlm.generate(plain, max_new_tokens=max_new_tokens)
 
 
-def _kept(encoded: Encoded, reduced: Reduced) -> Bool[Tensor, "packed"]:
-    """The kept cells among packed tokens."""
-    layout = encoded.layout
-    assert reduced.kept is not None, "no tile was encoded again"
-    return layout.cell & reduced.kept.flatten()[layout.source.clamp(min=0)]
-
-
 def _filled(encoded: Encoded, reduced: Reduced) -> Bool[Tensor, "rows length"]:
     """The columns that hold something in the place of a dropped token."""
-    dropped = encoded.layout.cell & ~_kept(encoded, reduced)
+    dropped = encoded.layout.cell & ~kept_cells(encoded, reduced)
     return torch.zeros_like(reduced.visual).masked_scatter(reduced.visual, dropped)
 
 
 def _behind(encoded: Encoded, reduced: Reduced) -> Reduced:
     """The same embeddings in another order: in each image, kept cells before those that fill the gaps."""
-    layout, kept = encoded.layout, _kept(encoded, reduced)
+    layout, kept = encoded.layout, kept_cells(encoded, reduced)
     visual = reduced["inputs_embeds"][reduced.visual]  # packed
     moved = visual.clone()
     for number in range(len(layout.tiles)):

@@ -24,7 +24,7 @@ from tokensel.book.mini.world import draw_page
 from tokensel.scorers import Scorer
 from tokensel.vlm import Encoded, Reduced, Vlm, encode, reduce
 
-__all__ = ["SETTINGS", "TARGETS", "probed"]
+__all__ = ["SETTINGS", "TARGETS", "kept_cells", "probed"]
 
 TASKS = ("forms", "posters", "scene_text")
 TARGETS = {
@@ -73,8 +73,8 @@ def probed(vlm: Vlm, scorer: Scorer, keep: float, n: int, split: str = "test") -
     for encoded, labels in tqdm(_pages(vlm, split, n), desc="probes", total=len(TASKS) * -(-n // _BATCH)):
         choices = {name: {"keep": keep, "thumbnail": "last"} | more for name, more in SETTINGS.items()}
         reduced = {name: reduce(encoded, scorer, **options) for name, options in choices.items()}
-        kept = _stays(encoded, reduced["removed"])
-        asked = kept & _stays(encoded, reduced["runs"]) & (labels[:, 0] > 0) & encoded.layout.behind
+        kept = kept_cells(encoded, reduced["removed"])
+        asked = kept & kept_cells(encoded, reduced["runs"]) & (labels[:, 0] > 0) & encoded.layout.behind
         before = kept.roll(1)  # whether the token on the left was kept; it is one of the same row
         groups = torch.stack([asked & ~before, asked & before])
         image = encoded.layout.image
@@ -139,11 +139,11 @@ def _states(vlm: Vlm, encoded: Encoded, reduced: Reduced) -> tuple[States, Int[T
     hidden = vlm.model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states
     cells = reduced.visual & ~reduced.newlines
     full = int(cells.sum()) == int(encoded.layout.cell.sum())
-    stands = encoded.layout.cell if full else _stays(encoded, reduced)
+    stands = encoded.layout.cell if full else kept_cells(encoded, reduced)
     return torch.stack([layer[cells] for layer in hidden]), stands.nonzero()[:, 0]
 
 
-def _stays(encoded: Encoded, reduced: Reduced) -> Bool[Tensor, "packed"]:
+def kept_cells(encoded: Encoded, reduced: Reduced) -> Bool[Tensor, "packed"]:
     """The kept cells among packed tokens."""
     layout = encoded.layout
     assert reduced.kept is not None, "no tile was encoded again"
