@@ -10,12 +10,12 @@ READY  := $(VENV)/.ready
 SERVE  := .venv-serving
 
 .DEFAULT_GOAL := book
-.PHONY: book test lint unit chapters serving browser links env lock clean
+.PHONY: book test lint unit gpu chapters serving browser links env lock clean
 
 book: env
 	$(PY) -m tokensel book build
 
-test: unit chapters
+test: unit gpu chapters
 
 # Style, layout, types, and which room may import which.
 lint: env
@@ -26,6 +26,10 @@ lint: env
 # One process a core, each with one thread; a file's tests stay together, they share what they set up.
 unit: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+
+# The other tests never see a GPU; these are skipped where there is none.
+gpu: env
+	TOKENSEL_TESTS_ON=gpu $(PY) -m pytest -q tests/test_gpu.py
 
 # Runs what is not up to date, then runs it again and compares every printed output.
 chapters: env

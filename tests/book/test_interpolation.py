@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import suite_tiny
 import torch
+from test_device import Fetches
 from tiny import ask, onevision_processor, tiny_onevision, tiny_selector
 
 from tokensel.book.mini import interpolation
@@ -55,6 +56,18 @@ def test_the_coarser_map_is_the_models_own(batch, scorer, monkeypatch):
         own, model = (part["inputs_embeds"][row][part.visual[row]] for part in (here, there))
         skipped = 0 if shapes[row] == (6, 6) and len(model) == 37 else encoded.layout.tokens
         assert torch.allclose(own, model[skipped:], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_scores_are_on_the_host_and_tokens_on_the_device(name):
+    model, processor = tiny_onevision("anyres_max_2"), onevision_processor(ratio="anyres_max_2")
+    vlm = Vlm(model, processor, "tiny", switch_off(model, processor))
+    inputs = dict(ask(vlm, [0, 1]))
+    inputs["pixel_values"] = inputs["pixel_values"].to("meta")
+    elsewhere = make_scorer("selector", selector=tiny_selector().to("meta"))
+    with Fetches(), torch.no_grad():
+        reduced = interpolated(encode(model.to("meta"), inputs), elsewhere, 0.3, WAYS[name])
+    assert all(tensor.is_meta for tensor in (*reduced.values(), reduced.visual))
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -15,11 +15,11 @@ from tokensel.benchmarks.shards import Shard
 from tokensel.cost import answer_work
 from tokensel.methods import Batch, check_method, prepare
 from tokensel.utils.errors import TokenselError
-from tokensel.utils.provenance import package_versions
+from tokensel.utils.provenance import device_name, package_versions
 
 __all__ = ["answer_missing"]
 
-_MAKERS = ("torch", "transformers")  # their versions are recorded with each answer
+_MAKERS = ("torch", "transformers")  # their versions are recorded with each answer, and the device
 _WINDOW = 8  # batches within which questions are sorted by length
 
 
@@ -110,7 +110,7 @@ def _answer(
             "n_visual_full": n_visual_full[place],
             "work": work[place],
             "seconds": seconds,
-            "versions": package_versions(_MAKERS),
+            "versions": package_versions(_MAKERS) | {"device": device_name(session.vlm.model.device)},
         }
         for place, i in enumerate(indices)
     ]

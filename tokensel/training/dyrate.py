@@ -129,7 +129,11 @@ class MaskedForward:
         def apply_masks(
             _layer: nn.Module, args: tuple, kwargs: dict[str, Any]
         ) -> tuple[tuple, dict[str, Any]]:
-            return args, kwargs | {"attention_mask": masking["mask"]}
+            hidden, *others = args
+            if masking["mask"].requires_grad and not hidden.requires_grad:
+                # on a GPU, attention keeps what its mask's gradient needs only if its inputs have one, too
+                hidden = hidden.detach().requires_grad_()
+            return (hidden, *others), kwargs | {"attention_mask": masking["mask"]}
 
         attention = self.layers[layer - 1].get_submodule("self_attn")
         hooks = [attention.register_forward_hook(make_masks, with_kwargs=True)]

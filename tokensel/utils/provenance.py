@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,20 @@ def _content(path: Path) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Machine and package versions, for the provenance."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     return {
-        "device": gpu or f"{device.type} ({_processor()}, {torch.get_num_threads()} threads)",
+        "device": device_name(device, threads),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {"tokensel": tokensel.__version__} | package_versions(_PACKAGES),
     }
+
+
+def device_name(device: torch.device, more: str = "") -> str:
+    """What a GPU is called; of other devices the type and the processor, with ``more`` behind it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({_processor()}{more})"
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:
@@ -70,6 +78,7 @@ def package_versions(names: Iterable[str]) -> dict[str, str | None]:
     return versions
 
 
+@cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

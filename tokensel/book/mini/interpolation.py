@@ -101,11 +101,12 @@ def interpolated(encoded: Encoded, scorer: Scorer, keep: float, way: Way, neighb
             return values.float().T.unflatten(1, shape)[None]  # [1, channels, rows, columns]
 
         score = as_map(scores[on_map][:, None])
-        weight = score.sigmoid() if way.weighted else torch.ones_like(score)
+        # scores are on the host, where cells are chosen; tokens where the model is
+        weight = (score.sigmoid() if way.weighted else torch.ones_like(score)).to(projected.device)
         coarse = _coarser(as_map(projected[source]), weight, rows, columns)
         if way.rank == "after":
             read = _coarser(as_map(tokens[source]), weight, rows, columns)
-            ranks = scorer(Features(read[None], grid=torch.tensor([[rows, columns]])))[0].float()
+            ranks = scorer(Features(read[None], grid=torch.tensor([[rows, columns]])))[0].float().cpu()
         else:
             pool = adaptive_max_pool2d if way.rank == "best" else adaptive_avg_pool2d
             ranks = pool(score, (rows, columns)).flatten()
@@ -129,7 +130,7 @@ def interpolated(encoded: Encoded, scorer: Scorer, keep: float, way: Way, neighb
         visual.append(ended.flatten(0, 1)[real][stays.flatten()[real]])
     # to the prompt the coarser map is all there ever was: positions count its tokens alone
     mask = encoded.attention_mask.clone()
-    mask[encoded.places[:, 0], encoded.places[:, 1]] = stands
+    mask[encoded.places[:, 0], encoded.places[:, 1]] = stands.to(mask)
     shorter = replace(encoded, attention_mask=mask)
     embeds = torch.cat(visual).to(projected) if visual else projected[:0]
     return Reduced(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.recorded import recorded_answers
@@ -15,6 +14,7 @@ from tokensel.benchmarks.results import score_rows
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.statistics import bootstrap
 from tokensel.benchmarks.table import load_suite
+from tokensel.utils.devices import check_device
 from tokensel.utils.errors import TokenselError
 from tokensel.utils.files import write_json, write_text
 from tokensel.utils.provenance import command_line, environment
@@ -112,7 +112,7 @@ def record_together(
     }
     write_json(
         table.with_suffix(".provenance.json"),
-        environment(torch.device("cpu"))
+        environment(check_device(config.device))
         | {"command": command_line(), "models": dict(models), "config": asdict(config), "training": trained},
     )
     return table
