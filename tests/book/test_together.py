@@ -47,3 +47,20 @@ def test_the_table_pairs_answers_of_the_same_questions(model, tmp_path):
         moved = together.compared(configs)
     assert np.allclose(moved.loc[moved["model"] == "two", "difference"], -2.5)
     assert (moved.loc[moved["model"] == "two", "difference_high"] < 0).all()
+    assert "control" not in moved
+
+    # a control of the second model: the third, whose answers are those of the first
+    configs |= {"three": replace(asked, model=str(model), name="three")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(together, "recorded_answers", shifted)
+        paired = together.compared(configs, controls={"two": "three"}).set_index("model")
+    assert (paired.loc["two", "control"] == "three").all()
+    assert np.allclose(paired.loc["two", "control_difference"], -2.5)
+    assert paired.loc[["one", "three"], ["control", "control_difference"]].isna().all(axis=None)
+    assert (paired.loc["two", "control_difference_low"] < -2.5).all()
+
+
+def test_a_control_is_one_of_the_models(tmp_path):
+    asked = together_config("", "selector", tmp_path, [0.3], 6)
+    with pytest.raises(TokenselError, match="control names 'all': give one of stock, tuned"):
+        record_together({"stock": "a", "tuned": "b"}, tmp_path / "t.csv", asked, False, {"tuned": "all"})

@@ -132,6 +132,9 @@ def together(
     ] = 0,
     n: Annotated[int, typer.Option(min=1, help="questions a task")] = 400,
     split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    controls: Annotated[
+        str, typer.Option(help="comma-separated model=control, both among the names of the models")
+    ] = "",
 ) -> None:
     """Compare fine-tuned models with what they come from, question by question; after a kill, it resumes."""
     from tokensel.book.mini.together import parse_models, record_together, together_config
@@ -140,7 +143,8 @@ def together(
         "", selector, out, [float(keep) for keep in keeps.split(",")], n, split=split,
         methods=tuple(methods.split(",")), neighbours=neighbours,
     )  # fmt: skip
-    typer.echo(f"finished: {record_together(parse_models(models), table, asked)}")
+    pairs = parse_models(controls.split(",")) if controls else {}
+    typer.echo(f"finished: {record_together(parse_models(models), table, asked, controls=pairs)}")
 
 
 @app.command("interpolation")

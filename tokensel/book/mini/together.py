@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from tokensel.benchmarks.config import EvalConfig
-from tokensel.benchmarks.recorded import recorded_answers
+from tokensel.benchmarks.recorded import RecordedAnswers, recorded_answers
 from tokensel.benchmarks.results import score_rows
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.statistics import bootstrap
@@ -45,31 +46,49 @@ def together_config(
     return replace(asked, **others)
 
 
-def compared(configs: Mapping[str, EvalConfig], seed: int = 0) -> pd.DataFrame:
+def compared(
+    configs: Mapping[str, EvalConfig], seed: int = 0, controls: Mapping[str, str] | None = None
+) -> pd.DataFrame:
     """The scores of finished evaluations of several models, and their paired differences from the first.
 
     Args:
         configs: of each model's evaluation, by the name that the model has in the table.
         seed: of the bootstrap.
+        controls: the model that is the control of another, by the name of the other.
 
     Returns:
         A row for each model, benchmark and condition, with 95 % intervals; scores and differences 0 to 1.
+        With ``controls`` also the paired difference of a model from its control, empty where there is none.
 
     Raises:
         TokenselError: an answer is missing.
     """
     answers = {name: recorded_answers(config) for name, config in configs.items()}
-    first = next(iter(answers.values()))
+    first, controls = next(iter(configs)), controls or {}
     rows = []
     for name, parts in answers.items():
-        for part, reference in zip(parts, first, strict=True):
-            table, base = part.table.scores, reference.table.scores
-            gaps = np.stack([table[condition] - base[condition] for condition in table], 1)
-            mean, low, high = bootstrap(gaps, seed=seed)
-            for i, row in enumerate(score_rows(name, part.benchmark, table, seed=seed)):
-                gap = {"difference": mean[i], "difference_low": low[i], "difference_high": high[i]}
+        control = controls.get(name)
+        for i, part in enumerate(parts):
+            kept = list(score_rows(name, part.benchmark, part.table.scores, seed=seed))
+            columns = _differences(part, answers[first][i], "difference", seed)
+            if control is not None:
+                columns |= {"control": [control] * len(kept)}
+                columns |= _differences(part, answers[control][i], "control_difference", seed)
+            for j, row in enumerate(kept):
+                gap = {column: values[j] for column, values in columns.items()}
                 rows.append(row | {"neighbours": configs[name].neighbours} | gap)
     return pd.DataFrame(rows)
+
+
+def _differences(
+    part: RecordedAnswers, reference: RecordedAnswers, column: str, seed: int
+) -> dict[str, Sequence[Any]]:
+    """A model's paired differences from another in each condition of a benchmark, with intervals."""
+    table, base = part.table.scores, reference.table.scores
+    mean, low, high = bootstrap(
+        np.stack([table[condition] - base[condition] for condition in table], 1), seed=seed
+    )
+    return {column: list(mean), f"{column}_low": list(low), f"{column}_high": list(high)}
 
 
 def parse_models(entries: Sequence[str]) -> dict[str, str]:
@@ -88,7 +107,11 @@ def parse_models(entries: Sequence[str]) -> dict[str, str]:
 
 
 def record_together(
-    models: Mapping[str, str], table: Path, config: EvalConfig, progress: bool = True
+    models: Mapping[str, str],
+    table: Path,
+    config: EvalConfig,
+    progress: bool = True,
+    controls: Mapping[str, str] | None = None,
 ) -> Path:
     """Evaluate each model, and record :func:`compared` with its provenance as JSON beside it.
 
@@ -99,11 +122,18 @@ def record_together(
         table: the CSV file.
         config: how each of them is asked; its model is replaced.
         progress: whether to show bars.
+        controls: the name of a model's control, by the model's name.
+
+    Raises:
+        TokenselError: ``controls`` names a model that is not in ``models``.
     """
+    for name in [name for pair in (controls or {}).items() for name in pair]:
+        if name not in models:
+            raise TokenselError(f"control names {name!r}: give one of {', '.join(models)}")
     configs = {name: replace(config, model=folder, name=name) for name, folder in models.items()}
     for each in configs.values():
         evaluate(each, progress=progress)
-    rows = compared(configs, config.seed)
+    rows = compared(configs, config.seed, controls)
     write_text(table, rows.to_csv(index=False, float_format="%.6g"))
     trained = {
         name: json.loads((Path(folder).parent / "train.json").read_text(encoding="utf-8"))
