@@ -18,7 +18,7 @@ from tokensel.benchmarks.results import (
     score_rows,
     write_table,
 )
-from tokensel.benchmarks.statistics import average, bootstrap
+from tokensel.benchmarks.statistics import average, bootstrap, trend
 from tokensel.utils.errors import TokenselError
 
 BENCHMARK = Benchmark("words", "reading", "anls", 8, lambda split, n: None, lambda row: row["question"])
@@ -144,3 +144,17 @@ def test_more_seeds_of_the_same_questions_do_not_narrow_an_interval():
     # other questions do: two benchmarks of equal width combine as independent means
     two = pd.concat([alike, alike.assign(benchmark="two")])
     assert average(two, "group")["reach"].iloc[0] == pytest.approx(single["reach"] / 2**0.5)
+
+
+def test_a_trend_is_the_rise_of_the_line_and_its_interval_covers_it():
+    steps = np.arange(200)
+    rise, low, high = trend(0.5 + 3 * steps / 199)
+    assert rise == pytest.approx(3) and low == pytest.approx(3) and high == pytest.approx(3)
+    rng, covered, widths = np.random.default_rng(0), 0, []
+    for _ in range(200):
+        rise, low, high = trend(2 * steps / 199 + rng.normal(size=200), resamples=400)
+        covered += low <= 2 <= high
+        widths.append(high - low)
+    assert 0.9 <= covered / 200 <= 0.99
+    # four standard errors of the slope of independent noise
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 199 / np.sqrt((200**3 - 200) / 12), rel=0.1)

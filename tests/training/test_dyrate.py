@@ -236,12 +236,15 @@ def test_a_layer_outside_the_model_and_unknown_options_are_refused(config):
         DyRateConfig.from_dict({"model": "m", "wieght": 1.0})
 
 
-def test_the_shipped_predictor_fits_the_shipped_model():
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_shipped_predictors_fit_the_shipped_model(seed):
     data = Path(__file__).parents[2] / "data" / "mini"
-    config = RatePredictor.from_pretrained(data / "dyrate").config
+    folder = data / (f"dyrate-seed-{seed}" if seed else "dyrate")
+    config = RatePredictor.from_pretrained(folder).config
+    assert (config.seed, config.weight, config.steps, config.rates) == (seed, 5.0, 600, 10)
     shape = json.loads((data / "llava-next" / "config.json").read_text())["text_config"]
     assert config.heads == shape["num_attention_heads"] and 0 < config.layer < shape["num_hidden_layers"]
-    history = [json.loads(line) for line in (data / "dyrate" / "history.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [record["step"] for record in history] == list(range(1, config.steps + 1))
     # it is the history of these weights
     last = [record for record in history if record["step"] > 0.9 * config.steps]

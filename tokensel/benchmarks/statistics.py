@@ -10,7 +10,7 @@ from tokensel.utils.errors import needs
 with needs("eval"):
     import pandas as pd
 
-__all__ = ["LEVEL", "RESAMPLES", "average", "bootstrap"]
+__all__ = ["LEVEL", "RESAMPLES", "average", "bootstrap", "trend"]
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -67,6 +67,46 @@ def _resample(
         counts = np.bincount(cells.ravel(), minlength=rows * questions).reshape(rows, questions)
         means[start : start + rows] = counts.astype(np.float64) @ scores / questions
     return means
+
+
+def trend(
+    values: Float[np.ndarray, "steps"],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """How far the least-squares line through a series rises from its first step to its last.
+
+    Steps are drawn with replacement, each with its place, so that noise may differ along the series; what is
+    left of the noise from one step to the next is taken as independent (Efron & Tibshirani 1993, ch. 9).
+
+    Args:
+        values: one number a step, three steps or more.
+        resamples: how many times the steps are drawn.
+        level: mass of the interval.
+        seed: fixes the draws.
+
+    Returns:
+        The rise and the ends of its percentile interval. A series is flat as far as the interval says: it
+        contains 0, and its ends are small.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    place = np.arange(len(values)) - (len(values) - 1) / 2
+
+    def rise(counts: Float[np.ndarray, "draws steps"]) -> Float[np.ndarray, "draws"]:
+        mean_place, mean_value = counts @ place / len(values), counts @ values / len(values)
+        slope = (counts @ (place * values) / len(values) - mean_place * mean_value) / (
+            counts @ place**2 / len(values) - mean_place**2
+        )
+        return slope * (len(values) - 1)
+
+    drawn = np.random.default_rng(seed).multinomial(
+        len(values), np.full(len(values), 1 / len(values)), size=resamples
+    )
+    tail = (1 - level) / 2
+    low, high = np.quantile(rise(drawn.astype(np.float64)), [tail, 1 - tail])
+    return float(rise(np.ones((1, len(values))))[0]), float(low), float(high)
 
 
 def average(table: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:

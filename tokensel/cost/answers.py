@@ -60,7 +60,7 @@ def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutp
     for row, steps in enumerate(output.lengths.tolist()):
         prompt = row // answers
         ranked = [] if pruning is None else pruning.ranked_in(row, steps)
-        held = [[steps, [packed[prompt]] * layers]] if left is None else _runs(left[:steps, :, row])
+        held = [[steps, [packed[prompt]] * layers]] if left is None else step_runs(left[:steps, :, row])
         work.append(
             {
                 "text": text[prompt],
@@ -78,17 +78,17 @@ def answer_work(model: PreTrainedModel, reduced: Reduced, output: GenerationOutp
         if reduced.n_read is not None:
             work[-1]["before"] = [int(reduced.n_read[prompt]), int(reduced.n_visual_full[prompt])]
         if cached is not None:
-            work[-1]["cached"] = _runs(cached[:steps, :, row])
+            work[-1]["cached"] = step_runs(cached[:steps, :, row])
     return work
 
 
-def _runs(held: Int[np.ndarray, "steps layers"]) -> list[list[Any]]:
+def step_runs(held: Int[np.ndarray, "steps layers"]) -> list[list[Any]]:
     """Pairs of a number of steps and the counts that stay the same during them."""
     return [[len(list(group)), counts] for counts, group in groupby(held.tolist())]
 
 
-def _steps(runs: list[list[Any]]) -> Int[np.ndarray, "steps layers"]:
-    """The inverse of :func:`_runs`."""
+def unrolled(runs: list[list[Any]]) -> Int[np.ndarray, "steps layers"]:
+    """The inverse of :func:`step_runs`."""
     return np.concatenate([np.tile(counts, (steps, 1)) for steps, counts in runs])
 
 
@@ -107,7 +107,7 @@ def work_cost(
     """
     text_config: Any = config.get_text_config()
     tiles, cells, grids = work["tiles"], work["cells"], work.get("grids")
-    held = _steps(work["held"])
+    held = unrolled(work["held"])
     flops = count_answer(text_config, work["text"], held, [(step, layer) for step, layer in work["ranked"]])
     flops += count_layers(text_config, work.get("reread", 0), work["text"] + int(held[0, 0]))
     read, projected = work.get("before", (0, work["visual"]))
@@ -133,7 +133,7 @@ def work_bytes(config: PretrainedConfig, work: Work, itemsize: int) -> float:
         work: what the answer took.
         itemsize: bytes of a number in the cache.
     """
-    text, cached = config.get_text_config(), _steps(work.get("cached", work["held"]))
+    text, cached = config.get_text_config(), unrolled(work.get("cached", work["held"]))
     per_layer = kv_bytes(text, 1, itemsize) / text.num_hidden_layers
     return float(held_tokens(work["text"], cached).sum(1).mean() * per_layer)
 

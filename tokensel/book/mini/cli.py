@@ -208,6 +208,35 @@ def field(
     typer.echo("answers are left to other shards" if written is None else f"finished: {written}")
 
 
+@app.command("equal-cost")
+def equal_cost(
+    table: Annotated[
+        Path, typer.Option(help="CSV file to write; a table of the predictors and the provenance beside it")
+    ],
+    dyrate: Annotated[list[str], typer.Option(help="folder of a predictor of DyRate; several times")],
+    out: Annotated[Path, typer.Option(help="folder for the answers")] = Path("_build/equal_cost"),
+    model: Annotated[str, typer.Option(help="the language model that the predictors are for")] = (
+        "data/mini/llava-next"
+    ),
+    suite: Annotated[str, typer.Option(help="module with the benchmarks")] = "tokensel.book.mini.long",
+    n: Annotated[int, typer.Option(min=1, help="questions a task")] = 200,
+    least: Annotated[float, typer.Option(help="the smallest fraction that a rival keeps")] = 0.1,
+    split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    rivals: Annotated[
+        str, typer.Option(help="comma-separated: fastv, fixed, exponential, vtw")
+    ] = "fastv,fixed,exponential,vtw",
+    batch_size: Annotated[int, typer.Option(min=1, help="questions at a time")] = 40,
+) -> None:
+    """Record DyRate against schedules that cost the same; after a kill, it resumes."""
+    from tokensel.benchmarks.config import EvalConfig
+    from tokensel.book.mini.equal_cost import record_equal_cost
+
+    values = {"model": model, "suite": suite, "n": n, "keeps": (least,), "split": split, "out": str(out)}
+    values |= {"methods": ("full",), "compare": (), "thumbnail": "last", "batch_size": batch_size}
+    config = EvalConfig.from_dict(values | {"name": "equal_cost"})
+    typer.echo(f"finished: {record_equal_cost(config, dyrate, table, rivals.split(','))}")
+
+
 @app.command("evidence")
 def record_evidence_table(
     table: Annotated[Path, typer.Option(help="CSV file to write; its provenance beside it")],
