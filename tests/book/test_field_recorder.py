@@ -1,4 +1,4 @@
-"""The recorder of the field: four tables of one run."""
+"""The recorder of the field: five tables of one run."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ PARTS = {"selector": "data/mini/selector", "dyrate": "data/mini/dyrate", "diffpr
 def config(request, monkeypatch, tmp_path):
     monkeypatch.chdir(request.config.rootpath)
     monkeypatch.setattr(field, "_ROUNDS", 1)
-    methods = ("full", "downsample", "fastv", "oracle")
+    methods = ("full", "selector", "downsample", "fastv", "oracle")
     more = {"methods": methods, "benchmarks": ("forms",), "keeps": (0.3,), "seeds": (0,)}
     try:
         yield field.field_config(tmp_path / "out", 2, PARTS, **more, device="cpu")
@@ -44,8 +44,10 @@ def test_one_run_records_scores_times_difficult_questions_words_and_turns(config
     timed = rows[rows["method"] != "oracle"]
     assert (np.asarray(timed[list(field.TIMES)]) > 0).all()
     assert np.isnan(np.asarray(rows.loc[rows["method"] == "oracle", list(field.TIMES)])).all()
-    assert len(timed.groupby("method")["first_token_ms"].unique()) == 3
+    assert len(timed.groupby("method")["first_token_ms"].unique()) == 4
     assert bool((rows["flops"] > 0).all()) and bool((rows["kv_bytes"] > 0).all())
+    standing = pd.read_csv(table.with_suffix(".standing.csv"))
+    assert set(standing["method"]) == set(config.methods) - {"selector"} and set(standing["keep"]) == {0.3}
     words = pd.read_csv(table.with_suffix(".words.csv"))
     assert set(words["benchmark"]) == set(field.SPELLED)
     turns = pd.read_csv(table.with_suffix(".turns.csv"))
@@ -75,3 +77,22 @@ def test_the_difficult_questions_of_each_budget_are_those_of_its_own_smaller_ima
         (0.3, "none"): (0.0, 2, 0.0), (0.3, "norm"): (0.3, 2, 0.5),
         (0.5, "none"): (0.0, 1, 0.0), (0.5, "norm"): (0.5, 1, 1.0),
     }  # fmt: skip
+
+
+def test_a_rival_stands_with_the_label_that_costs_as_much_and_with_the_first_seed():
+    scores = {
+        Condition("selector", 0.3, 0): np.array([1.0, 1.0, 0.0]),
+        Condition("random", 0.3, 0): np.array([0.0, 1.0, 0.0]),
+        Condition("random", 0.3, 1): np.array([1.0, 1.0, 1.0]),
+        Condition("fastv", 0.1, 0): np.array([1.0, 0.0, 1.0]),
+        Condition("fastv", 0.3, 0): np.array([0.0, 0.0, 0.0]),
+    }
+    work = {condition: [] for condition in scores}
+    answers = [RecordedAnswers(SUITE["forms"], ScoreTable(scores, None, np.array([""] * 3)), work)]
+    flops = {("selector", 0.3): 100, ("random", 0.3): 90, ("fastv", 0.1): 120, ("fastv", 0.3): 150}
+    costs = [{"group": "reading", "method": m, "keep": k, "flops": f} for (m, k), f in flops.items()]
+    rows = field.standing_table(answers, pd.DataFrame(costs)).set_index("method")
+    assert rows.loc["random", ["label", "cost", "n"]].tolist() == [0.3, 0.9, 3]
+    assert rows.loc["fastv", ["label", "cost"]].tolist() == [0.1, 1.2]
+    assert rows["difference"].to_dict() == pytest.approx({"random": 1 / 3, "fastv": 0.0})
+    assert (rows["difference_low"] <= rows["difference"]).all()

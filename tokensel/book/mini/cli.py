@@ -184,10 +184,10 @@ def mechanism(
 @app.command("field")
 def field(
     table: Annotated[
-        Path, typer.Option(help="CSV file to write; three more tables and the provenance beside it")
+        Path, typer.Option(help="CSV file to write; four more tables and the provenance beside it")
     ],
     out: Annotated[Path, typer.Option(help="folder for the answers")] = Path("_build/field"),
-    n: Annotated[int, typer.Option(min=1, help="questions a task, and pages that are asked twice")] = 400,
+    n: Annotated[int, typer.Option(min=1, help="questions a task")] = 400,
     methods: Annotated[
         str | None, typer.Option(help="comma-separated; by default all whose trained parts are given")
     ] = None,

@@ -1,13 +1,14 @@
 """The field on the small world: every method, recorded in one run, with the controls that critics ask for.
 
-Four tables beside each other. ``field.csv``: scores, counted cost and the measured time to the first token.
-``field.difficult.csv``: the same scores on what a smaller image does not answer. ``field.words.csv``: words
-and nonsense on the same pages. ``field.turns.csv``: a second question on the cache of the first.
+Five tables beside each other. ``field.csv``: scores, counted cost and the measured time to the first token.
+``field.standing.csv``: the selector minus every method at the same cost, question by question.
+``field.difficult.csv``: the scores on what a smaller image does not answer. ``field.words.csv``: words and
+nonsense on the same pages. ``field.turns.csv``: a second question on the cache of the first.
 """
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from tokensel.benchmarks.recorded import RecordedAnswers, difficult_rows, record
 from tokensel.benchmarks.results import Row
 from tokensel.benchmarks.runner import evaluate
 from tokensel.benchmarks.session import EvalSession
+from tokensel.benchmarks.shards import Shard
+from tokensel.benchmarks.statistics import bootstrap
 from tokensel.book.mini.controls import TWICE
 from tokensel.book.mini.oracle import register_oracles
 from tokensel.methods import check_method, prepare
@@ -33,15 +36,19 @@ from tokensel.utils.files import write_json, write_text
 from tokensel.utils.provenance import json_digest
 from tokensel.utils.source import code_digest
 
-__all__ = ["KEEPS", "difficult_table", "field_config", "first_token_times", "record_field"]
+__all__ = [
+    "KEEPS", "difficult_table", "field_config", "first_token_times", "record_field", "standing_table"
+]  # fmt: skip
 
 KEEPS = (0.1, 0.2, 0.3, 0.5)
 SEEDS = (0, 1, 2)
 SUITE, CONTROLS = "tokensel.book.mini.suite", "tokensel.book.mini.controls"
 SPELLED = ("words", "nonsense")
 DRAWN = ("oracle", "drawn")  # they draw the page again, whose time says nothing
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 TIMES = ("first_token_ms", "full_first_token_ms", "first_token_speedup")
 ASKED_TWICE = 0.3  # the one budget of the conversations, which take several times as long as an answer
+PAGES = 100  # that are asked twice, or as many as there are questions
 _ROUNDS = 11  # of the times; medians
 
 
@@ -69,7 +76,7 @@ def field_config(out: Path, n: int, trained: dict[str, str | None], **more: Any)
 
 
 def record_field(config: EvalConfig, table: Path) -> Path | None:
-    """Record the four tables; after a kill, the same call resumes.
+    """Record the five tables; after a kill, the same call resumes.
 
     Args:
         config: from :func:`field_config`; with ``shard`` several processes share the answers, and the last
@@ -82,23 +89,63 @@ def record_field(config: EvalConfig, table: Path) -> Path | None:
     done = evaluate(config)
     spelled = replace(config, suite=CONTROLS, benchmarks=SPELLED, name="words")
     words = evaluate(spelled)
-    if done.table is None or words.table is None or done.provenance is None:
+    turns = _turns(config)
+    if done.table is None or words.table is None or done.provenance is None or turns is None:
         return None
     session = EvalSession(config)
     times = pd.DataFrame(_kept_times(session, Path(config.out) / "times"))
     rows = pd.read_csv(done.table).merge(times, on=["method", "keep", "seed"], how="left")
     _write(table, rows)
-    hard = difficult_table(session.name, recorded_answers(config), config.seed)
-    _write(table.with_suffix(".difficult.csv"), hard)
+    answers = recorded_answers(config)
+    _write(table.with_suffix(".standing.csv"), standing_table(answers, rows))
+    _write(table.with_suffix(".difficult.csv"), difficult_table(session.name, answers, config.seed))
     _write(table.with_suffix(".words.csv"), pd.read_csv(words.table))
-    turns = pd.DataFrame(_turns(config), columns=list(TURN_COLUMNS))
-    _write(table.with_suffix(".turns.csv"), turns)
+    _write(table.with_suffix(".turns.csv"), pd.DataFrame(turns, columns=list(TURN_COLUMNS)))
     write_json(table.with_suffix(".provenance.json"), json.loads(done.provenance.read_text(encoding="utf-8")))
     return table
 
 
 def _write(path: Path, rows: pd.DataFrame) -> None:
     write_text(path, rows.to_csv(index=False, float_format="%.6g"))
+
+
+def standing_table(
+    answers: Sequence[RecordedAnswers], table: pd.DataFrame, own: str = "selector", seed: int = 0
+) -> pd.DataFrame:
+    """One method minus every other at the label that costs nearly the same, on the same questions.
+
+    Args:
+        answers: of an evaluation.
+        table: the long table of the same evaluation, for the cost of every condition.
+        own: the method that is compared, of one seed.
+        seed: seed of the bootstrap.
+
+    Returns:
+        A row for each benchmark, budget of the method and other method: ``keep``, the budget; ``label``, that
+        of the other; ``cost``, its FLOPs over those of ``own``; and ``difference`` with its 95 % interval, in
+        0 to 1. A method of several seeds stands with the first. Empty without ``own``.
+    """
+    by = table.groupby(["group", "method", "keep"])
+    flops = {condition: float(np.mean(rows["flops"])) for condition, rows in by}
+    rows: list[Row] = []
+    for part in answers:
+        name, group, scores = part.benchmark.name, part.benchmark.group, part.table.scores
+        first = {(c.method, c.keep): c for c in reversed(scores)}  # of each seed's conditions the first stays
+        for budget in [c for c in first.values() if c.method == own]:
+            target, near = flops[group, own, budget.keep], {}
+            for method, keep in first:
+                cost = flops[group, method, keep] / target
+                if method != own and abs(cost - 1) < abs(near.get(method, (0, np.inf))[1] - 1):
+                    near[method] = keep, cost
+            columns = [scores[budget] - scores[first[method, keep]] for method, (keep, _) in near.items()]
+            if columns:
+                for (method, (keep, cost)), *values in zip(
+                    near.items(), *bootstrap(np.stack(columns, 1), seed=seed), strict=True
+                ):
+                    row = {"benchmark": name, "group": group, "method": method, "keep": budget.keep}
+                    row |= {"label": keep, "cost": cost, "n": len(columns[0])}
+                    rows.append(row | dict(zip(DIFFERENCE, map(float, values), strict=True)))
+    return pd.DataFrame(rows)
 
 
 def difficult_table(model: str, answers: Sequence[RecordedAnswers], seed: int = 0) -> pd.DataFrame:
@@ -183,24 +230,30 @@ def _first_token(session: EvalSession, inputs: dict[str, torch.Tensor], conditio
     return time.perf_counter() - start
 
 
-def _turns(config: EvalConfig) -> Iterator[Row]:
-    """Rows of two questions on one cache, a file for each condition, so that a kill loses one at most."""
+def _turns(config: EvalConfig) -> list[Row] | None:
+    """Rows of two questions on one cache, a file for each condition, so that a kill loses one at most.
+
+    ``None`` if other shards have conditions left.
+    """
     asked_twice = tuple(f"{task}_twice" for task in TWICE)
     keeps = (ASKED_TWICE,) if ASKED_TWICE in config.keeps else config.keeps
     asked = replace(config, suite=CONTROLS, benchmarks=asked_twice, name="turns", seeds=(), keeps=keeps)
-    session, folder = EvalSession(asked), Path(config.out) / "turns"
-    code = code_digest("tokensel.benchmarks.followups")
+    session, folder, shard = EvalSession(asked), Path(config.out) / "turns", Shard.of(config.shard)
+    assert config.n is not None, "the command line gives a number"
+    code, pages = code_digest("tokensel.benchmarks.followups"), min(config.n, PAGES)
+    paths: list[Path] = []
     for benchmark in asked.suite_benchmarks().values():
-        assert config.n is not None, "the command line gives a number"
-        paths = {}
-        for condition in asked.conditions():
-            identity = [session.identity(condition), vars(condition), benchmark.name, config.n, code]
-            paths[condition] = folder / f"{json_digest(identity)}.json"
-        missing = [condition for condition, path in paths.items() if not path.is_file()]
+        missing = {}
+        for number, condition in enumerate(asked.conditions()):
+            identity = [session.identity(condition), vars(condition), benchmark.name, pages, code]
+            paths.append(folder / f"{json_digest(identity)}.json")
+            if shard.holds(number) and not paths[-1].is_file():
+                missing[condition] = paths[-1]
         if missing:
-            questions = load_questions(benchmark, asked.split, 2 * config.n)
-            found = follow_up_rows(session, questions, question_pairs(questions), missing)
-            for condition, rows in zip(missing, found):
-                write_json(paths[condition], rows)
-        for path in paths.values():
-            yield from json.loads(path.read_text(encoding="utf-8"))
+            questions = load_questions(benchmark, asked.split, 2 * pages)
+            found = follow_up_rows(session, questions, question_pairs(questions), list(missing))
+            for path, rows in zip(missing.values(), found, strict=True):
+                write_json(path, rows)
+    if not all(path.is_file() for path in paths):
+        return None
+    return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
