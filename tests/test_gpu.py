@@ -79,9 +79,8 @@ def asked(folder, tmp_path, kind, **more):
 
 def test_dyrate_learns(folder, tmp_path):
     config = asked(folder, tmp_path, DyRateConfig, layer=1, rates=4)
-    predictor, history = train_dyrate(config)
+    _, history = train_dyrate(config)
     _, reference = train_dyrate(replace(config, device="cpu", out=str(tmp_path / "cpu")))
-    assert next(predictor.parameters()).is_cuda
     assert [record["loss"] for record in history] == pytest.approx(
         [record["loss"] for record in reference], abs=1e-2
     )
