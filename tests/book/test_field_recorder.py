@@ -79,7 +79,8 @@ def test_the_difficult_questions_of_each_budget_are_those_of_its_own_smaller_ima
     }  # fmt: skip
 
 
-def test_a_rival_stands_with_the_label_that_costs_as_much_and_with_the_first_seed():
+def test_a_rival_stands_where_it_reads_as_much_and_with_the_first_seed(monkeypatch):
+    tokens = {("selector", 0.3): 100, ("random", 0.3): 90, ("fastv", 0.1): 120, ("fastv", 0.3): 150}
     scores = {
         Condition("selector", 0.3, 0): np.array([1.0, 1.0, 0.0]),
         Condition("random", 0.3, 0): np.array([0.0, 1.0, 0.0]),
@@ -87,12 +88,10 @@ def test_a_rival_stands_with_the_label_that_costs_as_much_and_with_the_first_see
         Condition("fastv", 0.1, 0): np.array([1.0, 0.0, 1.0]),
         Condition("fastv", 0.3, 0): np.array([0.0, 0.0, 0.0]),
     }
-    work = {condition: [] for condition in scores}
-    answers = [RecordedAnswers(SUITE["forms"], ScoreTable(scores, None, np.array([""] * 3)), work)]
-    flops = {("selector", 0.3): 100, ("random", 0.3): 90, ("fastv", 0.1): 120, ("fastv", 0.3): 150}
-    costs = [{"group": "reading", "method": m, "keep": k, "flops": f} for (m, k), f in flops.items()]
-    rows = field.standing_table(answers, pd.DataFrame(costs)).set_index("method")
-    assert rows.loc["random", ["label", "cost", "n"]].tolist() == [0.3, 0.9, 3]
-    assert rows.loc["fastv", ["label", "cost"]].tolist() == [0.1, 1.2]
+    monkeypatch.setattr(RecordedAnswers, "mean_tokens", lambda self, c: tokens[c.method, c.keep])
+    answers = RecordedAnswers(SUITE["forms"], ScoreTable(scores, None, np.array([""] * 3)), {})
+    rows = field.standing_table([answers]).set_index("method")
+    assert rows.loc["random", ["label", "tokens", "n"]].tolist() == [0.3, 0.9, 3]
+    assert rows.loc["fastv", ["label", "tokens"]].tolist() == [0.1, 1.2]
     assert rows["difference"].to_dict() == pytest.approx({"random": 1 / 3, "fastv": 0.0})
     assert (rows["difference_low"] <= rows["difference"]).all()

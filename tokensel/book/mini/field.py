@@ -1,7 +1,8 @@
 """The field on the small world: every method, recorded in one run, with the controls that critics ask for.
 
 Five tables beside each other. ``field.csv``: scores, counted cost and the measured time to the first token.
-``field.standing.csv``: the selector minus every method at the same cost, question by question.
+``field.standing.csv``: the selector minus every method at as many tokens, question by
+question.
 ``field.difficult.csv``: the scores on what a smaller image does not answer. ``field.words.csv``: words and
 nonsense on the same pages. ``field.turns.csv``: a second question on the cache of the first.
 """
@@ -97,7 +98,7 @@ def record_field(config: EvalConfig, table: Path) -> Path | None:
     rows = pd.read_csv(done.table).merge(times, on=["method", "keep", "seed"], how="left")
     _write(table, rows)
     answers = recorded_answers(config)
-    _write(table.with_suffix(".standing.csv"), standing_table(answers, rows))
+    _write(table.with_suffix(".standing.csv"), standing_table(answers))
     _write(table.with_suffix(".difficult.csv"), difficult_table(session.name, answers, config.seed))
     _write(table.with_suffix(".words.csv"), pd.read_csv(words.table))
     _write(table.with_suffix(".turns.csv"), pd.DataFrame(turns, columns=list(TURN_COLUMNS)))
@@ -109,42 +110,37 @@ def _write(path: Path, rows: pd.DataFrame) -> None:
     write_text(path, rows.to_csv(index=False, float_format="%.6g"))
 
 
-def standing_table(
-    answers: Sequence[RecordedAnswers], table: pd.DataFrame, own: str = "selector", seed: int = 0
-) -> pd.DataFrame:
-    """One method minus every other at the label that costs nearly the same, on the same questions.
+def standing_table(answers: Sequence[RecordedAnswers], own: str = "selector", seed: int = 0) -> pd.DataFrame:
+    """One method minus every other where a layer reads nearly as many visual tokens, on the same questions.
 
     Args:
         answers: of an evaluation.
-        table: the long table of the same evaluation, for the cost of every condition.
-        own: the method that is compared, of one seed.
+        own: the method that is compared.
         seed: seed of the bootstrap.
 
     Returns:
         A row for each benchmark, budget of the method and other method: ``keep``, the budget; ``label``, that
-        of the other; ``cost``, its FLOPs over those of ``own``; and ``difference`` with its 95 % interval, in
-        0 to 1. A method of several seeds stands with the first. Empty without ``own``.
+        of the other under which its layers read on average, over all benchmarks, as many tokens as they can;
+        ``tokens``, theirs over those of ``own``; and ``difference`` with its 95 % interval, in 0 to 1. A
+        method of several seeds stands with the first. Empty without ``own``.
     """
-    by = table.groupby(["group", "method", "keep"])
-    flops = {condition: float(np.mean(rows["flops"])) for condition, rows in by}
+    conditions = {(c.method, c.keep): c for c in reversed(answers[0].table.scores)}  # the first seed stays
+    read = {key: np.mean([part.mean_tokens(c) for part in answers]) for key, c in conditions.items()}
+    rivals = dict.fromkeys(method for method, _ in conditions if method != own)
     rows: list[Row] = []
-    for part in answers:
-        name, group, scores = part.benchmark.name, part.benchmark.group, part.table.scores
-        first = {(c.method, c.keep): c for c in reversed(scores)}  # of each seed's conditions the first stays
-        for budget in [c for c in first.values() if c.method == own]:
-            target, near = flops[group, own, budget.keep], {}
-            for method, keep in first:
-                cost = flops[group, method, keep] / target
-                if method != own and abs(cost - 1) < abs(near.get(method, (0, np.inf))[1] - 1):
-                    near[method] = keep, cost
-            columns = [scores[budget] - scores[first[method, keep]] for method, (keep, _) in near.items()]
-            if columns:
-                for (method, (keep, cost)), *values in zip(
-                    near.items(), *bootstrap(np.stack(columns, 1), seed=seed), strict=True
-                ):
-                    row = {"benchmark": name, "group": group, "method": method, "keep": budget.keep}
-                    row |= {"label": keep, "cost": cost, "n": len(columns[0])}
-                    rows.append(row | dict(zip(DIFFERENCE, map(float, values), strict=True)))
+    for keep in [keep for method, keep in conditions if method == own]:
+        near = {}  # of each rival the label that comes nearest
+        for rival in rivals:
+            labels = [label for method, label in conditions if method == rival]
+            near[rival] = min(labels, key=lambda label: abs(read[rival, label] - read[own, keep]))
+        for part in answers:
+            scores, name, group = part.table.scores, part.benchmark.name, part.benchmark.group
+            base = scores[conditions[own, keep]]
+            gaps = np.stack([base - scores[conditions[rival]] for rival in near.items()], 1)
+            for (rival, label), *values in zip(near.items(), *bootstrap(gaps, seed=seed), strict=True):
+                row = {"benchmark": name, "group": group, "method": rival, "keep": keep, "label": label}
+                row |= {"tokens": read[rival, label] / read[own, keep], "n": len(base)}
+                rows.append(row | dict(zip(DIFFERENCE, map(float, values), strict=True)))
     return pd.DataFrame(rows)
 
 
