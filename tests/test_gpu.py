@@ -12,7 +12,6 @@ import torch
 from little import clip_tower, sample_images, small_config
 from tiny import ask, noise_image, onevision_processor, tiny_learned, tiny_onevision, tiny_selector, tiny_vlm
 
-from tokensel.benchmarks.config import EvalConfig
 from tokensel.benchmarks.runner import evaluate
 from tokensel.book.mini.interpolation import WAYS, interpolated
 from tokensel.data.encoders import VisionEncoder
@@ -31,12 +30,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, o
 
 IMAGES = [noise_image(40, 48), noise_image(30, 90, seed=1)]
 QUESTIONS = ["what?", "and what is this?"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("models")
-    return suite_tiny.save_models(place)
 
 
 def first_logits(vlm: Vlm, method: str, device: str, keep: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,15 +63,15 @@ def test_interpolation_and_selection_leave_the_same_embeddings(name):
     assert torch.allclose(embeds["cuda"], embeds["cpu"], atol=1e-4)
 
 
-def asked(folder, tmp_path, kind, **more):
+def asked(model, tmp_path, kind, **more):
     return kind(
-        model=str(folder), out=str(tmp_path / "out"), suite="suite_tiny", benchmarks=("page", "list"),
+        model=str(model), out=str(tmp_path / "out"), suite="suite_tiny", benchmarks=("page", "list"),
         n=6, steps=4, batch_size=3, save_every=2, progress=False, **more,
     )  # fmt: skip
 
 
-def test_dyrate_learns(folder, tmp_path):
-    config = asked(folder, tmp_path, DyRateConfig, layer=1, rates=4)
+def test_dyrate_learns(model, tmp_path):
+    config = asked(model, tmp_path, DyRateConfig, layer=1, rates=4)
     _, history = train_dyrate(config)
     _, reference = train_dyrate(replace(config, device="cpu", out=str(tmp_path / "cpu")))
     assert [record["loss"] for record in history] == pytest.approx(
@@ -87,17 +80,17 @@ def test_dyrate_learns(folder, tmp_path):
 
 
 @pytest.mark.parametrize("scorer", ["diffprune", "visionselector"])
-def test_scorers_learn_by_answers(scorer, folder, tmp_path):
-    config = asked(folder, tmp_path, AnswersConfig, scorer=scorer)
+def test_scorers_learn_by_answers(scorer, model, tmp_path):
+    config = asked(model, tmp_path, AnswersConfig, scorer=scorer)
     _, history = train_answers(config)
     _, reference = train_answers(replace(config, device="cpu", out=str(tmp_path / "cpu")))
     assert history[-1]["loss"] == pytest.approx(reference[-1]["loss"], abs=1e-2)
 
 
 @pytest.mark.parametrize("lora", [None, 2])
-def test_the_language_model_learns(lora, folder, tmp_path):
-    selector = str(folder.parent / "selector")
-    config = asked(folder, tmp_path, FinetuneConfig, selector=selector, keep=0.2, keep_most=0.7, lora=lora)
+def test_the_language_model_learns(lora, model, tmp_path):
+    selector = str(model.parent / "selector")
+    config = asked(model, tmp_path, FinetuneConfig, selector=selector, keep=0.2, keep_most=0.7, lora=lora)
     finetune(config)
     assert load_vlm(tmp_path / "out" / "model", device="cuda").model.device.type == "cuda"
 
@@ -112,12 +105,9 @@ def test_the_selector_learns(precision, tmp_path):
     assert all(record["loss"] == record["loss"] for record in trained.history)
 
 
-def test_an_evaluation_gives_the_same_answers_and_says_where(folder, tmp_path):
-    config = EvalConfig.from_dict({
-        "suite": "suite_tiny", "model": str(folder), "n": 4, "keeps": (0.3,), "compare": (),
-        "methods": tuple(name for name in methods() if name not in ("native", "dyrate")),
-        "dtype": "float32", **{name: str(folder.parent / name) for name in LEARNED},
-    })  # fmt: skip
+def test_an_evaluation_gives_the_same_answers_and_says_where(config, tmp_path):
+    every = tuple(name for name in methods() if name not in ("native", "dyrate"))
+    config = replace(config, methods=every, keeps=(0.3,), n=4, compare=(), dtype="float32")
     found = []
     for device in ("cuda", "cpu"):
         done = evaluate(replace(config, device=device, out=str(tmp_path / device)), progress=False)

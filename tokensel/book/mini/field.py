@@ -1,8 +1,7 @@
 """The field on the small world: every method, recorded in one run, with the controls that critics ask for.
 
 Five tables beside each other. ``field.csv``: scores, counted cost and the measured time to the first token.
-``field.standing.csv``: the selector minus every method at as many tokens, question by
-question.
+``field.standing.csv``: the selector minus every method at as many tokens, question by question.
 ``field.difficult.csv``: the scores on what a smaller image does not answer. ``field.words.csv``: words and
 nonsense on the same pages. ``field.turns.csv``: a second question on the cache of the first.
 """
