@@ -10,42 +10,59 @@ from tokensel.book.mini.law import WHOLE, Law, cases, fit_law, held_back
 
 SHARES = st.floats(0.01, 0.99)
 TOKENS = st.floats(1, 200)
+KEEPS = (0.1, 0.3, 0.6)
+NAMES = {"spots": (1, 0), "objects": (0.8, 0), "strings": (0, 1), "forms": (0.5, 0.5)}
 
 
-def table(law: Law, names: dict[str, bool]) -> pd.DataFrame:
-    """The scores of benchmarks that follow a law, between 0.1 without the image and 0.9 with all of it."""
+def table(law: Law, names: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    """The scores of benchmarks that follow a law, between 0.1 without the image and 0.9 with all of it.
+
+    ``names``: of each benchmark, which part of its evidence is cue, and which is read.
+    """
     rows = []
-    for number, (name, complete) in enumerate(names.items()):
+    for name, (cue, letters) in names.items():
         for most in (4, 16, 64):
-            facts = {"benchmark": name, "most": most, "tokens": most - number, "complete": complete, "n": 50}
-            rows.append(facts | {"method": "full", "keep": 1.0, "kept": 1.0, "score": 0.9})
-            rows.append(facts | {"method": "none", "keep": 0.0, "kept": 0.0, "score": 0.1})
-            for keep in (0.1, 0.3, 0.6):
-                score = 0.1 + 0.8 * float(law.seen(most - number, keep, complete))
-                rows.append(facts | {"method": "random", "keep": keep, "kept": keep, "score": score})
+            facts = {"benchmark": name, "most": most, "cue": cue * most, "letters": letters * most, "n": 50}
+            for method, keep, seen in (
+                ("full", 1.0, 1.0),
+                ("none", 0.0, 0.0),
+                *(("random", k, None) for k in KEEPS),
+            ):
+                kept = {"kept_cue": keep, "kept_letters": keep}
+                if seen is None:
+                    seen = float(law.seen(cue * most, keep, letters * most, keep))
+                rows.append(facts | kept | {"method": method, "keep": keep, "score": 0.1 + 0.8 * seen})
     whole = [row | {"most": 0} for row in rows if row["most"] == 4]  # of all questions: predicted by none
     return pd.DataFrame(rows + whole)
 
 
 @given(tokens=TOKENS, kept=SHARES, more=st.floats(1.01, 5))
-def test_larger_evidence_helps_where_any_part_tells_and_hurts_where_all_is_needed(tokens, kept, more):
+def test_a_larger_cue_helps_and_more_letters_hurt(tokens, kept, more):
     law = Law()
-    small, large = (law.seen([tokens * factor] * 2, [kept] * 2, [False, True]) for factor in (1, more))
-    assert large[0] >= small[0] and large[1] <= small[1]
-    assert ((small >= 0) & (small <= 1)).all()
+    cues = [float(law.seen(tokens * factor, kept, 0, 1)) for factor in (1, more)]
+    letters = [float(law.seen(0, 1, tokens * factor, kept)) for factor in (1, more)]
+    assert cues == sorted(cues) and letters == sorted(letters, reverse=True)
+    assert all(0 <= seen <= 1 for seen in cues + letters)
 
 
-@given(tokens=TOKENS, kept=SHARES, complete=st.booleans())
-def test_all_kept_is_all_seen_and_more_is_never_worse(tokens, kept, complete):
+@given(cue=TOKENS, letters=TOKENS, kept=SHARES)
+def test_all_kept_is_all_seen_and_more_is_never_worse(cue, letters, kept):
     law = Law()
-    seen = [float(law.seen(tokens, share, complete)) for share in (0.0, kept / 2, kept, 1.0)]
-    assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == pytest.approx(1)
+    for sizes in ((cue, 0), (0, letters), (cue, letters)):
+        seen = [float(law.seen(sizes[0], share, sizes[1], share)) for share in (0.0, kept / 2, kept, 1.0)]
+        assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == pytest.approx(1)
+
+
+@given(cue=TOKENS, letters=TOKENS, kept=SHARES)
+def test_text_with_a_cue_is_read_where_both_are_seen(cue, letters, kept):
+    law = Law()
+    alone = law.seen(cue, kept, 0, 1) * law.seen(0, 1, letters, kept)
+    assert float(law.seen(cue, kept, letters, kept)) == pytest.approx(float(alone))
 
 
 def test_the_constants_are_found_again_and_a_held_back_benchmark_is_predicted():
     law = Law(tells=0.5, needs=0.07)
-    names = {"spots": False, "objects": False, "strings": True, "forms": True}
-    rows = cases(table(law, names | dict.fromkeys(WHOLE, False)))
+    rows = cases(table(law, NAMES | dict.fromkeys(WHOLE, (1, 0))))
     assert len(rows) == 4 * 3 * 3 and set(rows["method"]) == {"random"}
     found = fit_law(rows)
     for name in ("tells", "needs"):
@@ -58,7 +75,7 @@ def test_the_constants_are_found_again_and_a_held_back_benchmark_is_predicted():
 
 def test_a_benchmark_is_predicted_without_its_own_scores():
     law = Law()
-    rows = cases(table(law, {"spots": False, "objects": False, "strings": True, "forms": True}))
+    rows = cases(table(law, NAMES))
     changed = rows.assign(score=rows["score"].mask(rows["benchmark"] == "forms", 0.0))
     before, after = (held_back(one).set_index(["benchmark", "keep"])["predicted"] for one in (rows, changed))
     assert np.allclose(before["forms"], after["forms"])

@@ -247,12 +247,17 @@ def record_evidence_table(
     selector: Annotated[Path, typer.Option(help="a selector for its tower")] = Path("data/mini/selector"),
     n: Annotated[int, typer.Option(min=1, help="questions a task")] = 400,
     split: Annotated[str, typer.Option(help="validation or test")] = "test",
+    methods: Annotated[str, typer.Option(help="what ranks the tokens")] = "random,uniform,selector",
+    keeps: Annotated[str, typer.Option(help="fractions of the visual tokens kept")] = ".1,.2,.3,.5,.7",
     shard: Annotated[str, typer.Option(help="part i of n, as i/n, for several processes")] = "1/1",
 ) -> None:
     """Record how often answers are right, by evidence and by what is kept of it; after a kill, it resumes."""
     from tokensel.book.mini.evidence_table import evidence_config, record_evidence
 
-    written = record_evidence(evidence_config(out, model, selector, n, split, shard=shard), table)
+    asked = ("full", "none", *methods.split(","))
+    budgets = tuple(map(float, keeps.split(",")))
+    config = evidence_config(out, model, selector, n, split, methods=asked, keeps=budgets, shard=shard)
+    written = record_evidence(config, table)
     typer.echo("answers are left to other shards" if written is None else f"finished: {written}")
 
 

@@ -10,26 +10,36 @@ from tokensel.book.mini.canvas import PATCH, QA, Page
 from tokensel.book.mini.oracle import patch_worth
 from tokensel.vlm.encoded import Encoded
 
-__all__ = ["COMPLETE", "Evidence", "evidence", "kept_evidence"]
+__all__ = ["COMPLETE", "READ", "Evidence", "evidence", "kept_evidence"]
 
-COMPLETE = ("forms", "charts", "posters", "scene_text", "transcribe", "words", "nonsense", "strings")
-"""Tasks whose evidence has to be seen completely: letters. Of a colour or a pattern, any part will do."""
+COMPLETE = ("transcribe", "strings")
+"""Tasks whose evidence is read from its first letter to its last."""
+READ = (*COMPLETE, "forms", "charts", "posters", "scene_text", "words", "nonsense")
+"""Tasks whose last box is read. Any part of what is before it will do: it says which text is asked for."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Where the answer to a question is seen.
+    """Where the answer to a question is seen, in full-resolution visual tokens.
+
+    Tokens of the thumbnail, padding and newlines are not counted.
 
     Attributes:
-        tokens: full-resolution visual tokens that the evidence touches; tokens of the thumbnail, padding and
-            newlines are not counted.
+        tokens: that the evidence touches.
         share: their share of the page.
-        complete: whether all of it has to be seen.
+        cue: tokens of which any will do: of a colour, a pattern, the name of a field.
+        letters: tokens that have to be read one by one. Both are counted where a cue surrounds its text.
     """
 
     tokens: int
     share: float
-    complete: bool
+    cue: int
+    letters: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether a part of it has to be seen completely."""
+        return self.letters > 0
 
 
 def evidence(task: str, page: Page, asked: QA) -> Evidence:
@@ -42,20 +52,24 @@ def evidence(task: str, page: Page, asked: QA) -> Evidence:
     """
     rows, columns = (-(-side // PATCH) for side in reversed(page.image.size))
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    centre = (places + 0.5) / torch.tensor([rows, columns])
-    touched = patch_worth(_boxes(page, asked), torch.ones(len(centre)), centre) > 0
-    return Evidence(int(touched.sum()), float(touched.float().mean()), task in COMPLETE)
+    cue, letters = _parts(task, page, asked, (places + 0.5) / torch.tensor([rows, columns]))
+    touched = cue | letters
+    return Evidence(int(touched.sum()), float(touched.float().mean()), int(cue.sum()), int(letters.sum()))
 
 
 def kept_evidence(
-    encoded: Encoded, cells: Bool[Tensor, "packed"], asked: list[tuple[Page, QA]]
-) -> Float[Tensor, "images"]:
-    """The share of each question's evidence that a choice of tokens keeps, at full resolution.
+    encoded: Encoded, cells: Bool[Tensor, "packed"], task: str, asked: list[tuple[Page, QA]]
+) -> Float[Tensor, "images 3"]:
+    """The shares of each question's evidence that a choice of tokens keeps, at full resolution.
 
     Args:
         encoded: the batch, one image a question.
         cells: packed visual tokens that are kept, from :func:`tokensel.vlm.visual.choose_tokens`.
+        task: a task of the small world.
         asked: page and question of each row.
+
+    Returns:
+        Of each question the shares of all evidence, of its cue and of its letters; 1 of what there is not.
     """
     layout = encoded.layout
     cell = layout.cell
@@ -64,12 +78,25 @@ def kept_evidence(
     shares = []
     for number, (page, qa) in enumerate(asked):
         here = full & (image == number)
-        touched = patch_worth(_boxes(page, qa), torch.ones(int(here.sum())), centres[here]) > 0
-        shares.append(kept[here][touched].float().mean())
-    return torch.stack(shares)
+        cue, letters = _parts(task, page, qa, centres[here])
+        shares += [
+            kept[here][part].float().mean() if part.any() else torch.tensor(1.0, device=kept.device)
+            for part in (cue | letters, cue, letters)
+        ]
+    return torch.stack(shares).view(-1, 3)
 
 
-def _boxes(page: Page, asked: QA) -> Float[Tensor, "boxes 4"]:
-    """The boxes of the evidence as fractions of the page."""
+def _parts(
+    task: str, page: Page, asked: QA, centres: Float[Tensor, "tokens 2"]
+) -> tuple[Bool[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
+    """Which tokens the cue touches, and which the letters."""
     scale = torch.tensor([page.image.width, page.image.height] * 2)
-    return (torch.tensor(asked.evidence or [(0, 0, *page.image.size)]) / scale).float()
+    boxes = (torch.tensor(asked.evidence or [(0, 0, *page.image.size)]) / scale).float().to(centres.device)
+    read = len(boxes) if task in COMPLETE else int(task in READ)  # of them, the last ones
+
+    def touched(part: Tensor) -> Tensor:
+        if not len(part):
+            return torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
+        return patch_worth(part, torch.ones_like(centres[:, 0]), centres) > 0
+
+    return touched(boxes[: len(boxes) - read]), touched(boxes[len(boxes) - read :])

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,18 @@ from tokensel.vlm.visual import choose_tokens
 __all__ = ["EDGES", "evidence_config", "evidence_rows", "record_evidence"]
 
 LARGE, SUITE = "tokensel.book.mini.large_suite", "tokensel.book.mini.suite"
-OLD = ("forms", "attributes")  # of the suite: one that reads, one about small things
-METHODS = ("full", "none", "random", "selector")
-KEEPS = (0.1, 0.3)
+# of the suite: those that read a word, and one about small things
+OLD = ("forms", "charts", "posters", "scene_text", "attributes")
+SHARES = ("kept", "kept_cue", "kept_letters")  # as kept_evidence has them
 EDGES = (0, 4, 8, 16, 32, 64, 256)  # tokens of evidence: a row above each and up to the next
 
 
 def evidence_config(
     out: Path, model: Path, selector: Path, n: int, split: str = "test", **more: Any
 ) -> EvalConfig:
-    """The evaluation of the large tasks; ``more`` are further fields of it."""
-    values = {"suite": LARGE, "model": str(model), "selector": str(selector), "methods": METHODS}
-    values |= {"keeps": KEEPS, "n": n, "split": split, "thumbnail": "last", "compare": ()}
+    """The evaluation of the large tasks; ``more`` are further fields of it, methods and keeps among them."""
+    values = {"suite": LARGE, "model": str(model), "selector": str(selector), "n": n, "split": split}
+    values |= {"thumbnail": "last", "compare": ()}
     return EvalConfig.from_dict(values | {"name": "evidence", "out": str(out)} | more)
 
 
@@ -80,41 +80,42 @@ def record_evidence(
 
 
 def evidence_rows(
-    session: EvalSession, answers: RecordedAnswers, kept: dict[Condition, list[float]]
+    session: EvalSession, answers: RecordedAnswers, kept: dict[Condition, list[list[float]]]
 ) -> list[Row]:
     """Rows of one benchmark: one for all questions, and one for each class of evidence, by condition.
 
     Besides the columns of an evaluation: ``most``, the largest number of tokens of evidence in the row (0:
-    all questions), ``tokens`` and ``share`` of the page, means; ``complete``, whether all has to be seen; and
-    ``kept``, the mean share of the evidence that is kept at full resolution; ``cost``, ``cost_low`` and
+    all questions); ``tokens``, ``share`` of the page, ``cue`` and ``letters``, means; ``kept``, ``kept_cue``
+    and ``kept_letters``, the mean shares of them that are kept at full resolution; ``cost``, ``cost_low`` and
     ``cost_high``: what all tokens score more on the same questions, with its 95 % interval.
     """
     task, split = answers.benchmark.name, session.config.split
     count = len(answers.table.categories)
     seen = [evidence(task, *asked_page(task, split, index)) for index in range(count)]
-    tokens, shares = (np.array([getattr(one, name) for one in seen]) for name in ("tokens", "share"))
+    every = pd.DataFrame([asdict(one) for one in seen])
+    tokens = every["tokens"].to_numpy()
     parts = [(0, np.ones(count, bool))]
     parts += [(high, (tokens > low) & (tokens <= high)) for low, high in pairwise(EDGES)]
     rows: list[Row] = []
     for most, where in parts:
         if not where.any():
             continue
-        facts = {"most": most, "tokens": tokens[where].mean(), "share": shares[where].mean()}
-        facts |= {"complete": seen[0].complete}
+        facts = {"most": most} | every[where].mean().to_dict()
         scores = {condition: column[where] for condition, column in answers.table.scores.items()}
         made = score_rows(session.name, answers.benchmark, scores, seed=session.config.seed)
         columns = np.stack(list(scores.values()), axis=1)
         full = next(place for place, condition in enumerate(scores) if condition.method == "full")
         costs = np.stack(bootstrap(columns[:, [full]] - columns, seed=session.config.seed), axis=1)
         for row, condition, cost in zip(made, scores, costs, strict=True):
-            share = 1.0 if condition not in kept else float(np.array(kept[condition])[where].mean())
-            row |= facts | {"kept": 0.0 if condition.method == "none" else share}
+            given = float(condition.method != "none")
+            shares = np.array(kept[condition])[where].mean(0) if condition in kept else [given] * 3
+            row |= facts | dict(zip(SHARES, map(float, shares)))
             rows.append(row | dict(zip(("cost", "cost_low", "cost_high"), map(float, cost))))
     return rows
 
 
-def _kept_shares(session: EvalSession, answers: RecordedAnswers) -> dict[Condition, list[float]]:
-    """For each condition with a budget, the share of every question's evidence that is kept; a file each."""
+def _kept_shares(session: EvalSession, answers: RecordedAnswers) -> dict[Condition, list[list[float]]]:
+    """For each condition with a budget, :func:`kept_evidence` of every question; a file each."""
     task, config = answers.benchmark.name, session.config
     conditions = [c for c in answers.table.scores if check_method(c.method).uses_keep]
     count = len(answers.table.categories)
@@ -129,12 +130,12 @@ def _kept_shares(session: EvalSession, answers: RecordedAnswers) -> dict[Conditi
 
 def _measured_shares(
     session: EvalSession, answers: RecordedAnswers, conditions: list[Condition], count: int
-) -> list[list[float]]:
-    """For each condition the share of every question's evidence that is kept; nothing is generated."""
+) -> list[list[list[float]]]:
+    """For each condition :func:`kept_evidence` of every question; nothing is generated."""
     config, task = session.config, answers.benchmark.name
     choices = Choices.of(config.choices())
     questions = load_questions(answers.benchmark, config.split, config.n)
-    shares: list[list[float]] = [[] for _ in conditions]
+    shares: list[list[list[float]]] = [[] for _ in conditions]
     for start in range(0, count, config.batch_size):
         rows = range(start, min(count, start + config.batch_size))
         keys = stable_keys([questions.ids[i] for i in rows])
@@ -144,5 +145,5 @@ def _measured_shares(
         for column, condition in zip(shares, conditions):
             scorer = session.scorer(condition)
             cells, _ = choose_tokens(encoded, scorer, condition.keep, choices)
-            column += kept_evidence(encoded, cells, asked).tolist()
+            column += kept_evidence(encoded, cells, task, asked).tolist()
     return shares

@@ -1,9 +1,9 @@
 """The law of evidence: how often an answer is right, from the tokens of its evidence and what is kept.
 
-Let the evidence of a question lie in E tokens, of which a share c is kept. Where any part of it tells the
-answer, each token tells it with a chance of its own; where all of it is needed, each has to be kept with a
-chance of its own. The form was chosen on the validation split: there a further constant for how many tokens
-of a letter suffice, or a power of E, fitted no better.
+Evidence has two parts: a cue, of which any token will do, and letters, which are read one by one. Of each a
+share is kept. Each token of the cue tells it with a chance of its own; so many of the letters' tokens are
+indispensable, and each is kept with a chance of its own. The form was chosen on the validation split: there a
+further constant for how many tokens of a letter suffice, or a power of the tokens, fitted no better.
 """
 
 from dataclasses import dataclass, fields
@@ -26,29 +26,31 @@ class Law:
     """Two constants of a model.
 
     Attributes:
-        tells: b, independent chances that one token of evidence gives, where any part tells the answer.
-        needs: a, tokens that are indispensable, for each token of evidence that is needed completely.
+        tells: b, independent chances that one token of a cue gives.
+        needs: a, tokens that are indispensable, for each token of letters.
     """
 
     tells: float = 0.3
     needs: float = 0.2
 
-    def seen(self, tokens, kept, complete) -> Float[np.ndarray, "..."]:
+    def seen(self, cue, kept_cue, letters, kept_letters) -> Float[np.ndarray, "..."]:
         """The chance that what is kept shows the answer.
 
         Args:
-            tokens: of the evidence, E.
-            kept: the share of them that is kept, 0 to 1.
-            complete: whether all of the evidence has to be seen.
+            cue: tokens of the cue; 0: there is none to be found.
+            kept_cue: the share of them that is kept, 0 to 1.
+            letters: tokens of what is read; 0: nothing.
+            kept_letters: the share of them that is kept.
         """
-        tokens, kept = np.asarray(tokens, float), np.asarray(kept, float)
-        some = 1 - (1 - kept) ** (self.tells * tokens)
-        every = kept ** (self.needs * tokens)
-        return np.where(np.asarray(complete, bool), every, some)
+        cue, kept_cue, letters, kept_letters = (
+            np.asarray(each, float) for each in (cue, kept_cue, letters, kept_letters)
+        )
+        found = np.where(cue > 0, 1 - (1 - kept_cue) ** (self.tells * cue), 1.0)
+        return np.asarray(found * kept_letters ** (self.needs * letters))
 
     def score(self, rows: pd.DataFrame | dict[str, np.ndarray]) -> Float[np.ndarray, "rows"]:
         """Predicted scores, 0 to 1, of the rows of :func:`cases`."""
-        seen = self.seen(rows["tokens"], rows["kept"], rows["complete"])
+        seen = self.seen(rows["cue"], rows["kept_cue"], rows["letters"], rows["kept_letters"])
         return np.asarray(rows["none"] + (rows["full"] - rows["none"]) * seen)
 
 
