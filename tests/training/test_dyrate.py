@@ -16,6 +16,7 @@ from reference import dyrate, generated, prompt, vlm_of
 
 from tokensel.schedules import RatePredictor
 from tokensel.schedules.attention import TYPES
+from tokensel.schedules.dyrate import RateConfig
 from tokensel.training import dyrate as dyrate_training
 from tokensel.training import frozen
 from tokensel.training.dyrate import DyRateConfig, MaskedForward, attention_mask, train_dyrate
@@ -125,16 +126,45 @@ def test_a_token_has_the_slope_of_what_its_going_would_change():
     assert float(masks.grad[0, 2, column]) == pytest.approx(float(difference), rel=0.05)
 
 
-def test_a_heavy_weight_on_compute_drops_tokens_and_none_keeps_them(config):
-    kept = {}
+def test_the_mean_loss_of_a_predictor_that_is_sure_is_its_loss():
+    """Where it always picks the same rate; of two rates, the lower one counts as soon as it was picked."""
+    vlm, predictor = vlm_of("llama"), RatePredictor(RateConfig(heads=4, layer=1, rates=5))
+    torch.nn.init.zeros_(predictor.linear.weight)
+    tokens = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    forced = force(vlm.model, prompt(vlm, [0, 1]), tokens, torch.tensor([7, 4]))
+    forward, silent = MaskedForward(vlm.model, predictor), torch.zeros(2, 7, 5)
+    kept = []
+    for rate in (1, 3):
+        predictor.linear.bias.data = torch.where(torch.arange(5) == rate, 40.0, 0.0)
+        with torch.no_grad():
+            mean = forward.mean_loss(forced, 3.0)
+            alone = forward.loss(forced, 3.0, 1.0, silent)
+        assert torch.allclose(torch.stack(mean), torch.stack(alone), atol=1e-5)
+        kept.append(mean[2])
+    predictor.linear.bias.data = torch.tensor([-40.0, 0, -40, 0, -40])
+    loss, _, fraction = forward.mean_loss(forced, 3.0)
+    halves = [0.5**step for step in range(1, 8)]  # the chance of no lower pick so far
+    high = (sum(halves) / 7 + sum(halves[:4]) / 4) / 2
+    lower = predictor.keeps[[1, 3]].argmin()
+    expected = kept[lower] + high * (kept[1 - lower] - kept[lower])
+    assert fraction.item() == pytest.approx(expected.item(), abs=2e-3)
+    loss.backward()
+    assert torch.isfinite(predictor.linear.bias.grad).all() and predictor.linear.bias.grad.any()
+
+
+@pytest.mark.parametrize("gradient", ["straight-through", "all-rates"])
+def test_a_heavy_weight_on_compute_drops_tokens_and_none_keeps_them(config, gradient):
+    kept, config = {}, replace(config, out="", steps=30, gradient=gradient)
     for weight in (0.0, 20.0):
-        predictor, history = train_dyrate(replace(config, out="", steps=30, weight=weight))
+        predictor, history = train_dyrate(replace(config, weight=weight))
         kept[weight] = sum(record["kept"] for record in history[-5:]) / 5
         assert predictor.config.kept == pytest.approx(sum(record["kept"] for record in history[27:]) / 3)
     assert 0.24 < kept[20.0] < 0.5 < kept[0.0]  # the lowest rate is a quarter, to the nearest token
 
 
-def test_an_interrupted_training_ends_where_an_undisturbed_one_does(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gradient", ["straight-through", "all-rates"])
+def test_an_interrupted_training_ends_where_an_undisturbed_one_does(config, gradient, tmp_path, monkeypatch):
+    config = replace(config, gradient=gradient)
     whole, history = train_dyrate(config)
     draw, other = dyrate_training.draw_questions, replace(config, out=str(tmp_path / "other"))
 
@@ -236,12 +266,20 @@ def test_a_layer_outside_the_model_and_unknown_options_are_refused(config):
         DyRateConfig.from_dict({"model": "m", "wieght": 1.0})
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_shipped_predictors_fit_the_shipped_model(seed):
+@pytest.mark.parametrize(
+    ("name", "seed", "gradient"),
+    [
+        ("dyrate", 0, "all-rates"),
+        ("dyrate-seed-1", 1, "all-rates"),
+        ("dyrate-seed-2", 2, "all-rates"),
+        ("dyrate-straight-through", 0, "straight-through"),
+    ],
+)
+def test_the_shipped_predictors_fit_the_shipped_model(name, seed, gradient):
     data = Path(__file__).parents[2] / "data" / "mini"
-    folder = data / (f"dyrate-seed-{seed}" if seed else "dyrate")
+    folder = data / name
     config = RatePredictor.from_pretrained(folder).config
-    assert (config.seed, config.weight, config.steps, config.rates) == (seed, 5.0, 600, 10)
+    assert (config.seed, config.weight, config.rates, config.gradient) == (seed, 5.0, 10, gradient)
     shape = json.loads((data / "llava-next" / "config.json").read_text())["text_config"]
     assert config.heads == shape["num_attention_heads"] and 0 < config.layer < shape["num_hidden_layers"]
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]

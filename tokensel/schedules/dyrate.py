@@ -31,7 +31,8 @@ class RateConfig(PretrainedConfig):
         layer: the first layer that is shortened; the attention of the one before is read.
         rates: how many rates there are to pick from, the k of the paper.
         model: name of the model it was trained on.
-        weight: weight of the compute in its loss, see ``tokensel.training.dyrate``.
+        weight, gradient: of the compute in its loss, and how that was trained on, see
+            ``tokensel.training.dyrate``.
         training_data, steps, seed: what it was trained on, and how long.
         accuracy_loss, kept: the two terms of its loss, averaged over the last tenth of the training.
     """
@@ -42,6 +43,7 @@ class RateConfig(PretrainedConfig):
     rates: int = 10
     model: str = ""
     weight: float | None = None
+    gradient: str = ""
     training_data: str = ""
     steps: int = 0
     seed: int | None = None
@@ -126,6 +128,7 @@ class RatePredictor(CoreModel):
             "first layer shortened": c.layer,
             "rates": c.rates,
             "weight of compute": c.weight,
+            "gradient": c.gradient or None,
             "training data": c.training_data,
             "steps": c.steps or None,
             "seed": c.seed,

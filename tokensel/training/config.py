@@ -304,6 +304,11 @@ class DyRateConfig(FrozenModelConfig):
             "Weight of the visual tokens kept against the cross entropy.", OBJECTIVE, least=0, example="0.1"
         ),
     ] = 1.0
+    # its abstract has a Gumbel-Softmax; the loss at every rate is lower, see tokensel.training.dyrate
+    gradient: Annotated[
+        Literal["all-rates", "straight-through"],
+        Option("Learn from the loss at every rate, or by a Gumbel-Softmax from the one drawn.", OBJECTIVE),
+    ] = "all-rates"
     # high, for a linear layer on fractions between 0 and 1
     lr: _LearningRate = 0.1
 

@@ -1,4 +1,4 @@
-"""Training DyRate's rate predictor (arXiv 2501.14204): straight-through Gumbel-Softmax on a frozen model.
+"""Training DyRate's rate predictor (arXiv 2501.14204) on a frozen model.
 
 The abstract says "based on attention distribution" and no more about the loss. Ours weighs accuracy against
 compute,
@@ -11,6 +11,12 @@ of a whole answer would be dominated by the prompt and give the steps after it a
 
 All steps of an answer are trained at once. The predictor reads layers that keep every token, so its rates do
 not depend on one another, and the masks of all steps follow from one pass through these layers.
+
+The choice of a rate has no gradient of its own. ``straight-through`` takes that of a Gumbel-Softmax, as the
+abstract says, through the masks of the attention. It is biased; and as dropped tokens never come back, the
+lowest of all rates that were drawn for an answer counts, so that it trains a game under noise, which is not
+that of inference. ``all-rates`` draws nothing: every answer is read once at each rate, and the loss is
+averaged over all that the predictor could draw.
 """
 
 import math
@@ -36,6 +42,7 @@ from tokensel.training.frozen import (
     draw_questions,
     load_frozen,
     run_steps,
+    token_losses,
     training_facts,
     training_identity,
 )
@@ -121,8 +128,9 @@ class MaskedForward:
                 attention, kwargs["hidden_states"], kwargs["position_embeddings"], None, forced.attn_mask
             )
             scores = rows.mean(1)[..., : forced.visual.shape[1]]
+            masking["mass"] = type_mass(rows, forced.types)
             masks, masking["fraction"] = soft_masks(
-                self.predictor, type_mass(rows, forced.types), scores, forced, tau, noise
+                self.predictor, masking["mass"], scores, forced, tau, noise
             )
             masking["mask"] = attention_mask(masks, forced).to(kwargs["hidden_states"].dtype)
 
@@ -154,6 +162,33 @@ class MaskedForward:
         counted = forced.labels != IGNORED
         accuracy = answer_loss(logits, forced.labels)
         compute = ((kept * counted).sum(1) / counted.sum(1)).mean()
+        return accuracy + weight * compute, accuracy, compute
+
+    def mean_loss(
+        self, forced: Forced, weight: float
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+        """The same three, averaged over all rates that the predictor could draw, step by step.
+
+        What is left at a step is the lowest rate so far. What the step costs at each rate is measured in a
+        pass that keeps this rate from the prompt on.
+        """
+        losses, fractions, mass = [], [], None
+        order = self.predictor.keeps.argsort().to(forced.labels.device)  # from the lowest
+        for rate in order:
+            sure = 1e6 * one_hot(rate, len(order))  # above any logit
+            with torch.no_grad(), self._masked(forced, 1.0, sure.expand(*forced.labels.shape, -1)) as masking:
+                losses.append(token_losses(forced_logits(self.model, forced), forced.labels))
+            fractions.append(masking["fraction"])
+            mass = masking["mass"]  # the same at every rate
+        chances = self.predictor(mass).softmax(-1)[..., order]
+        # that this step, and each before it, picks at least a rate: [rows, steps, rates]
+        reached = chances.flip(-1).cumsum(-1).flip(-1).cumprod(1)
+        left = reached - nn.functional.pad(reached[..., 1:], (0, 1))
+        counted = forced.labels != IGNORED
+        shares = left * (counted / counted.sum(1, keepdim=True))[..., None]
+        accuracy, compute = (
+            (shares * torch.stack(each, -1)).sum((1, 2)).mean() for each in (losses, fractions)
+        )
         return accuracy + weight * compute, accuracy, compute
 
 
@@ -214,6 +249,9 @@ def train_dyrate(
     def losses(step: int) -> dict[str, Tensor | float]:
         encoded, tokens, lengths = draw_questions(vlm, data, config, step)
         forced = force(model, reduce(encoded), tokens, lengths)
+        if config.gradient == "all-rates":
+            loss, accuracy, kept = forward.mean_loss(forced, config.weight)
+            return {"loss": loss, "accuracy_loss": accuracy, "kept": kept}
         tau = temperature(step, config)
         noise = gumbel_noise(
             *forced.labels.shape, config.rates, generator=generator(config.seed, "noise", step)
@@ -224,7 +262,7 @@ def train_dyrate(
     records = run_steps(config, predictor, training_identity(config, model, data), losses)
     predictor.config.update(
         training_facts(config, data, records, "accuracy_loss", "kept")
-        | {"model": vlm.name, "weight": config.weight}
+        | {"model": vlm.name, "weight": config.weight, "gradient": config.gradient}
     )
     if config.out:
         predictor.cpu().save_pretrained(Path(config.out) / "dyrate")

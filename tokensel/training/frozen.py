@@ -39,6 +39,7 @@ __all__ = [
     "draw_questions",
     "load_frozen",
     "run_steps",
+    "token_losses",
     "training_facts",
     "training_identity",
 ]
@@ -92,9 +93,15 @@ def answer_loss(
     logits: Float[Tensor, "rows steps vocabulary"], labels: Int[Tensor, "rows steps"]
 ) -> Float[Tensor, ""]:
     """Cross entropy in nats per token: the mean over each question's tokens, then over the questions."""
-    counted = labels != IGNORED
+    return (token_losses(logits, labels).sum(1) / (labels != IGNORED).sum(1)).mean()
+
+
+def token_losses(
+    logits: Float[Tensor, "rows steps vocabulary"], labels: Int[Tensor, "rows steps"]
+) -> Float[Tensor, "rows steps"]:
+    """Cross entropy of each token in nats; 0 behind the end of an answer."""
     losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return (losses.view(counted.shape).sum(1) / counted.sum(1)).mean()
+    return losses.view(labels.shape)
 
 
 def run_steps(
