@@ -33,7 +33,7 @@ def test_what_is_read_is_the_answer_and_the_cue_is_something_else(task):
         page, asked = asked_page(task, "test", index)
         seen = evidence(task, page, asked)
         letters = len(asked.answers[0].replace(" ", ""))
-        assert seen.complete and 0 < seen.letters <= 6 * letters, "a letter touches up to six tokens"
+        assert 0 < seen.letters <= 6 * letters, "a letter touches up to six tokens"
         assert (seen.cue == 0) == (task in COMPLETE)
         assert max(seen.cue, seen.letters) <= seen.tokens <= seen.cue + seen.letters
 

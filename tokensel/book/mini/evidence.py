@@ -36,11 +36,6 @@ class Evidence:
     cue: int
     letters: int
 
-    @property
-    def complete(self) -> bool:
-        """Whether a part of it has to be seen completely."""
-        return self.letters > 0
-
 
 def evidence(task: str, page: Page, asked: QA) -> Evidence:
     """The evidence of a question of the small world, from its boxes alone; no model is needed.
