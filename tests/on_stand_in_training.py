@@ -99,7 +99,8 @@ def test_judges_are_trained_where_the_features_are(device):
     assert reconstruction_error(joint, part, masks).device.type == NAME
 
 
-def test_dyrates_training(device, tmp_path):
+@pytest.mark.parametrize("gradient", ["all-rates", "straight-through"])
+def test_dyrates_training(device, gradient, tmp_path):
     config = DyRateConfig(
         model=str(suite_tiny.save_models(tmp_path)),
         out=str(tmp_path / "cpu"),
@@ -108,6 +109,7 @@ def test_dyrates_training(device, tmp_path):
         n=2,
         layer=1,
         rates=4,
+        gradient=gradient,
         steps=2,
         batch_size=2,
         save_every=1,

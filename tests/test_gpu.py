@@ -70,8 +70,9 @@ def asked(model, tmp_path, kind, **more):
     )  # fmt: skip
 
 
-def test_dyrate_learns(model, tmp_path):
-    config = asked(model, tmp_path, DyRateConfig, layer=1, rates=4)
+@pytest.mark.parametrize("gradient", ["all-rates", "straight-through"])
+def test_dyrate_learns(gradient, model, tmp_path):
+    config = asked(model, tmp_path, DyRateConfig, layer=1, rates=4, gradient=gradient)
     _, history = train_dyrate(config)
     _, reference = train_dyrate(replace(config, device="cpu", out=str(tmp_path / "cpu")))
     assert [record["loss"] for record in history] == pytest.approx(
