@@ -15,7 +15,7 @@ from tiny import WIDTH, ask, noise_image, tiny_learned, tiny_vlm
 from tokensel.book.explorer import Example, Exploration, embed, generation_steps
 from tokensel.figures import overlays, style
 from tokensel.schedules import Exponential, FastV, Vtw
-from tokensel.scorers import SCORERS, make_scorer
+from tokensel.scorers import make_scorer
 from tokensel.training.autoencoder import MaskedAutoencoder
 from tokensel.vlm import encode, reduce
 
@@ -97,9 +97,10 @@ def test_gradients_and_optimisers_stay_on_the_device(device):
 
 
 def parts(vlm):
+    """A judge and scorers of three kinds: learned, drawn, and by a map of attention."""
     torch.manual_seed(0)
     judge = MaskedAutoencoder.new(WIDTH, layers=1, heads=4).eval()
-    scorers = {name: make_scorer(name, **tiny_learned()) for name in SCORERS}
+    scorers = {name: make_scorer(name, **tiny_learned()) for name in ("selector", "random", "cls")}
     return vlm, EXAMPLES, scorers, judge
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.timeout(900)  # some forty tests, a minute on a quiet core
+@pytest.mark.timeout(900)  # some ninety tests, two minutes on a quiet core
 def test_everything_that_handles_tensors_on_the_stand_in_device():
     here = Path(__file__).parent
     files = sorted(path.name for path in here.glob("on_stand_in*.py"))

@@ -1,6 +1,7 @@
 """A running vLLM gives the answers of the adapter, token for token, whatever else it is asked at the time."""
 
 import base64
+import http.client
 import io
 import json
 import urllib.error
@@ -91,13 +92,21 @@ def body(model: str, parts: list[dict[str, Any]], new: int, keep: float | None =
     return asked if keep is None else asked | {"mm_processor_kwargs": {"keep": keep}}
 
 
-def post(url: str, request: dict[str, Any], timeout: float = 250) -> dict[str, Any]:
+def post(url: str, request: dict[str, Any]) -> dict[str, Any]:
     data = json.dumps(request).encode()
     headers = {"Content-Type": "application/json"}
     with urllib.request.urlopen(
-        urllib.request.Request(f"{url}/v1/chat/completions", data, headers), timeout=timeout
+        urllib.request.Request(f"{url}/v1/chat/completions", data, headers), timeout=250
     ) as response:
         return json.load(response)
+
+
+def hang_up(engine, request: dict[str, Any]) -> None:
+    """Send a request, and go."""
+    connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=250)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(request), headers)
+    connection.close()
 
 
 def answer(engine, task: str, index: int, keep: float | None) -> tuple[list[int], int]:
@@ -220,11 +229,8 @@ def test_images_of_every_size_beside_broken_ones_and_clients_that_hang_up(engine
                 None if post(engine.url, asked_of([text], 1))["usage"]["prompt_tokens"] == alone else "text"
             )
         if kind == 1:  # a client that does not wait
-            try:
-                post(engine.url, asked_of([part(image), text], 64, keep), timeout=0.01)
-            except (TimeoutError, urllib.error.URLError):
-                return None
-            return "an answer in no time"
+            hang_up(engine, asked_of([part(image), text], 64, keep))
+            return None
         if kind == 2:
             try:
                 post(engine.url, asked_of([part(image.tobytes()[:200]), text], 1, keep))
