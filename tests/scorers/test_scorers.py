@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokensel.budget import top_fraction
@@ -134,7 +134,8 @@ def test_a_line_of_tokens_is_spread_too():
 
 def greedy_by_hand(tokens: torch.Tensor) -> list[int]:
     unit = torch.nn.functional.normalize(tokens.double(), dim=-1)
-    distance = 1 - unit @ unit.T
+    alike = unit @ unit.T
+    distance = 1 - (alike + alike.T) / 2  # the first two tokens may be nearest to each other: an exact tie
     count = len(tokens)
     nearest = [min(distance[i, j].item() for j in range(count) if j != i) for i in range(count)]
     order = [max(range(count), key=lambda i: nearest[i])]
@@ -145,6 +146,7 @@ def greedy_by_hand(tokens: torch.Tensor) -> list[int]:
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 20))
+@example(seed=493, count=7)
 @settings(deadline=None, max_examples=25)
 def test_max_min_order_is_the_greedy_one(seed: int, count: int):
     tokens = torch.randn(3, count, 8, generator=torch.Generator().manual_seed(seed))

@@ -16,7 +16,7 @@ def max_min_order(
 
     The first token is the one whose nearest neighbour is farthest away; each next one is farthest from its
     nearest taken token. A prefix of the order is the greedy choice at that size, so one order serves every
-    budget. Exact ties (blank areas with identical features) go to the earlier token.
+    budget. Exact ties (identical features, a pair of nearest neighbours) go to the earlier token.
 
     Cost: one ``[rows, tokens, tokens]`` matrix and ``tokens`` steps of ``O(rows * tokens)``: quadratic in
     the tokens of an image, sequential by nature, and not free compared with the prefill that it saves.
@@ -26,7 +26,9 @@ def max_min_order(
         return torch.empty(rows, 0, dtype=torch.long, device=tokens.device)
     real = torch.ones(rows, count, dtype=torch.bool, device=tokens.device) if valid is None else valid
     unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
-    distance = 1 - unit @ unit.transpose(1, 2)  # [rows, tokens, tokens]
+    alike = unit @ unit.transpose(1, 2)  # [rows, tokens, tokens]
+    # Two tokens that are nearest to each other tie exactly, but their two entries may be rounded differently.
+    distance = 1 - (alike + alike.transpose(1, 2)) / 2
     others = real[:, None, :] & ~torch.eye(count, dtype=torch.bool, device=tokens.device)
     # Distance to the nearest other token; from the second step on, to the nearest taken one.
     margin = distance.masked_fill(~others, float("inf")).amin(-1)
