@@ -23,9 +23,10 @@ lint: env
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright
 
-# One process a core, each with one thread; a file's tests stay together, they share what they set up.
+# One process a core, each with one thread; a file's tests stay together, they share what they set up. In the order of
+# their names: by the number of their tests, the files of one long test would come last, and a core would have none.
 unit: env
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The other tests never see a GPU; these are skipped where there is none.
 gpu: env
