@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -226,6 +226,7 @@ shapes = st.lists(st.integers(0, 5), max_size=4)
 
 @settings(max_examples=200, deadline=None)
 @given(anything | st.builds(lambda d, s: np.zeros(s, d), dtypes, shapes))
+@example("\n")
 def test_anything_at_all_is_an_image_or_one_line(content):
     try:
         assert as_image(content).mode == "RGB"

@@ -71,7 +71,8 @@ def _readable(name: str) -> Iterator[None]:
     except UNREADABLE as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its message shows a memory address
         why = "not an image file, or damaged" if unknown else reason(error)
-        raise ImageError(f"{name}: cannot be read ({why}); give a whole image file") from None
+        shown = name if name.isprintable() else repr(name)  # a path may have line breaks
+        raise ImageError(f"{shown}: cannot be read ({why}); give a whole image file") from None
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
