@@ -227,6 +227,7 @@ shapes = st.lists(st.integers(0, 5), max_size=4)
 @settings(max_examples=200, deadline=None)
 @given(anything | st.builds(lambda d, s: np.zeros(s, d), dtypes, shapes))
 @example("\n")
+@example("https://a\n")
 def test_anything_at_all_is_an_image_or_one_line(content):
     try:
         assert as_image(content).mode == "RGB"

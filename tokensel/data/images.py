@@ -40,6 +40,7 @@ def as_image(content: Any, name: str = "") -> Image.Image:
         content = content.get("path") if content.get("bytes") is None else content["bytes"]
     is_path = isinstance(content, (str, os.PathLike))
     name = name or (os.fsdecode(content) if is_path else f"an image given as {type(content).__name__}")
+    name = name if name.isprintable() else repr(name)  # a path may have line breaks, an error is one line
     if content is None:
         raise ImageError(f"{name}: there is no image; give a path, bytes, an array or a PIL image")
     if isinstance(content, str) and "://" in content:
@@ -71,8 +72,7 @@ def _readable(name: str) -> Iterator[None]:
     except UNREADABLE as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its message shows a memory address
         why = "not an image file, or damaged" if unknown else reason(error)
-        shown = name if name.isprintable() else repr(name)  # a path may have line breaks
-        raise ImageError(f"{shown}: cannot be read ({why}); give a whole image file") from None
+        raise ImageError(f"{name}: cannot be read ({why}); give a whole image file") from None
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
